@@ -1,3 +1,4 @@
+# ruff: noqa: B905, RUF007
 import math
 
 import torch
