@@ -1,0 +1,76 @@
+"""Which implementation of an operator runs, and why it is not the other one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
+
+_fallbacks: ContextVar[Counter[str] | None] = ContextVar("chipmunk_fallbacks", default=None)
+
+Result = TypeVar("Result")
+
+
+@contextmanager
+def record_fallbacks(counter: Counter[str]) -> Iterator[None]:
+    """While this is open, each time `auto` passes Triton over on a GPU, "operator: reason" is counted in `counter`."""
+    token = _fallbacks.set(counter)
+    try:
+        yield
+    finally:
+        _fallbacks.reset(token)
+
+
+@cache
+def _triton_module(operator: str) -> ModuleType | str:
+    """The module with the operator's Triton implementation, or why there is none."""
+    name = f"chipmunk.ops.{operator}.triton"
+    try:
+        return import_module(name)
+    except ImportError as error:
+        return "not written yet" if error.name == name else f"Triton cannot be imported ({error})"
+
+
+def call(operator: str, implementation: str, reference: Callable[..., Result], device_of: Tensor, *args: Any) -> Result:
+    """Run `operator` on `args` by the chosen implementation; `device_of` is the tensor whose device decides.
+
+    Raises ValueError for an unknown implementation, NotImplementedError where Triton was asked for and cannot run.
+    """
+    if implementation == "reference" or (implementation == "auto" and device_of.device.type != "cuda"):
+        return reference(*args)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}")
+    module = _triton_module(operator)
+    reason = module if isinstance(module, str) else module.unsupported(*args)
+    if reason is None:
+        result: Result = getattr(module, operator)(*args)
+        return result
+    if implementation == "triton":
+        raise NotImplementedError(
+            f"chipmunk::{operator} has no Triton implementation for this call: {reason}. "
+            "Set `implementation: auto` to let it run in PyTorch."
+        )
+    counter = _fallbacks.get()
+    if counter is not None:
+        counter[f"{operator}: {reason}"] += 1
+    return reference(*args)
+
+
+def groups_of(rows: int, group: int) -> int:
+    """How many groups of `group` consecutive rows, the last one partial, `rows` rows make."""
+    return (rows + group - 1) // group
+
+
+def check(condition: bool, operator: str, message: str) -> None:
+    """Raise ValueError for an input that the operator's contract does not allow."""
+    if not condition:
+        raise ValueError(f"chipmunk::{operator}: {message}")
