@@ -1,4 +1,4 @@
-"""The six operators that sparse FLUX is made of, each a folder with `reference.py` (PyTorch, the oracle) and `triton.py`.
+"""The six operators that sparse FLUX is made of, each with `reference.py` (PyTorch, the oracle) and `triton.py`.
 
 Every operator is registered with `torch.library` under `chipmunk::` and takes `implementation`: `auto` (Triton where
 it supports the input on a CUDA device, otherwise the reference, with the reason handed to `record_fallbacks`),

@@ -23,7 +23,8 @@ def sparse_mlp_out(
 @torch.library.custom_op(
     f"chipmunk::{_NAME}",
     mutates_args={"out_cache"},
-    schema="(Tensor delta, Tensor weight, Tensor indices, Tensor(a!) out_cache, SymInt group, str implementation) -> ()",
+    schema="(Tensor delta, Tensor weight, Tensor indices, Tensor(a!) out_cache, SymInt group, "
+    "str implementation) -> ()",
 )
 def _operator(delta, weight, indices, out_cache, group, implementation):  # type: ignore[no-untyped-def]
     dispatch.check(delta.dim() == 3 and weight.dim() == 2, _NAME, "delta must be (B, N, K) and the weight (C, F)")
