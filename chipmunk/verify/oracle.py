@@ -1,0 +1,493 @@
+"""The Chipmunk algorithm, stated plainly, hooked at run time onto an unpatched model.
+
+This is what `chipmunk verify` holds the runtime against. It shares no code with it, nor with the operators: everything
+below is written from the rules in docs/architecture.md, one batch element, one head and one group of rows at a time,
+and nothing in it cares for speed. It lets the model compute every layer densely and then corrects the layer's result
+to what the sparse layer would have given, so it needs no change in the model's code:
+
+- attention: the block's call of `scaled_dot_product_attention` is intercepted, wherever the repository makes it;
+- MLP: the two linear layers are hooked. The input of the second one holds the activation of *every* neuron; the oracle
+  takes the chosen ones from there and the others from its cache.
+
+Notation: B batch, H heads, N tokens, D head dimension, C hidden size, F MLP hidden size, G groups.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from chipmunk.config import Config
+from chipmunk.rewrite.plan import ModelFacts
+
+RENEW_ALWAYS_BEFORE = 10
+"""A sparse MLP step with a lower count of its own selects its neurons anew, whatever `block_mask_cache` says."""
+
+
+@dataclass
+class AttentionCache:
+    """What one layer's attention remembers in one call slot of one generation."""
+
+    count: int = 0
+    keys: list[list[list[list[int]]]] | None = None
+    """Chosen keys by batch element, head and query group, ascending."""
+    difference: Tensor | None = None
+    """dense − sparse of the last full step, (B, H, N, D)."""
+
+
+@dataclass
+class MlpCache:
+    """What one layer's MLP remembers in one call slot of one generation."""
+
+    count: int = 0
+    neurons: list[list[list[int]]] | None = None
+    """Chosen neurons by batch element and row group, ascending; None if none were chosen since the last full step."""
+    activation: Tensor | None = None
+    """(B, N, F)"""
+    output: Tensor | None = None
+    """(B, N, C)"""
+    means: list[list[list[Tensor]]] = field(default_factory=list)
+    """fc1 of the mean input, float64 (F,), by batch element, row group and part of the group."""
+
+
+@dataclass
+class Slot:
+    """The caches of one place that calls the model, by layer index."""
+
+    attention: dict[int, AttentionCache] = field(default_factory=dict)
+    mlp: dict[int, MlpCache] = field(default_factory=dict)
+
+
+class Oracle:
+    """Runs `model` sparsely while the `with` block lasts.
+
+    `model` is an instance of the class that `facts` describe, unpatched. Gradients must be off. `steps` is the number
+    of steps of the sampling loop where the loop knows it, for the rule about `min_steps`.
+
+    The caller says which call is which: either `auto_step()`, where each model call is a step of a single slot, or
+    `begin_step(index)` and `slot(name)` before each call, or `follow([(index, name), …])` for all calls of a generation
+    in advance. A step before the last one begins a new generation, and so does the call after `end_generation()`.
+    """
+
+    def __init__(self, model: nn.Module, facts: ModelFacts, config: Config, steps: int | None = None) -> None:
+        self.model = model
+        self.facts = facts
+        self.config = config
+        self.steps = steps
+        self.calls: Counter[tuple[int, str, str]] = Counter()
+        """How often each layer's "attention" and "mlp" ran "dense", "full" and "sparse"."""
+        self.smallest_margin = math.inf
+        """The closest decision of all selections: the gap between the last score chosen and the first left out,
+        relative to the largest. Where it is near the rounding error, another correct implementation may choose
+        otherwise."""
+        self._slots: dict[str, Slot] = {}
+        self._current: Slot | None = None
+        self._name = ""
+        self._upcoming: Iterator[tuple[int, str]] | None = None
+        self._last_step = -1
+        self._layer: int | None = None
+        self._joint_tokens = 0
+        self._order: list[int] | None = None
+        self._mlp_input: Tensor | None = None
+        self._hooks = ExitStack()
+
+    # What the caller tells.
+
+    def auto_step(self) -> None:
+        """From now on each model call is a step of its own, in one slot, until `end_generation`."""
+        self._name = ""
+        self._upcoming = None
+
+    def begin_step(self, index: int) -> None:
+        """The next model calls belong to step `index`, 0-based; a step before the last one begins a new generation."""
+        if index < self._last_step:
+            self.end_generation()
+        self._last_step = index
+        self._name = ""
+
+    def slot(self, name: str) -> None:
+        """The next model calls come from the place `name` of the loop."""
+        self._name = name
+
+    def follow(self, calls: Iterable[tuple[int, str]]) -> None:
+        """Step and slot of each of the next model calls."""
+        self._upcoming = iter(calls)
+
+    def end_generation(self) -> None:
+        """Forget all caches and counts."""
+        self._slots.clear()
+        self._last_step = -1
+
+    # Hooking onto the model.
+
+    def __enter__(self) -> Oracle:
+        self._hook(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        self._hook(self.model.register_forward_hook(self._after_model))
+        double: Iterable[nn.Module] = getattr(self.model, self.facts.double)
+        single: Iterable[nn.Module] = getattr(self.model, self.facts.single)
+        layer = 0
+        for block in double:
+            self._hook_block(block, layer)
+            self._hook_double_mlp(block, layer)
+            layer += 1
+        for block in single:
+            self._hook_block(block, layer)
+            self._hook_single_mlp(block, layer)
+            layer += 1
+        self._hooks.enter_context(_InterceptAttention(self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hooks.close()
+        self.end_generation()
+
+    def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        self._hooks.callback(handle.remove)
+
+    def _hook_block(self, block: nn.Module, layer: int) -> None:
+        """Know, inside the block's forward, which layer it is and how many tokens take part in its joint attention."""
+
+        def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            sequences = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3]
+            streams = [x for x in sequences if x.shape[-1] == sequences[0].shape[-1]]  # ids are narrower
+            self._layer = layer
+            self._joint_tokens = sum(stream.shape[1] for stream in streams)
+
+        def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._layer = None
+
+        self._hook(block.register_forward_pre_hook(before, with_kwargs=True))
+        self._hook(block.register_forward_hook(after, always_call=True))
+
+    def _hook_double_mlp(self, block: nn.Module, layer: int) -> None:
+        if self.facts.double_block.mlp is None:
+            return
+        mlp = getattr(block, self.facts.double_block.mlp)
+        linears = [part for part in mlp.modules() if isinstance(part, nn.Linear)]
+        if [type(linear) for linear in linears] != [nn.Linear, nn.Linear]:
+            return  # a LoRA or quantised layer: the MLP stays as it is
+        self._hook_linears(layer, linears[0], linears[1])
+
+    def _hook_single_mlp(self, block: nn.Module, layer: int) -> None:
+        names = self.facts.single_block.linear_in, self.facts.single_block.linear_out
+        if names[0] is None or names[1] is None:
+            return
+        linear_in, linear_out = getattr(block, names[0]), getattr(block, names[1])
+        if type(linear_in) is nn.Linear and type(linear_out) is nn.Linear:
+            self._hook_linears(layer, linear_in, linear_out)
+
+    def _hook_linears(self, layer: int, linear_in: nn.Linear, linear_out: nn.Linear) -> None:
+        """fc1 is the last F rows of `linear_in` and fc2 the last F columns of `linear_out`: all of them in a double
+        block, those after [q k v] and after the attention's output in a single block."""
+        attention_width = 0 if linear_in.out_features == linear_out.in_features else linear_out.out_features
+
+        def before_in(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._mlp_input = args[0]
+
+        def after_out(module: nn.Module, args: tuple[Tensor, ...], dense: Tensor) -> Tensor | None:
+            x, self._mlp_input = self._mlp_input, None
+            if self._layer is None or self._current is None or x is None:
+                return None
+            neurons = linear_out.in_features - attention_width
+            weight_in = linear_in.weight[-neurons:]
+            bias_in = None if linear_in.bias is None else linear_in.bias[-neurons:]
+            weight_out = linear_out.weight[:, attention_width:]
+            attended, activation = args[0][..., :attention_width], args[0][..., attention_width:]
+            if attention_width == 0:
+                return self._mlp(layer, x, activation, weight_in, bias_in, weight_out, dense)
+            output = self._mlp(layer, x, activation, weight_in, bias_in, weight_out, activation @ weight_out.T)
+            if output is None:
+                return None
+            projected = attended @ linear_out.weight[:, :attention_width].T
+            return output + (projected if linear_out.bias is None else projected + linear_out.bias)
+
+        self._hook(linear_in.register_forward_pre_hook(before_in))
+        self._hook(linear_out.register_forward_hook(after_out))
+
+    # One model call.
+
+    def _before_model(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._current = self._order = None
+        if not self.config.attn.is_enabled and not self.config.mlp.is_enabled:
+            return None
+        if torch.is_grad_enabled():
+            raise RuntimeError("the oracle runs under torch.no_grad() or torch.inference_mode()")
+        if self._upcoming is not None:
+            step, name = next(self._upcoming)
+            if step != self._last_step:
+                self.begin_step(step)
+            self.slot(name)
+        self._current = self._slots.setdefault(self._name, Slot())
+
+        if self.facts.ids is None or not self.config.patchify.is_enabled:
+            return None
+        arguments = inspect.signature(model.forward).bind(*args, **kwargs)
+        image, ids = arguments.arguments[self.facts.image], arguments.arguments[self.facts.ids]
+        self._order = self._token_order(ids if ids.ndim == 2 else ids[0])
+        if self._order is None:
+            return None
+        arguments.arguments[self.facts.image] = image[:, self._order]
+        arguments.arguments[self.facts.ids] = ids[self._order] if ids.ndim == 2 else ids[:, self._order]
+        return arguments.args, arguments.kwargs
+
+    def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        order, self._current, self._order = self._order, None, None
+        if order is None:
+            return None
+        first = output[0] if isinstance(output, tuple) else output
+        restored = torch.empty_like(first)
+        for new, old in enumerate(order):
+            restored[:, old] = first[:, new]
+        return (restored, *output[1:]) if isinstance(output, tuple) else restored
+
+    def _token_order(self, ids: Tensor) -> list[int] | None:
+        """Old index of each new image token, or None where the ids (L, axes) are no grid. Reference images stay."""
+        positions: list[list[float]] = ids.tolist()
+        first = positions[0]
+        tokens = 1
+        while tokens < len(positions) and positions[tokens] != first and positions[tokens][0] == first[0]:
+            tokens += 1
+        width = 1
+        while width < tokens and positions[width][1] == first[1]:
+            width += 1
+        for index in range(tokens):
+            row, column = divmod(index, width)
+            if positions[index][1:3] != [first[1] + row, first[2] + column]:
+                return None
+        if tokens % width:
+            return None
+        outer, inner = self.config.patchify.chunk_size_1, self.config.patchify.chunk_size_2
+
+        def key(index: int) -> tuple[int, ...]:
+            row, column = divmod(index, width)
+            return row // outer, column // outer, row % outer // inner, column % outer // inner, row, column
+
+        return [*sorted(range(tokens), key=key), *range(tokens, len(positions))]
+
+    # Attention.
+
+    def _attention(self, dense: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Output (B, H, N, D) of the joint attention of this layer in this call, given the dense one."""
+        assert self._layer is not None
+        assert self._current is not None
+        config, layer = self.config.attn, self._layer
+        batch, heads, tokens, _ = query.shape
+        groups = _groups(tokens, config.mbm)
+        keep, random = self._keys_kept(tokens)
+        cache = self._current.attention.setdefault(layer, AttentionCache())
+        count = cache.count
+        cache.count += 1
+        everything = keep + random == tokens and config.top_keys < 1
+        if self._stays_dense(layer, config.is_enabled, config.first_n_dense_layers, everything, groups):
+            self.calls[layer, "attention", "dense"] += 1
+            return dense
+
+        def sparse(b: int, h: int, rows: range, chosen: list[int]) -> Tensor:
+            scores = query[b, h, rows.start : rows.stop] @ key[b, h, chosen].T * scale
+            return torch.softmax(scores, dim=-1) @ value[b, h, chosen]
+
+        if not self._attention_step_is_full(count):
+            assert cache.keys is not None
+            assert cache.difference is not None
+            self.calls[layer, "attention", "sparse"] += 1
+            output = cache.difference.clone()
+            for b in range(batch):
+                for h in range(heads):
+                    for g, rows in enumerate(groups):
+                        output[b, h, rows.start : rows.stop] += sparse(b, h, rows, cache.keys[b][h][g])
+            return output
+
+        self.calls[layer, "attention", "full"] += 1
+        if self._attention_step_is_full(count + 1):
+            return dense
+        if cache.keys is None or config.recompute_mask:
+            cache.keys = [[[] for _ in range(heads)] for _ in range(batch)]
+            for b in range(batch):
+                for h in range(heads):
+                    for g, rows in enumerate(groups):
+                        scores = query[b, h, rows.start : rows.stop].double() @ key[b, h].double().T * scale
+                        column_sums = torch.softmax(scores, dim=-1).sum(dim=0)
+                        group = h * len(groups) + g
+                        cache.keys[b][h].append(self._choose(column_sums.tolist(), keep, random, count, layer, group))
+        cache.difference = dense.clone()
+        for b in range(batch):
+            for h in range(heads):
+                for g, rows in enumerate(groups):
+                    cache.difference[b, h, rows.start : rows.stop] -= sparse(b, h, rows, cache.keys[b][h][g])
+        return dense
+
+    def _attention_step_is_full(self, count: int) -> bool:
+        config = self.config.attn
+        if config.full_step_schedule is not None:
+            return count == 0 or count in config.full_step_schedule
+        return count in (0, 1) or count % config.full_step_every == 0
+
+    def _keys_kept(self, tokens: int) -> tuple[int, int]:
+        """How many of `tokens` keys are kept for their column sum, and how many at random."""
+        config = self.config.attn
+        if config.top_keys >= 1:
+            return tokens, 0
+        multiple = config.counts_multiple_of
+        keep = math.floor(config.top_keys * tokens / multiple + 0.5) * multiple
+        keep = min(max(keep, min(multiple, tokens)), tokens)
+        random = math.floor(config.random_keys * tokens + 0.5)
+        return keep, min(random, tokens - keep)
+
+    # MLP.
+
+    def _mlp(
+        self,
+        layer: int,
+        x: Tensor,
+        activation: Tensor,
+        weight_in: Tensor,
+        bias_in: Tensor | None,
+        weight_out: Tensor,
+        dense: Tensor,
+    ) -> Tensor | None:
+        """Output (B, N, C) of a sparse step of an MLP; None for any other step, whose output is the dense one.
+
+        `activation` (B, N, F) is that of all neurons; `weight_in` (F, C) and `weight_out` (C, F) are fc1 and fc2;
+        `dense` (B, N, C) is the layer's dense output, in a single block the MLP's part of it without bias.
+        """
+        assert self._current is not None
+        config = self.config.mlp
+        batch, tokens, _ = x.shape
+        neurons = activation.shape[-1]
+        groups = _groups(tokens, config.bm)
+        keep, random = self._neurons_kept(neurons)
+        cache = self._current.mlp.setdefault(layer, MlpCache())
+        count = cache.count
+        cache.count += 1
+        everything = keep + random == neurons and config.top_keys < 1
+        if self._stays_dense(layer, config.is_enabled, config.first_n_dense_layers, everything, groups):
+            self.calls[layer, "mlp", "dense"] += 1
+            return None
+
+        def means(b: int, rows: range) -> list[Tensor]:
+            parts = [x[b, rows.start + part.start : rows.start + part.stop] for part in _groups(len(rows), config.mbm)]
+            bias = 0.0 if bias_in is None else bias_in.double()
+            return [part.double().mean(dim=0) @ weight_in.double().T + bias for part in parts]
+
+        if count % config.full_step_every == 0:
+            self.calls[layer, "mlp", "full"] += 1
+            cache.neurons = None
+            cache.activation = activation.clone()
+            cache.output = dense.clone()
+            cache.means = [[means(b, rows) for rows in groups] for b in range(batch)]
+            return None
+
+        assert cache.activation is not None
+        assert cache.output is not None
+        self.calls[layer, "mlp", "sparse"] += 1
+        if count < RENEW_ALWAYS_BEFORE or count % config.block_mask_cache == 0 or cache.neurons is None:
+            cache.neurons = [[] for _ in range(batch)]
+            for b in range(batch):
+                for g, rows in enumerate(groups):
+                    new, old = means(b, rows), cache.means[b][g]
+                    score = sum((abs(n - o) for n, o in zip(new, old, strict=True)), torch.zeros(neurons).to(new[0]))
+                    chosen = self._choose(score.tolist(), keep, random, count, layer, g)
+                    for n, o in zip(new, old, strict=True):
+                        o[chosen] = n[chosen]
+                    cache.neurons[b].append(chosen)
+        for b in range(batch):
+            for g, rows in enumerate(groups):
+                chosen = cache.neurons[b][g]
+                for row in rows:
+                    delta = activation[b, row, chosen] - cache.activation[b, row, chosen]
+                    cache.activation[b, row, chosen] = activation[b, row, chosen]
+                    cache.output[b, row] += delta @ weight_out[:, chosen].T
+        return cache.output.clone()
+
+    def _neurons_kept(self, neurons: int) -> tuple[int, int]:
+        """How many of `neurons` are kept for their score, and how many at random."""
+        config = self.config.mlp
+        if config.top_keys >= 1:
+            return neurons, 0
+        multiple = config.counts_multiple_of
+        total = math.ceil((config.top_keys + config.random_keys) * neurons / multiple) * multiple
+        total = min(max(total, 1), neurons)
+        random = min(math.floor(config.random_keys * neurons), total - 1)
+        return total - random, random
+
+    # What both share.
+
+    def _stays_dense(
+        self, layer: int, enabled: bool, first_dense_layers: int, everything_kept: bool, groups: Sequence[range]
+    ) -> bool:
+        too_few_steps = self.steps is not None and self.steps < self.config.min_steps
+        return not enabled or layer < first_dense_layers or everything_kept or len(groups) < 2 or too_few_steps
+
+    def _choose(self, scores: list[float], keep: int, random: int, step: int, layer: int, group: int) -> list[int]:
+        """The `keep` best indices and `random` more by hash, ascending."""
+        ranking = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+        chosen, others = ranking[:keep], ranking[keep:]
+        if chosen and others:
+            largest = max(abs(scores[chosen[0]]), 1e-300)
+            self.smallest_margin = min(self.smallest_margin, (scores[chosen[-1]] - scores[others[0]]) / largest)
+        others.sort(key=lambda index: (_hash(step, layer, group, index), index))
+        return sorted(chosen + others[:random])
+
+
+class _InterceptAttention(TorchFunctionMode):
+    """Hands a block's joint attention to the oracle, under whatever name the repository calls it."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        super().__init__()
+        self.oracle = oracle
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        oracle = self.oracle
+        if func is not torch.nn.functional.scaled_dot_product_attention or oracle._layer is None:
+            return result
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        call = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        query, key = call["query"], call["key"]
+        joint = query.ndim == 4 and query.shape == key.shape and query.shape[2] == oracle._joint_tokens
+        plain = call.get("attn_mask") is None and not call.get("dropout_p") and not call.get("is_causal")
+        if oracle._current is None or not joint or not plain:
+            return result
+        scale = call.get("scale")
+        if scale is None:
+            scale = query.shape[-1] ** -0.5
+        return oracle._attention(result, query, key, call["value"], scale)
+
+
+def _groups(tokens: int, size: int) -> list[range]:
+    """Consecutive groups of `size` rows, the last one partial."""
+    return [range(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _hash(step: int, layer: int, group: int, index: int) -> int:
+    """A number of 32 bits that only looks random."""
+    golden, bits = 0x9E3779B9, 0xFFFFFFFF
+    mixed = _mix(step)
+    for number in (layer, group):
+        mixed = _mix((number + golden * mixed) & bits)
+    return _mix((index + golden * mixed) & bits)
+
+
+def _mix(h: int) -> int:
+    bits = 0xFFFFFFFF
+    h ^= h >> 16
+    h = h * 0x7FEB352D & bits
+    h ^= h >> 15
+    h = h * 0x846CA68B & bits
+    return h ^ (h >> 16)
