@@ -398,19 +398,19 @@ class Oracle:
             cache.neurons = [[] for _ in range(batch)]
             for b in range(batch):
                 for g, rows in enumerate(groups):
-                    new, old = means(b, rows), cache.means[b][g]
-                    score = sum((abs(n - o) for n, o in zip(new, old, strict=True)), torch.zeros(neurons).to(new[0]))
+                    now, before = means(b, rows), cache.means[b][g]
+                    score = torch.stack([abs(n - o) for n, o in zip(now, before, strict=True)]).sum(dim=0)
                     chosen = self._choose(score.tolist(), keep, random, count, layer, g)
-                    for n, o in zip(new, old, strict=True):
+                    for n, o in zip(now, before, strict=True):
                         o[chosen] = n[chosen]
                     cache.neurons[b].append(chosen)
         for b in range(batch):
             for g, rows in enumerate(groups):
                 chosen = cache.neurons[b][g]
-                for row in rows:
-                    delta = activation[b, row, chosen] - cache.activation[b, row, chosen]
-                    cache.activation[b, row, chosen] = activation[b, row, chosen]
-                    cache.output[b, row] += delta @ weight_out[:, chosen].T
+                span = slice(rows.start, rows.stop)
+                new, old = activation[b, span][:, chosen], cache.activation[b, span][:, chosen]
+                cache.output[b, span] += (new - old) @ weight_out[:, chosen].T
+                cache.activation[b, span, chosen] = new
         return cache.output.clone()
 
     def _neurons_kept(self, neurons: int) -> tuple[int, int]:
@@ -439,7 +439,8 @@ class Oracle:
         if chosen and others:
             largest = max(abs(scores[chosen[0]]), 1e-300)
             self.smallest_margin = min(self.smallest_margin, (scores[chosen[-1]] - scores[others[0]]) / largest)
-        others.sort(key=lambda index: (_hash(step, layer, group, index), index))
+        if random:
+            others.sort(key=lambda index: (_hash(step, layer, group, index), index))
         return sorted(chosen + others[:random])
 
 
@@ -454,9 +455,9 @@ class _InterceptAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        oracle = self.oracle
-        if func is not torch.nn.functional.scaled_dot_product_attention or oracle._layer is None:
+        if func is not torch.nn.functional.scaled_dot_product_attention or self.oracle._layer is None:
             return result
+        oracle = self.oracle
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         call = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
         query, key = call["query"], call["key"]
