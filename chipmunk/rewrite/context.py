@@ -1,0 +1,162 @@
+"""What a patch's rule works with: the repository, the models found in it, and the edits and sites it reports."""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from chipmunk.rewrite.flow import Step
+from chipmunk.rewrite.plan import LoopFacts, Site, SiteStatus
+from chipmunk.rewrite.repository import External, Function, Module, Repository
+from chipmunk.rewrite.roles import Model, Roles
+from chipmunk.rewrite.source import PACKAGE, Edit, Source, import_edit, runtime_name
+from chipmunk.rewrite.syntax import dotted, parameters
+
+
+
+class Context:
+    """One run of all rules over a repository. Rules call `replace`, `insert` and their like, then report a site."""
+
+    def __init__(self, repository: Repository, roles: Roles, *, located: bool = True) -> None:
+        """`located`: whether sites need their lines; working out positions is half of the time of a run."""
+        self._located = located
+        self.repository = repository
+        self.models: list[Model] = roles.models
+        self.roles = roles
+        self.edits: dict[str, set[Edit]] = {}
+        self.sites: dict[tuple[str, int, str, str], Site] = {}
+        self.loops: dict[int, list[LoopFacts]] = {}
+        """Sampling loops, by the model's place in `models`."""
+        self.patch = ""
+        """Name of the patch whose rule is running."""
+        self._needs_import: set[str] = set()
+
+    # Reporting
+
+    def site(self, source: Source, node: cst.CSTNode, status: SiteStatus, reason: str, *, matched: str | None = None) -> None:
+        """Report one place. Reported twice, by way of two models say, it is listed once; patched wins over left dense."""
+        if not self._located:
+            self.sites[source.path, id(node), self.patch, ""] = Site(source.path, 0, self.patch, status, "", reason)
+            return
+        site = Site(source.path, source.line(node), self.patch, status, matched or source.summary(node), reason)
+        key = (site.file, site.line, site.patch, site.matched)
+        ranks = [SiteStatus.LEFT_DENSE, SiteStatus.ALREADY, SiteStatus.REFUSED, SiteStatus.PATCHED]
+        known = self.sites.get(key)
+        if known is None or ranks.index(known.status) < ranks.index(status):
+            self.sites[key] = site
+
+    def patched(self, source: Source, node: cst.CSTNode, reason: str, *, matched: str | None = None) -> None:
+        self.site(source, node, SiteStatus.PATCHED, reason, matched=matched)
+
+    def already(self, source: Source, node: cst.CSTNode, reason: str, *, matched: str | None = None) -> None:
+        self.site(source, node, SiteStatus.ALREADY, reason, matched=matched)
+
+    def left_dense(self, source: Source, node: cst.CSTNode, reason: str, *, matched: str | None = None) -> None:
+        self.site(source, node, SiteStatus.LEFT_DENSE, reason, matched=matched)
+
+    # Names
+
+    def runtime(self, source: Source) -> str:
+        """The name of the runtime in this file (`chipmunk`), which will be imported if it is not yet."""
+        name, imported = runtime_name(source)
+        if not imported:
+            self._needs_import.add(source.path)
+        return name
+
+    def runtime_call(self, node: cst.CSTNode | None, function: Function | Module, step: Step | None = None) -> str | None:
+        """`attention` if the node calls `chipmunk.attention`, whatever the import is called; None otherwise."""
+        if not isinstance(node, cst.Call) or dotted(node.func) is None:
+            return None
+        meaning = self.repository.resolve(node.func, function, step)
+        if isinstance(meaning, External) and meaning.name.startswith(PACKAGE + ".") and meaning.name.count(".") == 1:
+            return meaning.name.split(".")[1]
+        return None
+
+    # Editing
+
+    def edit(self, source: Source, start: int, end: int, text: str) -> None:
+        """Replace the bytes `start:end` of the file's text."""
+        self.edits.setdefault(source.path, set()).add(Edit(start, end, text.replace("\n", source.newline)))
+
+    def replace(self, source: Source, node: cst.CSTNode, text: str) -> None:
+        self.edit(source, *source.span(node), text)
+
+    def insert_before(self, source: Source, node: cst.CSTNode, text: str) -> None:
+        start = source.span(node)[0]
+        self.edit(source, start, start, text)
+
+    def insert_after(self, source: Source, node: cst.CSTNode, text: str) -> None:
+        end = source.span(node)[1]
+        self.edit(source, end, end, text)
+
+    def prepend_arguments(self, source: Source, call: cst.Call, texts: list[str]) -> None:
+        """Put arguments before the call's first, each on its own line if the first has one."""
+        first = call.args[0]
+        separator = ", "
+        if source.starts_line(first) and self._alone(source, first):
+            separator = ",\n" + source.indentation(first)
+        self.insert_before(source, first, "".join(text + separator for text in texts))
+
+    def append_argument(self, source: Source, call: cst.Call, text: str) -> None:
+        """Put an argument after the call's last."""
+        if call.args:
+            self._append(source, call.args[-1], text)
+        else:
+            at = source.span(call)[1] - 1 - sum(1 for _ in call.rpar)
+            self.edit(source, at, at, text)
+
+    def append_parameter(self, source: Source, function: cst.FunctionDef, text: str) -> None:
+        """Put a named parameter at the end of the signature, before `**kwargs`."""
+        names = function.params
+        items: list[cst.CSTNode] = list(parameters(function))
+        if isinstance(names.star_arg, cst.Param) and not names.kwonly_params:
+            items.append(names.star_arg)
+        if not names.params and not names.kwonly_params and not isinstance(names.star_arg, cst.Param) and names.posonly_params:
+            assert isinstance(names.posonly_ind, cst.ParamSlash)
+            items.append(names.posonly_ind)
+        if items:
+            self._append(source, items[-1], text)
+        elif names.star_kwarg is not None:
+            self.insert_before(source, names.star_kwarg, text + ", ")
+        else:
+            start = source.span(function.name)[1]
+            at = source.text.index(b"(", start) + 1
+            self.edit(source, at, at, text)
+
+    def _append(self, source: Source, item: cst.CSTNode, text: str) -> None:
+        """Put `text` after `item` of a list in parentheses, in the list's own style."""
+        end = source.span(item)[1]
+        comma = getattr(item, "comma", None)
+        has_comma = isinstance(comma, cst.Comma)
+        if source.starts_line(item) and self._alone(source, item):
+            line_end = source.line_at(end)[1]
+            indentation = source.indentation(item)
+            if not has_comma and line_end == end:
+                self.edit(source, end, end, f",\n{indentation}{text}")
+                return
+            if not has_comma:
+                self.edit(source, end, end, ",")
+            self.edit(source, line_end, line_end, f"\n{indentation}{text}" + ("," if has_comma else ""))
+        else:
+            self.edit(source, end, end, f", {text}")
+
+    @staticmethod
+    def _alone(source: Source, item: cst.CSTNode) -> bool:
+        """Whether nothing but a comma and a comment follows the item on its line."""
+        end = source.span(item)[1]
+        rest = source.text[end : source.line_at(end)[1]].decode("utf-8").strip().removeprefix(",").strip()
+        return not rest or rest.startswith("#")
+
+    # Results
+
+    def results(self) -> dict[str, bytes]:
+        """The new bytes of each changed file, imports added."""
+        changed: dict[str, bytes] = {}
+        for path, edits in self.edits.items():
+            module = self.repository.module(path)
+            assert module is not None
+            name, imported = runtime_name(module.source)
+            extra = set()
+            if path in self._needs_import and not imported:
+                extra.add(import_edit(module.source, name, self.repository.own_names))
+            changed[path] = module.source.apply(edits | extra)
+        return changed

@@ -1,0 +1,156 @@
+"""From the bytes of a repository to a plan: find the models, run the rules, prove the result."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Mapping
+
+from chipmunk.registry import Registry
+from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.plan import BlockFacts, FileChange, ModelFacts, Plan, Site, SiteStatus
+from chipmunk.rewrite.repository import Module, Repository
+from chipmunk.rewrite.roles import Block, Model, find_roles
+from chipmunk.rewrite.source import OverlapError, SourceError
+
+ALIASES = {"mlp": ("double-mlp", "single-mlp")}
+# A block's sparse state comes from the model's forward: these patches do nothing without that one.
+_NEED_FORWARD = {"attention", "double-mlp", "single-mlp"}
+_FORWARD = "model-forward"
+
+Progress = Callable[[str, int, int], None]
+"""Called with the name of the step, how much of it is done, and how much there is."""
+
+
+class SelectionError(Exception):
+    """`only` or `target` names something that the registry does not hold."""
+
+
+def select(registry: Registry, only: Collection[str] | None) -> list[str]:
+    """Names of the patches to run, in the registry's order. Raises SelectionError for an unknown name."""
+    if only is None:
+        return list(registry.patches)
+    chosen: set[str] = set()
+    for name in only:
+        parts = ALIASES.get(name, (name,))
+        unknown = [part for part in parts if part not in registry.patches]
+        if unknown:
+            known = ", ".join([*registry.patches, *ALIASES])
+            raise SelectionError(f"There is no patch called {unknown[0]}. Known: {known}.")
+        chosen.update(parts)
+    if chosen & _NEED_FORWARD and _FORWARD in registry.patches:
+        chosen.add(_FORWARD)
+    return [name for name in registry.patches if name in chosen]
+
+
+def plan_repository(
+    files: Mapping[str, bytes],
+    registry: Registry,
+    *,
+    only: Collection[str] | None = None,
+    target: str | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """What patching the repository would do.
+
+    `files`: every Python file, by its path from the root with forward slashes. `only`: names of patches (`mlp` means
+    both MLPs). `target`: the target's name, instead of asking each whether it recognises the repository.
+    Nothing is read or written. Raises SelectionError for unknown names.
+    """
+    if target is not None and target not in registry.targets:
+        raise SelectionError(f"There is no target called {target}. Known: {', '.join(registry.targets)}.")
+    chosen = select(registry, only)
+    repository, context = _run(files, registry, chosen, {}, progress)
+    sites = [*context.sites.values(), *_refused(repository, context)]
+    facts = tuple(_facts(model, index, context) for index, model in enumerate(context.models))
+    try:
+        after = context.results()
+        problem = _check(files, after, repository, registry, chosen)
+    except OverlapError as error:
+        after, problem = {}, ("chipmunk", str(error))
+    if problem is not None:
+        patch, reason = problem
+        sites = [_refuse(site, f"{reason}; nothing was changed") if site.status is SiteStatus.PATCHED else site for site in sites]
+        if not any(site.status is SiteStatus.REFUSED for site in sites):
+            sites.append(Site(next(iter(after), ""), 1, patch, SiteStatus.REFUSED, "", reason))
+        after = {}
+    changes = tuple(FileChange(path, files[path], after[path]) for path in sorted(after) if after[path] != files[path])
+    if target is None:
+        target = next((t.name for t in registry.targets.values() if facts and t.recognise(facts, files)), None)
+    ordered = tuple(sorted(sites, key=lambda s: (s.file, s.line, s.patch)))
+    return Plan(target, changes, ordered, facts, {name: registry.patches[name].version for name in chosen})
+
+
+def _run(
+    files: Mapping[str, bytes],
+    registry: Registry,
+    chosen: list[str],
+    parsed: Mapping[str, Module | SourceError],
+    progress: Progress | None,
+    *,
+    located: bool = True,
+) -> tuple[Repository, Context]:
+    repository = Repository(files, parsed)
+    total = len(chosen) + 1
+    if progress is not None:
+        progress("finding models", 0, total)
+    context = Context(repository, find_roles(repository), located=located)
+    for index, name in enumerate(chosen):
+        if progress is not None:
+            progress(name, index + 1, total)
+        context.patch = name
+        registry.patches[name].rule(context)
+    return repository, context
+
+
+def _check(
+    files: Mapping[str, bytes], after: Mapping[str, bytes], repository: Repository, registry: Registry, chosen: list[str]
+) -> tuple[str, str] | None:
+    """Why the result must not be written: it does not compile, or a second run would change it again."""
+    for path, content in after.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the file's own, about escapes in its strings, say
+                compile(content, path, "exec", dont_inherit=True)
+        except (SyntaxError, ValueError) as error:
+            return "chipmunk", f"the changed {path} would not compile ({error})"
+    if not after:
+        return None
+    # Names resolve differently only through the changed files; the others are parsed already.
+    kept = {path: module for path, module in repository.parsed.items() if path not in after}
+    _, context = _run({**files, **after}, registry, chosen, kept, None, located=False)
+    for site in context.sites.values():
+        if site.status is SiteStatus.PATCHED:
+            return site.patch, f"a second run would change {site.file}:{site.line} again"
+    return None
+
+
+def _refuse(site: Site, reason: str) -> Site:
+    return Site(site.file, site.line, site.patch, SiteStatus.REFUSED, site.matched, reason)
+
+
+def _refused(repository: Repository, context: Context) -> list[Site]:
+    """Files that could not be parsed: only those that the model or its loops may need have been tried."""
+    return [
+        Site(path, error.line, error.step, SiteStatus.REFUSED, path, f"the file is left as it is: {error.reason}")
+        for path, error in repository.unreadable.items()
+    ]
+
+
+def _facts(model: Model, index: int, context: Context) -> ModelFacts:
+    return ModelFacts(
+        file=model.owner.source.path,
+        name=model.name,
+        double=model.double,
+        single=model.single,
+        image=model.image,
+        ids=model.ids,
+        double_block=_block_facts(model.double_block),
+        single_block=_block_facts(model.single_block),
+        loops=tuple(context.loops.get(index, ())),
+    )
+
+
+def _block_facts(block: Block) -> BlockFacts:
+    return BlockFacts(
+        block.owner.source.path, block.owner.name, block.attention, block.mlp, block.linear_in, block.linear_out
+    )

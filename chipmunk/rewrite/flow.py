@@ -1,0 +1,251 @@
+"""What happens to values inside one function: which assignment a name stands for, and which parameters reach a value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import libcst as cst
+
+from chipmunk.rewrite.syntax import children, dotted, elements, parameters, self_attribute, target_names, walk
+
+# `x.shape[1]` or `like.dtype` say something about a tensor, but carry none of its values.
+_DESCRIPTIONS = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda"}
+_DESCRIBING_CALLS = {"size", "dim", "numel", "stride"}
+_CASTS = {"to", "type_as", "view_as", "expand_as"}
+
+Chain = tuple[tuple[cst.CSTNode, str], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A simple statement, or the head of a compound one (`for … in …:`), in the order of the text."""
+
+    index: int
+    node: cst.CSTNode
+    statement: cst.CSTNode
+    """The whole line or the compound statement that `node` belongs to."""
+    expressions: tuple[cst.CSTNode, ...]
+    chain: Chain
+    """The compound statements around it, outermost first, each with the branch it stands in."""
+
+    @property
+    def loops(self) -> list[cst.For]:
+        return [node for node, branch in self.chain if isinstance(node, cst.For) and branch == "body"]
+
+
+@dataclass(frozen=True, eq=False)
+class Binding:
+    """A name (`img`, `self.model`) that gets a value. `path`: which element of the value, () for all of it."""
+
+    name: str
+    value: cst.BaseExpression | None
+    path: tuple[int, ...]
+    step: Step
+    augmented: bool = False
+
+
+@dataclass(eq=False)
+class Scope:
+    """The statements of a function, or of a module outside its functions and classes."""
+
+    node: cst.FunctionDef | cst.Module
+    outer: Scope | None = None
+    steps: list[Step] = field(default_factory=list)
+    bindings: dict[str, list[Binding]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._read(self.node.body, ())
+
+    @property
+    def function(self) -> cst.FunctionDef:
+        assert isinstance(self.node, cst.FunctionDef)
+        return self.node
+
+    @cached_property
+    def parameters(self) -> list[str]:
+        return [p.name.value for p in parameters(self.node)] if isinstance(self.node, cst.FunctionDef) else []
+
+    @property
+    def receiver(self) -> str:
+        """The name of the first parameter, `self` in a method."""
+        return self.parameters[0] if self.parameters else "self"
+
+    # Reading the statements
+
+    def _read(self, body: object, chain: Chain) -> None:
+        for statement in body.body if isinstance(body, (cst.BaseSuite, cst.Module)) else ():
+            if isinstance(statement, cst.SimpleStatementLine):
+                for small in statement.body:
+                    self._simple(small, statement, chain)
+            elif isinstance(statement, cst.BaseSmallStatement):
+                self._simple(statement, statement, chain)
+            elif isinstance(statement, (cst.FunctionDef, cst.ClassDef)):
+                # A function inside a function runs with its names; those of a module are scopes of their own.
+                if isinstance(self.node, cst.FunctionDef) and isinstance(statement, cst.FunctionDef):
+                    self._add(statement, statement, tuple(statement.decorators), chain)
+                    self._read(statement.body, (*chain, (statement, "body")))
+            else:
+                self._compound(statement, chain)
+
+    def _compound(self, statement: cst.CSTNode, chain: Chain) -> None:
+        heads: list[cst.CSTNode] = []
+        branches: list[tuple[str, object]] = []
+        for name in ("test", "iter", "subject", "items"):
+            head = getattr(statement, name, None)
+            heads += head if isinstance(head, (list, tuple)) else [head] if head is not None else []
+        step = self._add(statement, statement, tuple(heads), chain)
+        if isinstance(statement, cst.For):
+            self._bind(statement.target, statement.iter, step, element=True)
+        for item in statement.items if isinstance(statement, cst.With) else ():
+            if item.asname is not None:
+                self._bind(item.asname.name, item.item, step)
+        for name in ("body", "handlers", "cases", "orelse", "finalbody"):
+            part = getattr(statement, name, None)
+            branches += [(f"{name}{i}", p) for i, p in enumerate(part)] if isinstance(part, (list, tuple)) else [(name, part)]
+        for name, part in branches:
+            if isinstance(part, cst.If):  # elif
+                self._compound(part, (*chain, (statement, name)))
+            elif isinstance(part, cst.BaseSuite):
+                self._read(part, (*chain, (statement, name)))
+            elif isinstance(part, cst.CSTNode) and isinstance(getattr(part, "body", None), cst.BaseSuite):
+                self._read(part.body, (*chain, (statement, name)))  # type: ignore[attr-defined]
+
+    def _simple(self, small: cst.BaseSmallStatement, statement: cst.CSTNode, chain: Chain) -> None:
+        if isinstance(small, (cst.Import, cst.ImportFrom)):
+            step = self._add(small, statement, (), chain)
+            for alias in small.names if isinstance(small.names, (list, tuple)) else ():
+                name = alias.evaluated_alias or alias.evaluated_name.split(".")[0]
+                self.bindings.setdefault(name, []).append(Binding(name, None, (), step))
+            return
+        step = self._add(small, statement, tuple(children(small)), chain)
+        if isinstance(small, cst.Assign):
+            for target in small.targets:
+                self._bind(target.target, small.value, step)
+        elif isinstance(small, cst.AnnAssign) and small.value is not None:
+            self._bind(small.target, small.value, step)
+        elif isinstance(small, cst.AugAssign):
+            self._bind(small.target, small.value, step, augmented=True)
+
+    def _add(self, node: cst.CSTNode, statement: cst.CSTNode, expressions: tuple[cst.CSTNode, ...], chain: Chain) -> Step:
+        step = Step(len(self.steps), node, statement, expressions, chain)
+        self.steps.append(step)
+        for expression in expressions:
+            for inner in walk(expression):
+                if isinstance(inner, cst.NamedExpr):
+                    self._bind(inner.target, inner.value, step)
+        return step
+
+    def _bind(
+        self, target: cst.BaseExpression, value: cst.BaseExpression, step: Step, *, augmented: bool = False, element: bool = False
+    ) -> None:
+        for name, path in target_names(target):
+            chosen, rest = (value, path) if element else _element(value, path)
+            binding = Binding(name, chosen, (-1, *rest) if element else rest, step, augmented)
+            self.bindings.setdefault(name, []).append(binding)
+
+    # Asking
+
+    def calls(self) -> Iterator[tuple[cst.Call, Step]]:
+        """Every call, in the order of the text, with the statement it stands in."""
+        for step in self.steps:
+            for expression in step.expressions:
+                for node in walk(expression):
+                    if isinstance(node, cst.Call):
+                        yield node, step
+
+    def reaching(self, name: str, step: Step) -> list[Binding]:
+        """The assignments whose value `name` may have where `step` uses it, the latest first."""
+        found: list[Binding] = []
+        for binding in reversed(self.bindings.get(name, ())):
+            if binding.step.index >= step.index or _exclusive(binding.step.chain, step.chain):
+                continue
+            found.append(binding)
+            if not binding.augmented and step.chain[: len(binding.step.chain)] == binding.step.chain:
+                break
+        return found
+
+    def is_definite(self, found: list[Binding], step: Step) -> bool:
+        """Whether one of the assignments happens whenever `step` is reached."""
+        return any(not b.augmented and step.chain[: len(b.step.chain)] == b.step.chain for b in found)
+
+    def roots(self, node: cst.CSTNode, step: Step) -> frozenset[str]:
+        """The parameters whose values may be part of the expression's value (shapes and dtypes do not count)."""
+        found: set[str] = set()
+        self._roots(node, step, found, set())
+        return frozenset(found)
+
+    def _roots(self, node: cst.CSTNode, step: Step, found: set[str], seen: set[tuple[str, int]]) -> None:
+        for name in value_names(node):
+            if (name, step.index) in seen:
+                continue
+            seen.add((name, step.index))
+            bindings = self.reaching(name, step)
+            for binding in bindings:
+                if binding.value is not None:
+                    self._roots(binding.value, binding.step, found, seen)
+            if name in self.parameters and not self.is_definite(bindings, step):
+                found.add(name)
+
+
+def _element(value: cst.BaseExpression, path: tuple[int, ...]) -> tuple[cst.BaseExpression, tuple[int, ...]]:
+    """Follow `path` into tuple displays: what `b` gets in `a, b = f(), g()` is `g()`."""
+    while path:
+        parts = elements(value)
+        if parts is None or path[0] >= len(parts):
+            break
+        value, path = parts[path[0]], path[1:]
+    return value, path
+
+
+def _exclusive(first: Chain, second: Chain) -> bool:
+    """Whether two places stand in different branches of the same statement, so that only one of them runs."""
+    for (node, branch), (other, other_branch) in zip(first, second):
+        if node is not other:
+            return False
+        if branch != other_branch:
+            return isinstance(node, (cst.If, cst.Match))
+    return False
+
+
+def value_names(node: cst.CSTNode) -> Iterator[str]:
+    """Names whose values flow into the expression; dotted for attributes of plain names (`self.x`)."""
+    if isinstance(node, cst.Name):
+        yield node.value
+    elif isinstance(node, cst.Attribute):
+        if node.attr.value in _DESCRIPTIONS:
+            return
+        name = dotted(node)
+        if name is not None:
+            yield name
+        yield from value_names(node.value)
+    elif isinstance(node, cst.Call):
+        if isinstance(node.func, cst.Attribute):
+            if node.func.attr.value in _DESCRIBING_CALLS:
+                return
+            yield from value_names(node.func.value)
+            if node.func.attr.value in _CASTS:
+                return
+        else:
+            yield from value_names(node.func)
+        for arg in node.args:
+            yield from value_names(arg.value)
+    elif isinstance(node, cst.Subscript):
+        yield from value_names(node.value)  # an index chooses values, and is none
+    elif isinstance(node, cst.Lambda):
+        yield from value_names(node.body)
+    elif isinstance(node, cst.IfExp):
+        yield from value_names(node.body)
+        yield from value_names(node.orelse)
+    else:
+        for part in children(node):
+            yield from value_names(part)
+
+
+def mentions(node: cst.CSTNode, name: str) -> bool:
+    """Whether a plain name occurs anywhere below the node."""
+    return any(isinstance(n, cst.Name) and n.value == name for n in walk(node))
+
+
+__all__ = ["Binding", "Scope", "Step", "mentions", "self_attribute", "value_names"]

@@ -1,0 +1,375 @@
+"""The repository as a program: what a name in one file means, followed through imports into other files."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePosixPath
+
+import libcst as cst
+
+from chipmunk.rewrite.flow import Scope, Step
+from chipmunk.rewrite.source import Source, SourceError
+from chipmunk.rewrite.syntax import dotted, self_attribute, walk
+
+_FOLLOW = 6  # imports of imports
+
+
+@dataclass(eq=False)
+class Function:
+    """A function or method of the repository."""
+
+    module: Module
+    node: cst.FunctionDef
+    owner: Class | None = None
+
+    @cached_property
+    def scope(self) -> Scope:
+        return Scope(self.node, self.module.scope)
+
+    @property
+    def name(self) -> str:
+        return self.node.name.value if self.owner is None else f"{self.owner.name}.{self.node.name.value}"
+
+    @property
+    def source(self) -> Source:
+        return self.module.source
+
+    @cached_property
+    def is_static(self) -> bool:
+        return any(dotted(d.decorator) == "staticmethod" for d in self.node.decorators)
+
+    @property
+    def receivers(self) -> int:
+        """How many leading parameters a call does not give: 1 for `self`."""
+        return 1 if self.owner is not None and not self.is_static else 0
+
+
+@dataclass(eq=False)
+class Class:
+    """A class of the repository, with its methods."""
+
+    module: Module
+    node: cst.ClassDef
+    methods: dict[str, Function] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.node.name.value
+
+    @property
+    def source(self) -> Source:
+        return self.module.source
+
+
+@dataclass(frozen=True)
+class External:
+    """Something that the repository imports from elsewhere, by its full name."""
+
+    name: str
+
+
+Meaning = Function | Class | External
+
+
+class Module:
+    """One file's definitions and imports."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.functions: dict[str, Function] = {}
+        self.classes: dict[str, Class] = {}
+        self.duplicates: list[Class] = []
+        """Classes that a later class of the same name replaces: dead code."""
+        self.imports: dict[str, tuple[str, str | None]] = {}
+        """Name → (module, name in it or None for the module itself); leading dots for relative ones."""
+        self.stars: list[str] = []
+        self._read(source.module.body)
+
+    @property
+    def path(self) -> str:
+        return self.source.path
+
+    @cached_property
+    def scope(self) -> Scope:
+        """The statements outside functions and classes."""
+        return Scope(self.source.module)
+
+    def all_functions(self) -> list[Function]:
+        """Functions and methods, live ones only."""
+        methods = [method for owner in self.classes.values() for method in owner.methods.values()]
+        return [*self.functions.values(), *methods]
+
+    def _read(self, body: object) -> None:
+        for statement in body if isinstance(body, (list, tuple)) else ():
+            if isinstance(statement, cst.SimpleStatementLine):
+                for small in statement.body:
+                    self.imports.update(imported_names(small))
+                    if isinstance(small, cst.ImportFrom) and isinstance(small.names, cst.ImportStar):
+                        self.stars.append(_module_name(small))
+            elif isinstance(statement, cst.FunctionDef):
+                self.functions[statement.name.value] = Function(self, statement)
+            elif isinstance(statement, cst.ClassDef):
+                found = Class(self, statement)
+                for part in statement.body.body:
+                    if isinstance(part, cst.FunctionDef):
+                        found.methods[part.name.value] = Function(self, part, found)
+                if found.name in self.classes:
+                    self.duplicates.append(self.classes[found.name])
+                self.classes[found.name] = found
+            elif isinstance(statement, (cst.If, cst.Try, cst.With)):
+                self._read(statement.body.body)
+                for part in (*getattr(statement, "handlers", ()), getattr(statement, "orelse", None)):
+                    if isinstance(part, cst.If):
+                        self._read([part])
+                    elif part is not None:
+                        self._read(part.body.body)
+
+
+def imported_names(small: cst.CSTNode) -> dict[str, tuple[str, str | None]]:
+    """What an import statement binds."""
+    found: dict[str, tuple[str, str | None]] = {}
+    if isinstance(small, cst.Import):
+        for alias in small.names:
+            name, alias_name = alias.evaluated_name, alias.evaluated_alias
+            found[alias_name or name.split(".")[0]] = (name if alias_name else name.split(".")[0], None)
+    elif isinstance(small, cst.ImportFrom) and not isinstance(small.names, cst.ImportStar):
+        for alias in small.names:
+            found[alias.evaluated_alias or alias.evaluated_name] = (_module_name(small), alias.evaluated_name)
+    return found
+
+
+def _module_name(node: cst.ImportFrom) -> str:
+    return "." * len(node.relative) + (dotted(node.module) or "")
+
+
+class Repository:
+    """All Python files; parsed when first asked for. Files that cannot be parsed are kept in `unreadable`."""
+
+    def __init__(self, files: Mapping[str, bytes], parsed: Mapping[str, Module | SourceError] | None = None) -> None:
+        self.files = files
+        self._modules: dict[str, Module | SourceError] = dict(parsed or {})
+        self._classes_built: dict[tuple[int, str], list[Class]] = {}
+
+    @property
+    def parsed(self) -> dict[str, Module | SourceError]:
+        return self._modules
+
+    @property
+    def unreadable(self) -> dict[str, SourceError]:
+        return {path: found for path, found in self._modules.items() if isinstance(found, SourceError)}
+
+    def module(self, path: str) -> Module | None:
+        """The file at `path`, parsed; None if it cannot be."""
+        if path not in self._modules:
+            try:
+                self._modules[path] = Module(Source(path, self.files[path]))
+            except SourceError as error:
+                self._modules[path] = error
+        found = self._modules[path]
+        return found if isinstance(found, Module) else None
+
+    @cached_property
+    def own_names(self) -> set[str]:
+        """Names under which the repository's own code can be imported."""
+        names: set[str] = set()
+        for path in self.files:
+            parts = PurePosixPath(path).with_suffix("").parts
+            names.update(parts)
+        return names
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """Last part of a module's dotted name → the files that may be it."""
+        found: dict[str, list[str]] = {}
+        for path in sorted(self.files):
+            parts = _parts(path)
+            if parts:
+                found.setdefault(parts[-1], []).append(path)
+        return found
+
+    # Imports
+
+    def find_module(self, name: str, importer: str) -> str | None:
+        """The file that `import name`, or `from name import …`, means in the file `importer`."""
+        folder = PurePosixPath(importer).parent
+        if name.startswith("."):
+            level = len(name) - len(name.lstrip("."))
+            for _ in range(level - 1):
+                folder = folder.parent
+            base = [*folder.parts, *(p for p in name.lstrip(".").split(".") if p)]
+            return self._file_of(base)
+        parts = name.split(".")
+        if not parts[-1] or parts[0] in sys.stdlib_module_names and len(parts) == 1:
+            return None
+        candidates: list[tuple[bool, int, int, str]] = []
+        for path in self._by_name.get(parts[-1], ()):
+            own = _parts(path)
+            if own[-len(parts) :] != parts:
+                continue
+            root = own[: len(own) - len(parts)]
+            # A folder inside a package is on the import path only for scripts that lie in that very folder.
+            if self._is_package(root) and tuple(root) != folder.parts:
+                continue
+            shared = _shared(root, list(folder.parts))
+            candidates.append((self._is_package(root), -shared, len(root), path))
+        return min(candidates)[3] if candidates else None
+
+    def _file_of(self, parts: list[str]) -> str | None:
+        for path in ("/".join(parts) + ".py", "/".join([*parts, "__init__.py"])):
+            if path in self.files:
+                return path
+        return None
+
+    def _is_package(self, parts: list[str]) -> bool:
+        return bool(parts) and "/".join([*parts, "__init__.py"]) in self.files
+
+    # Names
+
+    def resolve(self, expression: cst.CSTNode | str | None, function: Function | Module, step: Step | None = None) -> Meaning | None:
+        """What a name or dotted name means inside `function` (at `step`, if given); None if unknown."""
+        name = expression if isinstance(expression, str) else dotted(expression)
+        if name is None:
+            return None
+        first, *rest = name.split(".")
+        module = function if isinstance(function, Module) else function.module
+        if isinstance(function, Function):
+            scope = function.scope
+            if first in scope.bindings:
+                return self._local(first, rest, function, step)
+            if first in scope.parameters:
+                if function.owner is not None and first == scope.receiver and len(rest) == 1:
+                    return self.method(function.owner, rest[0])
+                return None
+        return self._in_module(module, first, rest, 0)
+
+    def _local(self, first: str, rest: list[str], function: Function, step: Step | None) -> Meaning | None:
+        """A name that the function binds itself: an import inside it, or another name for something known."""
+        scope = function.scope
+        bindings = scope.bindings[first] if step is None else scope.reaching(first, step)
+        for binding in bindings:
+            imported = imported_names(binding.step.node)
+            if first in imported:
+                return self._imported(*imported[first], rest, function.module, 0)
+            if binding.value is not None and not binding.path and dotted(binding.value) not in (None, first):
+                return self.resolve(".".join([dotted(binding.value) or "", *rest]), function, binding.step)
+        return None
+
+    def _in_module(self, module: Module, first: str, rest: list[str], depth: int) -> Meaning | None:
+        if depth > _FOLLOW:
+            return None
+        if first in module.classes:
+            owner = module.classes[first]
+            return owner if not rest else self.method(owner, rest[0])
+        if first in module.functions and not rest:
+            return module.functions[first]
+        if first in module.imports:
+            return self._imported(*module.imports[first], rest, module, depth)
+        for binding in reversed(module.scope.bindings.get(first, ())):
+            name = dotted(binding.value)
+            if name is not None and not binding.path and name.split(".")[0] != first:
+                head, *tail = name.split(".")
+                return self._in_module(module, head, [*tail, *rest], depth + 1)
+            return None
+        for star in module.stars:
+            path = self.find_module(star, module.path)
+            other = self.module(path) if path is not None else None
+            found = self._in_module(other, first, rest, depth + 1) if other is not None else None
+            if found is not None and not isinstance(found, External):
+                return found
+        return None
+
+    def _imported(self, name: str, attribute: str | None, rest: list[str], module: Module, depth: int) -> Meaning | None:
+        parts = ([attribute] if attribute is not None else []) + rest
+        # `from . import layers`, `import flux.math` and `from flux import math` all name a module in the end.
+        for taken in range(len(parts), -1, -1):
+            dots = name if name.endswith(".") or not parts[:taken] else name + "."
+            path = self.find_module(dots + ".".join(parts[:taken]), module.path)
+            other = self.module(path) if path is not None else None
+            if other is not None and parts[taken:]:
+                found = self._in_module(other, parts[taken], parts[taken + 1 :], depth + 1)
+                if found is not None:
+                    return found
+        return External(".".join([name, *parts])) if not name.startswith(".") else None
+
+    # Classes
+
+    def bases(self, owner: Class) -> list[Class]:
+        """The class and those it inherits from, as far as they are in the repository, nearest first."""
+        found = [owner]
+        for current in found:
+            for base in current.node.bases:
+                meaning = self.resolve(base.value, current.module)
+                if isinstance(meaning, Class) and meaning not in found and len(found) < 10:
+                    found.append(meaning)
+        return found
+
+    def method(self, owner: Class, name: str) -> Function | None:
+        return next((c.methods[name] for c in self.bases(owner) if name in c.methods), None)
+
+    def values_of(self, owner: Class, attribute: str) -> list[tuple[cst.BaseExpression, Function, Step]]:
+        """The expressions that any method assigns to `self.attribute`, or appends to it."""
+        found: list[tuple[cst.BaseExpression, Function, Step]] = []
+        for current in self.bases(owner):
+            for method in current.methods.values():
+                scope = method.scope
+                for binding in scope.bindings.get(f"{scope.receiver}.{attribute}", ()):
+                    if binding.value is not None and not binding.path:
+                        found.append((binding.value, method, binding.step))
+        return found
+
+    def classes_in(self, owner: Class, attribute: str) -> list[Class]:
+        """The classes of the objects in `self.attribute`: one for a sub-module, those of a list's elements."""
+        key = (id(owner), attribute)
+        if key not in self._classes_built:
+            found: list[Class] = []
+            for value, method, step in self.values_of(owner, attribute):
+                self._built(value, method, step, found, 0)
+            for current in self.bases(owner):
+                for method in current.methods.values():
+                    for call, step in method.scope.calls():
+                        function = call.func
+                        if not isinstance(function, cst.Attribute) or function.attr.value not in ("append", "extend", "insert"):
+                            continue
+                        if self_attribute(function.value, method.scope.receiver) == attribute:
+                            for arg in call.args:
+                                self._built(arg.value, method, step, found, 0)
+            self._classes_built[key] = found
+        return self._classes_built[key]
+
+    def _built(self, value: cst.CSTNode, method: Function, step: Step, found: list[Class], depth: int) -> None:
+        """Collect the outermost repository classes that the expression makes objects of."""
+        if isinstance(value, cst.Call):
+            meaning = self.resolve(value.func, method, step)
+            if isinstance(meaning, Class):
+                if meaning not in found:
+                    found.append(meaning)
+                return
+        if isinstance(value, cst.Name) and depth < 3:
+            for binding in method.scope.reaching(value.value, step):
+                if binding.value is not None:
+                    self._built(binding.value, method, binding.step, found, depth + 1)
+            for call, at in method.scope.calls():
+                if isinstance(call.func, cst.Attribute) and call.func.attr.value == "append":
+                    if dotted(call.func.value) == value.value and call.args:
+                        self._built(call.args[0].value, method, at, found, depth + 1)
+            return
+        for part in list(walk(value, into=lambda n: n is value or not isinstance(n, (cst.Call, cst.Name))))[1:]:
+            if isinstance(part, (cst.Call, cst.Name)):
+                self._built(part, method, step, found, depth)
+
+
+def _parts(path: str) -> list[str]:
+    parts = list(PurePosixPath(path).with_suffix("").parts)
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def _shared(first: list[str], second: list[str]) -> int:
+    count = 0
+    for a, b in zip(first, second):
+        if a != b:
+            break
+        count += 1
+    return count

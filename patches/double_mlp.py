@@ -1,0 +1,153 @@
+"""Send the image MLP of the double blocks through Chipmunk.
+
+The MLP is the attribute that is built as Linear, GELU (tanh), Linear, and whose result flows into the image stream that the
+block returns, and not into the text stream. Only the call changes, never the arithmetic around it. The text MLP stays
+dense: it is small. An MLP that sees only some of the tokens stays dense.
+"""
+
+from __future__ import annotations
+
+import libcst as cst
+
+from chipmunk.registry import Example
+from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.flow import Scope, Step, value_names
+from chipmunk.rewrite.repository import Class, Function, Repository
+from chipmunk.rewrite.roles import Block
+from chipmunk.rewrite.syntax import elements, is_call, last_name, self_attribute, text_of_string, argument, walk
+
+NAME = "double-mlp"
+API = 1
+VERSION = "1"
+
+
+def rule(context: Context) -> None:
+    for model in context.models:
+        _patch_block(context, model.double_block)
+
+
+def _patch_block(context: Context, block: Block) -> None:
+    source, function = block.forward.source, block.forward
+    calls = list(_mlp_calls(context, block))
+    image = [call for call in calls if call.stream == "image"]
+    if not image:
+        context.left_dense(
+            source, function.node.name, "no Linear, GELU(tanh), Linear was found on the image stream alone", matched=function.name
+        )
+    for found in image:
+        if found.done:
+            block.mlp = found.attribute
+            context.already(source, found.call, "the image MLP is Chipmunk's")
+        elif found.problem:
+            context.left_dense(source, found.call, found.problem)
+        else:
+            block.mlp = found.attribute
+            runtime = context.runtime(source)
+            context.replace(source, found.call.func, f"{runtime}.mlp")
+            receiver = function.scope.receiver
+            context.prepend_arguments(source, found.call, [receiver, f"{receiver}.{found.attribute}"])
+            context.patched(source, found.call, "the image MLP: Linear, GELU(tanh), Linear on the whole image stream")
+
+
+class _Mlp:
+    def __init__(self, call: cst.Call, step: Step, attribute: str, done: bool) -> None:
+        self.call = call
+        self.step = step
+        self.attribute = attribute
+        self.done = done
+        self.stream = ""
+        self.problem = ""
+
+
+def _mlp_calls(context: Context, block: Block) -> list[_Mlp]:
+    """Calls of attributes that are such MLPs, each with the stream that its result belongs to."""
+    function = block.forward
+    scope = function.scope
+    found: list[_Mlp] = []
+    for call, step in scope.calls():
+        done = context.runtime_call(call, function, step) == "mlp" and len(call.args) >= 2
+        callee = call.args[1].value if done else call.func
+        attribute = self_attribute(callee, scope.receiver)
+        if attribute is not None and is_gelu_mlp(context.repository, block.owner, attribute):
+            found.append(_Mlp(call, step, attribute, done))
+    feeds = _calls_behind_results(scope, block)
+    for mlp in found:
+        streams = {stream for stream, calls in feeds.items() if mlp.call in calls}
+        mlp.stream = streams.pop() if len(streams) == 1 else ""
+        if not mlp.done and (len(mlp.call.args) != 1 or mlp.call.args[0].star or mlp.call.args[0].keyword is not None):
+            mlp.problem = "the MLP is called with more than its input"
+        elif not mlp.done and _is_gathered(scope, mlp.call.args[0].value, mlp.step, set(block.streams)):
+            mlp.problem = "the MLP sees only some of the tokens"
+    return found
+
+
+def _calls_behind_results(scope: Scope, block: Block) -> dict[str, set[cst.Call]]:
+    """For `image` and `text`: the calls that the returned stream is computed by, less those before the attention joins both."""
+    found: dict[str, set[cst.Call]] = {"image": set(), "text": set()}
+    order = list(block.streams.values())
+    names = {stream: name for name, stream in block.streams.items()}
+    for step in scope.steps:
+        if not isinstance(step.node, cst.Return):
+            continue
+        parts = elements(step.node.value)
+        if parts is None or len(parts) < 2:
+            continue
+        for place, part in enumerate(parts[:2]):
+            # The result that goes on in the variable of a stream is that stream; else the order of the parameters decides.
+            stream = next((s for s, name in names.items() if name in set(value_names(part))), order[place])
+            found[stream] |= _calls_behind(scope, part, step)
+    return found
+
+
+def _calls_behind(scope: Scope, value: cst.CSTNode, step: Step) -> set[cst.Call]:
+    calls: set[cst.Call] = set()
+    seen: set[tuple[str, int]] = set()
+    pending: list[tuple[cst.CSTNode, Step]] = [(value, step)]
+    while pending:
+        node, at = pending.pop()
+        calls.update(part for part in walk(node) if isinstance(part, cst.Call))
+        for name in value_names(node):
+            if (name, at.index) not in seen:
+                seen.add((name, at.index))
+                pending += [(b.value, b.step) for b in scope.reaching(name, at) if b.value is not None]
+    return calls
+
+
+def _is_gathered(scope: Scope, value: cst.CSTNode, step: Step, streams: set[str]) -> bool:
+    """Whether the input is picked out of a stream by an index or a mask."""
+    for node in walk(value):
+        if isinstance(node, cst.Subscript) and scope.roots(node.value, step) & streams:
+            return True
+        if is_call(node, "index_select", "gather", "masked_select", "take_along_dim"):
+            return True
+    temporaries = [name for name in value_names(value) if name not in streams and "." not in name]
+    return any(
+        _is_gathered(scope, binding.value, binding.step, streams)
+        for name in temporaries
+        for binding in scope.reaching(name, step)
+        if binding.value is not None and not binding.path
+    )
+
+
+def is_gelu_mlp(repository: Repository, owner: Class, attribute: str) -> bool:
+    """Whether `self.attribute` is built as Sequential(Linear, GELU(approximate="tanh"), Linear)."""
+    for value, method, step in repository.values_of(owner, attribute):
+        if not is_call(value, "Sequential"):
+            continue
+        parts = [arg.value for arg in value.args]
+        if len(parts) == 1 and elements(parts[0]) is not None:
+            parts = elements(parts[0]) or []
+        if len(parts) == 3 and _is_linear(parts[0]) and is_tanh_gelu(parts[1]) and _is_linear(parts[2]):
+            return True
+    return False
+
+
+def _is_linear(value: cst.CSTNode) -> bool:
+    return isinstance(value, cst.Call) and last_name(value.func).endswith("Linear")
+
+
+def is_tanh_gelu(value: cst.CSTNode) -> bool:
+    return is_call(value, "GELU") and text_of_string(argument(value, 0, "approximate")) == "tanh"
+
+
+EXAMPLES: tuple[Example, ...] = ()
