@@ -1,0 +1,90 @@
+"""Takes Chipmunk's change out of a repository: to the byte if nothing else changed, else around the user's edits."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from chipmunk.apply.errors import Conflict, JournalMissing, Place, quoted
+from chipmunk.apply.journal import Journal, Store
+from chipmunk.apply.merge import split_lines
+from chipmunk.apply.repository import locate, read
+from chipmunk.apply.state import FileState, calls_without_journal, examine, undo_by_git
+from chipmunk.apply.transaction import Recovery, commit, recover
+from chipmunk.rewrite.plan import FileChange
+
+_MENTIONS = re.compile(rb"\bchipmunk\s*\.")
+
+
+@dataclass(frozen=True)
+class Reverted:
+    """What a revert did, or would do."""
+
+    changes: tuple[FileChange, ...]
+    """Files from what is on the disk to what they are without Chipmunk; empty if there was nothing to revert."""
+    merged: tuple[str, ...] = ()
+    """Those of them that keep edits which the user made after patching."""
+    leftovers: tuple[Place, ...] = ()
+    """Lines of the user's own that call Chipmunk and are left for the user to remove."""
+    recovery: Recovery = Recovery.NOTHING
+    """What an earlier run that was killed needed first."""
+
+
+def plan_revert(root: Path) -> Reverted:
+    """What `revert` would do. Changes nothing.
+
+    Raises `Conflict` where the user's edits overlap with Chipmunk's, or a file is gone; `JournalMissing` if files call
+    Chipmunk but nothing says what they were; `JournalDamaged`, `Interrupted`.
+    """
+    root = locate(root)
+    journal = Store(root).load()
+    if journal is None or not journal.files:
+        callers = list(calls_without_journal(read(root)))
+        if callers:
+            raise JournalMissing(
+                "there is no journal to revert from, but these files call Chipmunk; nothing was changed",
+                places=callers,
+                next_command=undo_by_git(root, callers),
+            )
+        return Reverted(())
+    files = examine(root, journal)
+    if places := [place for file in files for place in file.places]:
+        first = places[0]
+        gone = any(file.state is FileState.MISSING for file in files)
+        fix = (
+            f"git -C {quoted(root)} checkout -- {quoted(Path(first.file))}" if gone else f"chipmunk diff {quoted(root)}"
+        )
+        raise Conflict(
+            "these places were changed after patching and stand in the way of reverting; nothing was changed. "
+            "Put them back as Chipmunk left them, or take Chipmunk's lines out by hand, and revert again",
+            places=places,
+            next_command=fix,
+        )
+    changes, merged, leftovers = [], [], []
+    for file in files:
+        if file.current is None or file.unpatched is None or file.current == file.unpatched:
+            continue
+        changes.append(FileChange(file.path, file.current, file.unpatched))
+        if file.state is FileState.EDITED:
+            merged.append(file.path)
+            leftovers += [
+                Place(file.path, number, "still calls Chipmunk, in a line of your own")
+                for number, line in enumerate(split_lines(file.unpatched), 1)
+                if _MENTIONS.search(line)
+            ]
+    return Reverted(tuple(changes), tuple(merged), tuple(leftovers))
+
+
+def revert(root: Path) -> Reverted:
+    """Revert a repository, all files or none, and end its journal. Reverting twice does nothing the second time.
+
+    An interrupted run is put right first. Raises what `plan_revert` and `commit` raise.
+    """
+    root = locate(root)
+    recovery = recover(root)
+    planned = plan_revert(root)
+    in_force = Store(root).peek_id()
+    if in_force is not None:
+        commit(root, planned.changes, Journal(), replaces=in_force)
+    return Reverted(planned.changes, planned.merged, planned.leftovers, recovery)

@@ -1,0 +1,151 @@
+"""From rules, or from a saved patch file, to the change that brings a repository up to date, patched before or not.
+
+A patched repository is planned as if Chipmunk had never touched it: Chipmunk's lines are taken out in memory (the
+user's own edits stay), the rules see plain FLUX code, and what they make of it is compared with the disk. So patching
+twice is patching once, new rules replace old ones, and the journal's originals never hold a line of Chipmunk's.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from chipmunk.apply.errors import Conflict, quoted
+from chipmunk.apply.journal import Journal, JournalFile, Store
+from chipmunk.apply.merge import map_line
+from chipmunk.apply.patchfile import apply_patch
+from chipmunk.apply.repository import Repository, read
+from chipmunk.apply.state import FileStatus, examine
+from chipmunk.apply.transaction import commit, resolve_links
+from chipmunk.rewrite.plan import FileChange, Plan, Site, SiteStatus
+
+
+@dataclass(frozen=True)
+class Update:
+    """A planned change of a repository; nothing has been written."""
+
+    repository: Repository
+    plan: Plan
+    """The rules' plan, told from the files on the disk: its changes lead from there, its lines are lines there, and
+    what is on the disk already is `already patched`. Files that could not be read are among its sites."""
+    journal: Journal
+    """In force once the change is made."""
+    replaces: str | None
+    """Id of the journal in force now."""
+
+    @property
+    def changes(self) -> tuple[FileChange, ...]:
+        return self.plan.changes
+
+
+def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Update:
+    """Plan a repository with rules. Changes nothing.
+
+    `planner` gets the Python files by path, without Chipmunk's earlier change. In a file where the user's edits
+    cannot be told from it, the rules see the file as it is; if they want to change it, `Conflict` says where the
+    edits are. If the rules find nothing to change at all, an earlier patch stays as it is: taking it out is what
+    `revert` is for.
+
+    Raises what `read` and `Store.load` raise.
+    """
+    repository = read(root)
+    store = Store(repository.root)
+    journal = store.load() or Journal()
+    standing = {file.path: file for file in examine(repository.root, journal)}
+    files = dict(repository.files)
+    for path in files:
+        file = standing.get(repository.links.get(path, path))
+        if file is not None and file.unpatched is not None:
+            files[path] = file.unpatched
+    plan = planner(files)
+    planned = {change.path: change for change in resolve_links(repository.root, plan.changes)}
+    entries: list[JournalFile] = []
+    changes: list[FileChange] = []
+    for path in sorted({*planned, *standing}) if planned else ():
+        entry = _entry(repository.root, journal.file(path), standing.get(path), planned.get(path))
+        if entry is not None:
+            entries.append(entry)
+        current = (repository.root / path).read_bytes() if path not in standing else standing[path].current
+        wanted = _wanted(standing.get(path), planned.get(path))
+        if current is not None and wanted is not None and wanted != current:
+            changes.append(FileChange(path, current, wanted))
+    untouched = {path for path in files if _real(repository, path) not in {change.path for change in changes}}
+    sites = [_as_on_disk(site, repository, files, untouched) for site in plan.sites]
+    plan = replace(plan, changes=tuple(changes), sites=(*repository.problems, *sites))
+    after = Journal(tuple(entries), plan.target, dict(plan.patches), plan.sites) if changes else journal
+    return Update(repository, plan, after, store.peek_id())
+
+
+def plan_patch_file(root: Path, patch: bytes) -> Update:
+    """Plan a saved patch file (as `chipmunk diff --output` writes it) on a repository. Changes nothing.
+
+    On top of an earlier patch it joins that one's journal, and one revert takes both out. Raises `PatchInvalid`, and
+    `Conflict` where the lines that the patch wants to change are not there.
+    """
+    repository = read(root)
+    store = Store(repository.root)
+    journal = store.load() or Journal()
+    changes, sites = apply_patch(repository.root, patch)
+    standing = {file.path: file for file in examine(repository.root, journal)}
+    kept = {file.path: file for file in journal.files}
+    for change in changes:
+        entry = _entry(repository.root, kept.get(change.path), standing.get(change.path), change)
+        if entry is not None:
+            kept[change.path] = entry
+    plan = Plan(journal.target, changes, sites, patches=dict(journal.patches))
+    after = Journal(tuple(kept[path] for path in sorted(kept)), journal.target, plan.patches, (*journal.sites, *sites))
+    return Update(repository, plan, after if changes else journal, store.peek_id())
+
+
+def carry_out(update: Update) -> None:
+    """Make a planned change; with nothing to change, nothing is written. Raises what `commit` raises."""
+    if update.changes:
+        commit(update.repository.root, update.changes, update.journal, replaces=update.replaces)
+
+
+def _entry(
+    root: Path, before: JournalFile | None, standing: FileStatus | None, planned: FileChange | None
+) -> JournalFile | None:
+    """What the journal will say of a file, None if Chipmunk's change to it is gone."""
+    if before is None or standing is None:
+        if planned is None:
+            return None
+        mode = stat.S_IMODE(os.stat(root / planned.path).st_mode)
+        return JournalFile(planned.path, planned.before, planned.after, mode)
+    if standing.unpatched is None:
+        if planned is not None:
+            raise Conflict(
+                "there is more to patch in a file whose patched lines were edited since; nothing was changed. "
+                "Take your edits of these lines out, patch again, and then redo them",
+                places=standing.places,
+                next_command=f"chipmunk diff {quoted(root)}",
+            )
+        return before
+    if planned is None:
+        return None
+    return JournalFile(before.path, standing.unpatched, planned.after, before.mode)
+
+
+def _wanted(standing: FileStatus | None, planned: FileChange | None) -> bytes | None:
+    """What a file is to hold: what the rules make of it, else what it is without Chipmunk; None to leave it alone."""
+    if planned is not None:
+        return planned.after
+    return standing.unpatched if standing is not None else None
+
+
+def _real(repository: Repository, path: str) -> str:
+    return repository.links.get(path, path)
+
+
+def _as_on_disk(site: Site, repository: Repository, planned_on: Mapping[str, bytes], untouched: set[str]) -> Site:
+    """A site of the unpatched file, told from the file on the disk."""
+    current, unpatched = repository.files.get(site.file), planned_on.get(site.file)
+    if current is None or unpatched is None or current == unpatched:
+        return site
+    line = map_line(unpatched, current, site.line)
+    if site.status is SiteStatus.PATCHED and site.file in untouched:
+        return replace(site, line=line, status=SiteStatus.ALREADY, reason="Chipmunk patched it before")
+    return replace(site, line=line)
