@@ -1,0 +1,195 @@
+"""Dense attention by the fastest library kernel that returns the log-sum-exp, then the column sums in Triton.
+
+The column sums need one more product of queries and keys, but no online softmax: with the log-sum-exp known, each
+probability is one exponential. Scores are computed transposed, keys × queries, so that the sum over a group's rows runs
+within a thread. A program owns a block of query rows, `queries` of them, of whole groups where groups are smaller, and
+walks all keys (or one of `splits` parts of them).
+
+With `sampled` = n > 0 only n rows of each group, evenly spread, are looked at, and the sums are scaled by group / n.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chipmunk.ops import tuning
+from chipmunk.ops.dispatch import groups_of
+
+_CANDIDATES = [
+    ({"queries": 128, "tile": 128, "warps": 8, "stages": 3, "splits": 2}, 132 << 10),
+    ({"queries": 128, "tile": 64, "warps": 4, "stages": 3, "splits": 2}, 82 << 10),
+    ({"queries": 64, "tile": 64, "warps": 4, "stages": 2, "splits": 2}, 50 << 10),
+]
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, group: int, scale: float) -> str | None:
+    """Why this call cannot run in Triton; None where it can."""
+    if q.shape[-1] not in (16, 32, 64, 128):
+        return f"head dimension {q.shape[-1]} (64 and 128 only)"
+    if group % 16:
+        return f"query groups of {group} rows (multiples of 16 only)"
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or v.stride(-1) != 1:
+        return "q, k or v not contiguous in the head dimension"
+    if max(q.shape[2] * t.stride(2) for t in (q, k)) >= 2**31:
+        return "offsets past 32 bits"
+    if q.shape[0] * q.shape[1] > 65535:
+        return "more than 65535 heads in the batch"
+    return tuning.device_reason(q)
+
+
+def attention_with_column_sums(q: Tensor, k: Tensor, v: Tensor, group: int, scale: float) -> tuple[Tensor, Tensor]:
+    """See `chipmunk.ops.attention_with_column_sums`."""
+    out, lse = dense_attention(q, k, v, scale)
+    run = partial(column_sums, q, k, lse, group, scale)
+    return out, run(tuning.parameters("attention_with_column_sums", str(q.shape[-1]), q.device, _CANDIDATES, run))
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Dense attention and its natural log-sum-exp (B, H, N) float32: cuDNN's, or else FlashAttention's."""
+    batch, heads, tokens, width = q.shape
+    if q.device.type != "cuda":  # Triton's interpreter: no library kernel returns the log-sum-exp there
+        scores = q.float() @ k.float().transpose(-1, -2) * scale
+        out = torch.softmax(scores, -1) @ v.float()
+        lse = torch.logsumexp(scores, -1)
+    else:
+        out, lse = _library(q.device)(q, k, v, scale)
+        lse = lse.reshape(-1)[: batch * heads * tokens].view(batch, heads, tokens) if lse.numel() else lse
+    wanted = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
+    if out.stride() == wanted.stride() and out.dtype == q.dtype:
+        return out, lse
+    return wanted.copy_(out), lse
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    # out, log-sum-exp; attn_bias None, compute_log_sumexp True, dropout 0, not causal, no debug mask
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)[:2]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+
+
+_libraries: dict[torch.device, object] = {}
+
+
+def _library(device: torch.device):  # type: ignore[no-untyped-def]
+    """The first of cuDNN and FlashAttention that runs on this device."""
+    if device not in _libraries:
+        probe = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
+        _libraries[device] = _flash
+        try:
+            if torch.backends.cudnn.is_available():
+                _cudnn(probe, probe, probe, 1.0)
+                _libraries[device] = _cudnn
+        except RuntimeError:
+            pass  # this build of cuDNN has no attention for this GPU
+    return _libraries[device]
+
+
+def column_sums(q: Tensor, k: Tensor, lse: Tensor, group: int, scale: float, parameters: tuning.Parameters) -> Tensor:
+    """Sums of exp(scale · q kᵀ − lse) over each group of rows: (B, H, ceil(N / group), N) float32."""
+    batch, heads, tokens, width = q.shape
+    groups = groups_of(tokens, group)
+    sums = torch.empty(batch, heads, groups, tokens, dtype=torch.float32, device=q.device)
+    sampled = parameters.get("sampled", 0) or group
+    tile, queries = parameters["tile"], parameters["queries"]
+    while queries > sampled and queries % sampled:
+        queries //= 2  # a block of whole groups,
+    while queries < sampled and sampled % queries:
+        queries //= 2  # or a part of one group
+    if queries < 16:
+        raise ValueError(f"{sampled} rows of each group cannot be summed in blocks of {parameters['queries']}")
+    together, parts = max(queries // sampled, 1), max(sampled // queries, 1)
+    tiles = triton.cdiv(tokens, tile)
+    splits = min(parameters["splits"], tiles)
+    _kernel[(triton.cdiv(groups, together), splits, batch * heads)](
+        q,
+        k,
+        lse,
+        sums,
+        heads,
+        tokens,
+        groups,
+        triton.cdiv(tiles, splits),
+        scale * 1.4426950408889634,
+        group / sampled,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        group=group,
+        sampled=sampled,
+        together=together,
+        parts=parts,
+        tile=tile,
+        width=width,
+        num_warps=parameters["warps"],
+        num_stages=parameters["stages"],
+    )
+    return sums
+
+
+@triton.jit
+def _kernel(
+    q,
+    k,
+    lse,
+    sums,
+    heads,
+    tokens,
+    groups,
+    tiles,
+    scale,
+    weight,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    group: tl.constexpr,
+    sampled: tl.constexpr,
+    together: tl.constexpr,
+    parts: tl.constexpr,
+    tile: tl.constexpr,
+    width: tl.constexpr,
+):
+    first_group = tl.program_id(0) * together
+    head = tl.program_id(2)
+    lse += head.to(tl.int64) * tokens
+    sums += (head.to(tl.int64) * groups + first_group) * tokens
+    batch = (head // heads).to(tl.int64)
+    head = (head % heads).to(tl.int64)
+    q += batch * stride_qb + head * stride_qh
+    k += batch * stride_kb + head * stride_kh
+    each: tl.constexpr = sampled // parts
+    channel = tl.arange(0, width)
+    first_key = tl.program_id(1) * tiles * tile
+    end_key = tl.minimum(first_key + tiles * tile, tokens)
+    for part in tl.static_range(parts):
+        sample = tl.arange(0, together * each)
+        row = (first_group + sample // each) * group + (sample % each + part * each) * group // sampled
+        inside = row < tokens
+        queries = tl.load(q + (row[:, None] * stride_qn + channel[None, :]), mask=inside[:, None], other=0.0)
+        offset = tl.load(lse + row, mask=inside, other=float("inf")) * 1.4426950408889634
+        for start in range(first_key, end_key, tile):
+            key = start + tl.arange(0, tile)
+            key_inside = key < tokens
+            # keys past the end are computed on the last one's values and never stored
+            at = tl.minimum(key, tokens - 1)
+            keys = tl.load(k + (at[:, None] * stride_kn + channel[None, :]))
+            p = tl.exp2(tl.dot(keys, queries.T) * scale - offset[None, :])
+            if together == 1:
+                place = sums + key
+                total = tl.sum(p, 1) * weight
+                if part > 0:
+                    total += tl.load(place, mask=key_inside, other=0.0)
+                tl.store(place, total, mask=key_inside)
+            else:
+                member = tl.arange(0, together)
+                total = tl.sum(p.reshape(tile, together, each), 2) * weight
+                place = sums + (member[None, :] * tokens + key[:, None])
+                tl.store(place, total, mask=key_inside[:, None] & (first_group + member < groups)[None, :])

@@ -1,0 +1,118 @@
+"""Selection in one Triton kernel, a program a row: no sort, no host synchronisation.
+
+The k-th largest score is found bit by bit (32 counts over the row, held in registers) on the scores' bits, mapped so that
+unsigned integers are ordered as the floats are. A running count then says for each column how many chosen ones come
+before it: that is its place in the result, which is ascending for nothing, and it settles ties in favour of lower columns.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chipmunk.ops import tuning
+
+_LONGEST = 131072
+
+
+def unsupported(scores: Tensor, seed: Tensor, keep: int, random: int) -> str | None:
+    """Why this call cannot run in Triton; None where it can."""
+    if scores.dtype != torch.float32:
+        return f"scores in {scores.dtype}"
+    if scores.shape[-1] > _LONGEST:
+        return f"rows longer than {_LONGEST}"
+    if scores.numel() == 0:
+        return "an empty input"
+    if scores.device.type == "cuda":
+        return None if tuning.capability(scores.device) >= (8, 0) else "a GPU older than compute capability 8.0"
+    return tuning.device_reason(scores)
+
+
+def select_columns(scores: Tensor, seed: Tensor, keep: int, random: int) -> Tensor:
+    """See `chipmunk.ops.select_columns`."""
+    scores = scores.contiguous()
+    columns = scores.shape[-1]
+    rows = scores.numel() // columns
+    indices = torch.empty(*scores.shape[:-1], keep + random, dtype=torch.int32, device=scores.device)
+    padded = triton.next_power_of_2(columns)
+    _kernel[(rows,)](
+        scores,
+        seed.contiguous(),
+        indices,
+        columns,
+        keep,
+        random,
+        rows // scores.shape[0],
+        padded=padded,
+        has_best=keep > 0,
+        has_random=random > 0,
+        num_warps=min(max(padded // 1024, 4), 16),
+    )
+    return indices
+
+
+@triton.jit
+def _mix(h):
+    h ^= h >> 16
+    h *= 0x7FEB352D
+    h ^= h >> 15
+    h *= 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def _kth_largest(ordered, wanted):
+    """The `wanted`-th largest of unsigned 32-bit integers: the largest threshold that at least `wanted` of them reach."""
+    threshold = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    for _ in range(32):
+        reached = tl.sum((ordered >= (threshold | bit)).to(tl.int32), 0)
+        threshold = tl.where(reached >= wanted, threshold | bit, threshold)
+        bit = bit >> 1
+    return threshold
+
+
+@triton.jit
+def _largest(ordered, free, wanted):
+    """Which of the `free` columns are the `wanted` largest, ties to the lower column. Those not free must be 0."""
+    threshold = _kth_largest(ordered, wanted)
+    above = (ordered > threshold) & free
+    equal = (ordered == threshold) & free
+    missing = wanted - tl.sum(above.to(tl.int32), 0)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= missing))
+
+
+@triton.jit
+def _kernel(
+    scores,
+    seed,
+    indices,
+    columns,
+    keep,
+    random,
+    groups,
+    padded: tl.constexpr,
+    has_best: tl.constexpr,
+    has_random: tl.constexpr,
+):
+    row = tl.program_id(0)
+    column = tl.arange(0, padded)
+    inside = column < columns
+    chosen = column < 0
+    if has_best:
+        score = tl.load(scores + row.to(tl.int64) * columns + column, mask=inside, other=0.0)
+        bits = (score + 0.0).to(tl.uint32, bitcast=True)  # −0 is +0
+        ordered = bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000)
+        chosen = _largest(tl.where(inside, ordered, 0), inside, keep)
+    if has_random:
+        golden = tl.full((), 0x9E3779B9, tl.uint32)
+        h = _mix(tl.load(seed).to(tl.uint32))
+        h = _mix(tl.load(seed + 1).to(tl.uint32) + golden * h)
+        h = _mix((row % groups).to(tl.uint32) + golden * h)
+        h = _mix(column.to(tl.uint32) + golden * h)
+        free = inside & ~chosen
+        chosen |= _largest(tl.where(free, h ^ 0xFFFFFFFF, 0), free, random)
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(indices + row.to(tl.int64) * (keep + random) + place, column, mask=chosen)

@@ -1,0 +1,264 @@
+"""fc1 gathered by neuron, bias, activation, difference to the cache and cache update, in one Triton kernel.
+
+A tile is `rows` rows of one group × `neurons` of its kept neurons. Tiles are numbered neuron block first, then group:
+kept neurons ascend, so the programs that run at one time gather from the same part of the weight, which stays in L2.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chipmunk.ops import balance, tuning
+from chipmunk.ops.balance import arrive, contributors, piece, pieces, slot
+from chipmunk.ops.dispatch import groups_of
+
+_CANDIDATES = [
+    ({"rows": 128, "neurons": 256, "depth": 64, "warps": 8, "stages": 3, "split": 4}, 160 << 10),
+    ({"rows": 128, "neurons": 128, "depth": 64, "warps": 8, "stages": 3, "split": 2}, 98 << 10),
+    ({"rows": 128, "neurons": 128, "depth": 32, "warps": 8, "stages": 4, "split": 2}, 66 << 10),
+    ({"rows": 64, "neurons": 64, "depth": 32, "warps": 4, "stages": 3, "split": 1}, 26 << 10),
+]
+
+
+def unsupported(
+    x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, act_cache: Tensor, group: int, activation: str
+) -> str | None:
+    """Why this call cannot run in Triton; None where it can."""
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        return f"x in {x.dtype}, weight in {weight.dtype}"
+    if x.numel() == 0:
+        return "an empty input"
+    if max(x.shape[1] * x.stride(1), *(size * step for size, step in zip(weight.shape, weight.stride()))) >= 2**31:
+        return "offsets past 32 bits"
+    return tuning.device_reason(x)
+
+
+def sparse_mlp_in(
+    x: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor, act_cache: Tensor, group: int, activation: str
+) -> Tensor:
+    """See `chipmunk.ops.sparse_mlp_in`. Fastest with x, weight contiguous in C; act_cache with any strides."""
+    run = partial(_run, x, weight, bias, indices, group=group, activation=activation)
+    parameters = tuning.parameters(
+        "sparse_mlp_in", "", x.device, _CANDIDATES, lambda p: run(act_cache=torch.empty_like(act_cache), parameters=p)
+    )
+    return run(act_cache=act_cache, parameters=parameters)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    indices: Tensor,
+    act_cache: Tensor,
+    group: int,
+    activation: str,
+    parameters: tuning.Parameters,
+) -> Tensor:
+    batch, tokens, width = x.shape
+    kept = indices.shape[-1]
+    indices = indices.contiguous()
+    delta = torch.empty(batch, tokens, kept, dtype=x.dtype, device=x.device)
+    rows, neurons, depth = parameters["rows"], parameters["neurons"], parameters["depth"]
+    while rows > 16 and group % rows:
+        rows //= 2
+    groups, parts = groups_of(tokens, group), groups_of(group, rows)
+    tiles = batch * groups * parts * triton.cdiv(kept, neurons)
+    steps = triton.cdiv(width, depth)
+    share = balance.share(tiles, steps, tuning.multiprocessors(x.device), bool(parameters.get("balanced", 1)))
+    partial_sums, arrivals = share.workspace(tiles, rows * neurons, x.device)
+    _kernel[(share.programs,)](
+        x,
+        weight,
+        x if bias is None else bias,
+        indices,
+        act_cache,
+        delta,
+        partial_sums,
+        arrivals,
+        tokens,
+        width,
+        kept,
+        groups,
+        tiles,
+        share.whole,
+        share.run,
+        *x.stride(),
+        *weight.stride(),
+        1 if bias is None else bias.stride(0),
+        *act_cache.stride(),
+        group=group,
+        parts=parts,
+        has_bias=bias is not None,
+        tanh=activation == "gelu_tanh",
+        whole_steps=width % depth == 0,
+        rows=rows,
+        neurons=neurons,
+        depth=depth,
+        split=parameters["split"],
+        num_warps=parameters["warps"],
+        num_stages=parameters["stages"],
+    )
+    return delta
+
+
+@triton.jit
+def _activation(h, tanh: tl.constexpr):
+    if tanh:  # 0.5 h (1 + tanh u) = h · sigmoid(2u) with u = √(2/π) (h + 0.044715 h³)
+        u = h * (1.5957691216057308 + 0.07135481282553501 * h * h)
+        return h / (1.0 + tl.exp2(-1.4426950408889634 * u))
+    return 0.5 * h * (1.0 + tl.math.erf(h * 0.7071067811865476))
+
+
+@triton.jit
+def _finish(
+    acc,
+    first_row,
+    tokens,
+    first_column,
+    kept,
+    batch,
+    bias,
+    chosen,
+    cache,
+    delta,
+    stride_bias,
+    stride_cb,
+    stride_cn,
+    stride_cf,
+    limit,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    has_bias: tl.constexpr,
+    tanh: tl.constexpr,
+):
+    """Bias, activation, difference and both stores for `columns` neurons of a tile."""
+    row = first_row + tl.arange(0, rows)
+    column = first_column + tl.arange(0, columns)
+    neuron = tl.load(chosen + column, mask=column < kept, other=0)
+    if has_bias:
+        acc += tl.load(bias + neuron * stride_bias)[None, :].to(tl.float32)
+    new = _activation(acc, tanh)
+    mask = (row < limit)[:, None] & (column < kept)[None, :]
+    place = cache + batch.to(tl.int64) * stride_cb
+    place += row.to(tl.int64)[:, None] * stride_cn + neuron.to(tl.int64)[None, :] * stride_cf
+    old = tl.load(place, mask=mask, other=0.0)
+    new = new.to(old.dtype)
+    tl.store(place, new, mask=mask)
+    out = delta + (batch.to(tl.int64) * tokens + row.to(tl.int64))[:, None] * kept + column[None, :]
+    tl.store(out, (new.to(tl.float32) - old.to(tl.float32)).to(delta.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _kernel(
+    x,
+    weight,
+    bias,
+    indices,
+    cache,
+    delta,
+    partial_sums,
+    arrivals,
+    tokens,
+    width,
+    kept,
+    groups,
+    tiles,
+    whole,
+    run,
+    stride_xb,
+    stride_xn,
+    stride_xc,
+    stride_wf,
+    stride_wc,
+    stride_bias,
+    stride_cb,
+    stride_cn,
+    stride_cf,
+    group: tl.constexpr,
+    parts: tl.constexpr,
+    has_bias: tl.constexpr,
+    tanh: tl.constexpr,
+    whole_steps: tl.constexpr,
+    rows: tl.constexpr,
+    neurons: tl.constexpr,
+    depth: tl.constexpr,
+    split: tl.constexpr,
+):
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    steps = tl.cdiv(width, depth)
+    row_tiles = tiles // tl.cdiv(kept, neurons)
+    mine, count = pieces(program, programs, tiles, steps, whole, run)
+    for number in range(count):
+        tile, first, last = piece(number, mine, program, programs, tiles, steps, whole, run)
+        row_tile = tile % row_tiles
+        first_column = (tile // row_tiles) * neurons
+        batch = row_tile // (groups * parts)
+        group_index = row_tile // parts % groups
+        first_row = group_index * group + (row_tile % parts) * rows
+        limit = tl.minimum(tokens, (group_index + 1) * group)
+        chosen = indices + (row_tile // parts).to(tl.int64) * kept
+
+        row = tl.minimum(first_row + tl.arange(0, rows), tokens - 1)  # rows past the end are computed, never stored
+        column = first_column + tl.arange(0, neurons)
+        neuron = tl.load(chosen + column, mask=column < kept, other=0)
+        inner = tl.arange(0, depth)
+        x_at = x + batch.to(tl.int64) * stride_xb + (row[:, None] * stride_xn + inner[None, :] * stride_xc)
+        w_at = weight + (neuron[:, None] * stride_wf + inner[None, :] * stride_wc)
+        x_at += first * depth * stride_xc
+        w_at += first * depth * stride_wc
+        acc = tl.zeros((rows, neurons), dtype=tl.float32)
+        for step in range(first, last):
+            if whole_steps:
+                left = tl.load(x_at)
+                right = tl.load(w_at)
+            else:
+                inside = (inner < width - step * depth)[None, :]
+                left = tl.load(x_at, mask=inside, other=0.0)
+                right = tl.load(w_at, mask=inside, other=0.0)
+            acc = tl.dot(left, right.T, acc)
+            x_at += depth * stride_xc
+            w_at += depth * stride_wc
+
+        part: tl.constexpr = neurons // split
+        if (first == 0) & (last == steps):
+            if split == 4:
+                halves = acc.reshape(rows, 2, neurons // 2).permute(0, 2, 1)
+                low, high = halves.split()
+                acc0, acc1 = low.reshape(rows, 2, part).permute(0, 2, 1).split()
+                acc2, acc3 = high.reshape(rows, 2, part).permute(0, 2, 1).split()
+                _finish(acc0, first_row, tokens, first_column, kept, batch, bias, chosen, cache, delta, stride_bias,
+                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
+                _finish(acc1, first_row, tokens, first_column + part, kept, batch, bias, chosen, cache, delta, stride_bias,
+                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
+                _finish(acc2, first_row, tokens, first_column + 2 * part, kept, batch, bias, chosen, cache, delta, stride_bias,
+                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
+                _finish(acc3, first_row, tokens, first_column + 3 * part, kept, batch, bias, chosen, cache, delta, stride_bias,
+                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
+            elif split == 2:
+                low, high = acc.reshape(rows, 2, part).permute(0, 2, 1).split()
+                _finish(low, first_row, tokens, first_column, kept, batch, bias, chosen, cache, delta, stride_bias,
+                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
+                _finish(high, first_row, tokens, first_column + part, kept, batch, bias, chosen, cache, delta, stride_bias,
+                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
+            else:
+                _finish(acc, first_row, tokens, first_column, kept, batch, bias, chosen, cache, delta, stride_bias,
+                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
+        else:
+            at = tl.arange(0, rows)[:, None] * neurons + tl.arange(0, neurons)[None, :]
+            tl.store(partial_sums + slot(tile, program, steps, whole, run).to(tl.int64) * (rows * neurons) + at, acc)
+            first_part, end_part = contributors(tile, steps, whole, run)
+            if arrive(arrivals, tile, whole, end_part - first_part):
+                for piece_of in range(split):
+                    at = tl.arange(0, rows)[:, None] * neurons + (piece_of * part + tl.arange(0, part))[None, :]
+                    total = tl.zeros((rows, part), dtype=tl.float32)
+                    for other in range(first_part, end_part):
+                        from_slot = slot(tile, other, steps, whole, run).to(tl.int64) * (rows * neurons)
+                        total += tl.load(partial_sums + from_slot + at, cache_modifier=".cg")
+                    _finish(total, first_row, tokens, first_column + piece_of * part, kept, batch, bias, chosen, cache,
+                            delta, stride_bias, stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip

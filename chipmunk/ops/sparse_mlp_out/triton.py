@@ -1,0 +1,208 @@
+"""fc2 gathered by neuron, added to the cached output, in one Triton kernel.
+
+A tile is `rows` rows of one group × `columns` output channels; its steps go over the kept neurons, `depth` at a time,
+whose indices are loaded one step ahead. Kept neurons ascend, so the programs that run at one time gather from the same
+part of the weight, which stays in L2. The weight is fast when its transpose is contiguous (stride 1 along C).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from chipmunk.ops import balance, tuning
+from chipmunk.ops.balance import arrive, contributors, piece, pieces, slot
+from chipmunk.ops.dispatch import groups_of
+
+_CANDIDATES = [
+    ({"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 3, "split": 4}, 160 << 10),
+    ({"rows": 128, "columns": 128, "depth": 64, "warps": 8, "stages": 3, "split": 2}, 98 << 10),
+    ({"rows": 128, "columns": 128, "depth": 32, "warps": 8, "stages": 4, "split": 2}, 66 << 10),
+    ({"rows": 64, "columns": 64, "depth": 32, "warps": 4, "stages": 3, "split": 1}, 26 << 10),
+]
+
+
+def unsupported(delta: Tensor, weight: Tensor, indices: Tensor, out_cache: Tensor, group: int) -> str | None:
+    """Why this call cannot run in Triton; None where it can."""
+    if weight.dtype != delta.dtype:
+        return f"delta in {delta.dtype}, weight in {weight.dtype}"
+    if delta.numel() == 0:
+        return "an empty input"
+    if max(delta.shape[1] * delta.stride(1), *(n * step for n, step in zip(weight.shape, weight.stride()))) >= 2**31:
+        return "offsets past 32 bits"
+    return tuning.device_reason(delta)
+
+
+def sparse_mlp_out(delta: Tensor, weight: Tensor, indices: Tensor, out_cache: Tensor, group: int) -> None:
+    """See `chipmunk.ops.sparse_mlp_out`."""
+    run = partial(_run, delta, weight, indices, group=group)
+    parameters = tuning.parameters(
+        "sparse_mlp_out",
+        "",
+        delta.device,
+        _CANDIDATES,
+        lambda p: run(out_cache=torch.empty_like(out_cache), parameters=p),
+    )
+    run(out_cache=out_cache, parameters=parameters)
+
+
+def _run(
+    delta: Tensor, weight: Tensor, indices: Tensor, out_cache: Tensor, group: int, parameters: tuning.Parameters
+) -> None:
+    batch, tokens, kept = delta.shape
+    width = weight.shape[0]
+    indices = indices.contiguous()
+    rows, columns, depth = parameters["rows"], parameters["columns"], parameters["depth"]
+    while rows > 16 and group % rows:
+        rows //= 2
+    groups, parts = groups_of(tokens, group), groups_of(group, rows)
+    tiles = batch * groups * parts * triton.cdiv(width, columns)
+    steps = triton.cdiv(kept, depth)
+    share = balance.share(tiles, steps, tuning.multiprocessors(delta.device), bool(parameters.get("balanced", 1)))
+    partial_sums, arrivals = share.workspace(tiles, rows * columns, delta.device)
+    _kernel[(share.programs,)](
+        delta,
+        weight,
+        indices,
+        out_cache,
+        partial_sums,
+        arrivals,
+        tokens,
+        width,
+        kept,
+        groups,
+        tiles,
+        share.whole,
+        share.run,
+        *delta.stride(),
+        *weight.stride(),
+        *out_cache.stride(),
+        group=group,
+        parts=parts,
+        whole_steps=kept % depth == 0,
+        whole_columns=width % columns == 0,
+        rows=rows,
+        columns=columns,
+        depth=depth,
+        split=parameters["split"],
+        num_warps=parameters["warps"],
+        num_stages=parameters["stages"],
+    )
+
+
+@triton.jit
+def _finish(
+    acc, out, first_row, first_column, limit, width, stride_on, stride_oc, rows: tl.constexpr, columns: tl.constexpr
+):
+    """Add `columns` columns of a tile to the cached output."""
+    row = first_row + tl.arange(0, rows)
+    column = first_column + tl.arange(0, columns)
+    mask = (row < limit)[:, None] & (column < width)[None, :]
+    place = out + (row.to(tl.int64)[:, None] * stride_on + column[None, :] * stride_oc)
+    acc += tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(place, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _kernel(
+    delta,
+    weight,
+    indices,
+    out_cache,
+    partial_sums,
+    arrivals,
+    tokens,
+    width,
+    kept,
+    groups,
+    tiles,
+    whole,
+    run,
+    stride_db,
+    stride_dn,
+    stride_dk,
+    stride_wc,
+    stride_wf,
+    stride_ob,
+    stride_on,
+    stride_oc,
+    group: tl.constexpr,
+    parts: tl.constexpr,
+    whole_steps: tl.constexpr,
+    whole_columns: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    depth: tl.constexpr,
+    split: tl.constexpr,
+):
+    program = tl.program_id(0)
+    programs = tl.num_programs(0)
+    steps = tl.cdiv(kept, depth)
+    row_tiles = tiles // tl.cdiv(width, columns)
+    mine, count = pieces(program, programs, tiles, steps, whole, run)
+    for number in range(count):
+        tile, first, last = piece(number, mine, program, programs, tiles, steps, whole, run)
+        row_tile = tile % row_tiles
+        first_column = (tile // row_tiles) * columns
+        batch = row_tile // (groups * parts)
+        group_index = row_tile // parts % groups
+        first_row = group_index * group + (row_tile % parts) * rows
+        limit = tl.minimum(tokens, (group_index + 1) * group)
+        out = out_cache + batch.to(tl.int64) * stride_ob
+
+        row = tl.minimum(first_row + tl.arange(0, rows), tokens - 1)  # rows past the end are computed, never stored
+        column = first_column + tl.arange(0, columns)
+        if not whole_columns:
+            column = tl.minimum(column, width - 1)
+        inner = tl.arange(0, depth)
+        d_at = delta + batch.to(tl.int64) * stride_db + (row[:, None] * stride_dn + inner[None, :] * stride_dk)
+        d_at += first * depth * stride_dk
+        w_at = weight + column[None, :] * stride_wc
+        chosen = indices + (row_tile // parts).to(tl.int64) * kept + inner
+        neuron = tl.load(chosen + first * depth, mask=inner < kept - first * depth, other=0)
+        acc = tl.zeros((rows, columns), dtype=tl.float32)
+        for step in range(first, last):
+            if whole_steps:
+                left = tl.load(d_at)
+                right = tl.load(w_at + neuron[:, None] * stride_wf)
+            else:
+                inside = inner < kept - step * depth
+                left = tl.load(d_at, mask=inside[None, :], other=0.0)
+                right = tl.load(w_at + neuron[:, None] * stride_wf, mask=inside[:, None], other=0.0)
+            neuron = tl.load(chosen + (step + 1) * depth, mask=inner < kept - (step + 1) * depth, other=0)
+            acc = tl.dot(left, right, acc)
+            d_at += depth * stride_dk
+
+        part: tl.constexpr = columns // split
+        if (first == 0) & (last == steps):
+            if split == 4:
+                low, high = acc.reshape(rows, 2, columns // 2).permute(0, 2, 1).split()
+                acc0, acc1 = low.reshape(rows, 2, part).permute(0, 2, 1).split()
+                acc2, acc3 = high.reshape(rows, 2, part).permute(0, 2, 1).split()
+                _finish(acc0, out, first_row, first_column, limit, width, stride_on, stride_oc, rows, part)
+                _finish(acc1, out, first_row, first_column + part, limit, width, stride_on, stride_oc, rows, part)
+                _finish(acc2, out, first_row, first_column + 2 * part, limit, width, stride_on, stride_oc, rows, part)
+                _finish(acc3, out, first_row, first_column + 3 * part, limit, width, stride_on, stride_oc, rows, part)
+            elif split == 2:
+                low, high = acc.reshape(rows, 2, part).permute(0, 2, 1).split()
+                _finish(low, out, first_row, first_column, limit, width, stride_on, stride_oc, rows, part)
+                _finish(high, out, first_row, first_column + part, limit, width, stride_on, stride_oc, rows, part)
+            else:
+                _finish(acc, out, first_row, first_column, limit, width, stride_on, stride_oc, rows, part)
+        else:
+            at = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
+            tl.store(partial_sums + slot(tile, program, steps, whole, run).to(tl.int64) * (rows * columns) + at, acc)
+            first_part, end_part = contributors(tile, steps, whole, run)
+            if arrive(arrivals, tile, whole, end_part - first_part):
+                for piece_of in range(split):
+                    at = tl.arange(0, rows)[:, None] * columns + (piece_of * part + tl.arange(0, part))[None, :]
+                    total = tl.zeros((rows, part), dtype=tl.float32)
+                    for other in range(first_part, end_part):
+                        from_slot = slot(tile, other, steps, whole, run).to(tl.int64) * (rows * columns)
+                        total += tl.load(partial_sums + from_slot + at, cache_modifier=".cg")
+                    _finish(total, out, first_row, first_column + piece_of * part, limit, width, stride_on, stride_oc,
+                            rows, part)  # fmt: skip
