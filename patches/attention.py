@@ -112,7 +112,7 @@ def _leaves(
         roots = scope.roots(value, step) if value is not None else frozenset()
         return frozenset().union(*(streams.get(root, frozenset()) for root in roots))
 
-    for call, step in scope.calls():
+    for call, step in scope.calls:
         hop = _Hop(function, call, step, block_name)
         callee, shift, done = call.func, 0, False
         if context.runtime_call(call, function, step) == "attention" and len(call.args) > 2:

@@ -64,7 +64,7 @@ def _mlp_calls(context: Context, block: Block) -> list[_Mlp]:
     function = block.forward
     scope = function.scope
     found: list[_Mlp] = []
-    for call, step in scope.calls():
+    for call, step in scope.calls:
         done = context.runtime_call(call, function, step) == "mlp" and len(call.args) >= 2
         callee = call.args[1].value if done else call.func
         attribute = self_attribute(callee, scope.receiver)

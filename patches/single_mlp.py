@@ -69,8 +69,8 @@ class _Join:
 
 def _patch_block(context: Context, block: Block) -> None:
     source, scope = block.forward.source, block.forward.scope
-    splits = [s for call, step in scope.calls() if (s := _split(context, block, call, step)) is not None]
-    joins = [j for call, step in scope.calls() if (j := _join(context, block, call, step)) is not None]
+    splits = [s for call, step in scope.calls if (s := _split(context, block, call, step)) is not None]
+    joins = [j for call, step in scope.calls if (j := _join(context, block, call, step)) is not None]
     pairs = [(s, j) for s in splits for j in joins if s.mlp == j.mlp]
     if not pairs:
         missing = "its output's split into [query, key, value | MLP]" if not splits else "cat(attention, activation(MLP)) into a second linear"

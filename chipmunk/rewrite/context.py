@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import libcst as cst
 
 from chipmunk.rewrite.flow import Step
@@ -10,6 +12,7 @@ from chipmunk.rewrite.repository import External, Function, Module, Repository
 from chipmunk.rewrite.roles import Model, Roles
 from chipmunk.rewrite.source import PACKAGE, Edit, Source, import_edit, runtime_name
 from chipmunk.rewrite.syntax import dotted, parameters
+from chipmunk.rewrite.values import Values
 
 
 
@@ -29,6 +32,13 @@ class Context:
         self.patch = ""
         """Name of the patch whose rule is running."""
         self._needs_import: set[str] = set()
+
+    @cached_property
+    def values(self) -> Values:
+        """Where the models go in the repository; worked out when first asked for."""
+        values = Values(self.repository, self.models)
+        values.grow()
+        return values
 
     # Reporting
 

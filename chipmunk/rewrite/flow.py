@@ -56,7 +56,7 @@ class Scope:
     bindings: dict[str, list[Binding]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._read(self.node.body, ())
+        self._read(self.node if isinstance(self.node, cst.Module) else self.node.body, ())
 
     @property
     def function(self) -> cst.FunctionDef:
@@ -147,13 +147,14 @@ class Scope:
 
     # Asking
 
-    def calls(self) -> Iterator[tuple[cst.Call, Step]]:
+    @cached_property
+    def calls(self) -> list[tuple[cst.Call, Step]]:
         """Every call, in the order of the text, with the statement it stands in."""
+        found: list[tuple[cst.Call, Step]] = []
         for step in self.steps:
             for expression in step.expressions:
-                for node in walk(expression):
-                    if isinstance(node, cst.Call):
-                        yield node, step
+                found += [(node, step) for node in walk(expression) if isinstance(node, cst.Call)]
+        return found
 
     def reaching(self, name: str, step: Step) -> list[Binding]:
         """The assignments whose value `name` may have where `step` uses it, the latest first."""

@@ -329,7 +329,7 @@ class Repository:
                 self._built(value, method, step, found, 0)
             for current in self.bases(owner):
                 for method in current.methods.values():
-                    for call, step in method.scope.calls():
+                    for call, step in method.scope.calls:
                         function = call.func
                         if not isinstance(function, cst.Attribute) or function.attr.value not in ("append", "extend", "insert"):
                             continue
@@ -351,7 +351,7 @@ class Repository:
             for binding in method.scope.reaching(value.value, step):
                 if binding.value is not None:
                     self._built(binding.value, method, binding.step, found, depth + 1)
-            for call, at in method.scope.calls():
+            for call, at in method.scope.calls:
                 if isinstance(call.func, cst.Attribute) and call.func.attr.value == "append":
                     if dotted(call.func.value) == value.value and call.args:
                         self._built(call.args[0].value, method, at, found, depth + 1)

@@ -56,13 +56,14 @@ class Source:
             raise SourceError("read", f"its text cannot be decoded: {error}") from error
         except RecursionError as error:
             raise SourceError("parse", "its expressions are nested too deeply") from error
-        if self.module.bytes != content:
+        self._code = self.module.code
+        if self._code.encode(self.module.encoding) != content:
             raise SourceError("parse", "it does not survive parsing and printing unchanged")
 
     @cached_property
     def text(self) -> bytes:
         """The file's text as UTF-8 without a byte order mark: what spans count in."""
-        return self.module.code.encode("utf-8")
+        return self._code.encode("utf-8")
 
     @cached_property
     def newline(self) -> str:
@@ -146,7 +147,8 @@ def runtime_name(source: Source) -> tuple[str, bool]:
                 for name in node.names:
                     if name.evaluated_name == PACKAGE:
                         return name.evaluated_alias or PACKAGE, True
-    return (ALIAS if _binds(source.module, PACKAGE) else PACKAGE), False
+    taken = PACKAGE.encode() in source.text and _binds(source.module, PACKAGE)
+    return (ALIAS if taken else PACKAGE), False
 
 
 def import_edit(source: Source, name: str, own_modules: set[str]) -> Edit:
@@ -265,8 +267,6 @@ def _comment_above(statement: cst.SimpleStatementLine) -> bool:
 
 def _binds(module: cst.Module, name: str) -> bool:
     """Whether the file gives `name` a meaning of its own anywhere."""
-    if name not in module.code:
-        return False
     for node in walk(module):
         if isinstance(node, (cst.FunctionDef, cst.ClassDef, cst.Param)) and node.name.value == name:
             return True

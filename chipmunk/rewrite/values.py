@@ -1,0 +1,295 @@
+"""Where the model goes in the repository: from its construction through functions, attributes and arguments.
+
+A value keeps its label (`model:0`, or `args` for parsed command-line arguments) through assignments, tuples, returns,
+arguments of the repository's functions, and the few calls that return the same object (`.to(device)`, `torch.compile`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import libcst as cst
+
+from chipmunk.rewrite.flow import Binding, Scope, Step
+from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
+from chipmunk.rewrite.roles import Model
+from chipmunk.rewrite.syntax import bind, dotted, elements, is_call, parameters, self_attribute, walk
+
+ARGS = "args"
+_SAME_OBJECT = {"to", "eval", "train", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "type", "to_empty"}
+_WRAPPERS = {"compile", "DataParallel", "DistributedDataParallel", "FSDP", "FullyShardedDataParallel", "prepare"}
+
+Value = frozenset[str] | tuple["Value", ...]
+NOTHING: frozenset[str] = frozenset()
+
+
+def label_of(index: int) -> str:
+    return f"model:{index}"
+
+
+@dataclass(eq=False)
+class Place:
+    """A function, or a module's own statements."""
+
+    module: Module
+    function: Function | None
+
+    @property
+    def scope(self) -> Scope:
+        return self.module.scope if self.function is None else self.function.scope
+
+    @property
+    def name(self) -> str:
+        return "<module>" if self.function is None else self.function.name
+
+    @property
+    def names(self) -> Function | Module:
+        """What names are resolved in."""
+        return self.module if self.function is None else self.function
+
+
+@dataclass(eq=False)
+class Values:
+    """The labels of the repository's values; grown until nothing changes."""
+
+    repository: Repository
+    models: list[Model]
+    places: list[Place] = field(default_factory=list)
+    returns: dict[int, Value] = field(default_factory=dict)
+    """By function (`id`), what it returns."""
+    arguments: dict[tuple[int, str], frozenset[str]] = field(default_factory=dict)
+    """By function (`id`) and parameter."""
+    attributes: dict[tuple[int, str], frozenset[str]] = field(default_factory=dict)
+    """By class (`id`) and attribute."""
+    _seen_names: set[str] = field(default_factory=set)
+    _pending_names: set[str] = field(default_factory=set)
+    _changed: bool = False
+
+    # Growing
+
+    def grow(self) -> None:
+        """Follow the models through all files that name them, or what makes or takes them."""
+        self._pending_names = {model.name for model in self.models}
+        for model in self.models:
+            self._pending_names.update(c.name for c in self._subclasses(model))
+        while self._pending_names:
+            self._read_files()
+            self._changed = True
+            while self._changed:
+                self._changed = False
+                for place in self.places:
+                    self._visit(place)
+
+    def _subclasses(self, model: Model) -> list[Class]:
+        return [c for c in model.owner.module.classes.values() if model.owner in self.repository.bases(c)]
+
+    def _read_files(self) -> None:
+        names, self._pending_names = self._pending_names - self._seen_names, set()
+        self._seen_names |= names
+        if not names:
+            return
+        known = {place.module.path for place in self.places}
+        pattern = re.compile(rb"\b(?:" + b"|".join(re.escape(n.encode()) for n in sorted(names)) + rb")\s*[(:,)\]|}]")
+        for path in sorted(self.repository.files):
+            if path in known or not pattern.search(self.repository.files[path]):
+                continue
+            module = self.repository.module(path)
+            if module is not None:
+                self.places.append(Place(module, None))
+                self.places += [Place(module, function) for function in module.all_functions()]
+
+    def _visit(self, place: Place) -> None:
+        scope, function = place.scope, place.function
+        if function is not None:
+            for parameter in parameters(function.node):
+                label = self._annotated(parameter.annotation, place)
+                if label:
+                    self._give(self.arguments, (id(function), parameter.name.value), label)
+        for name, bindings in scope.bindings.items():
+            if function is not None and function.owner is not None and name.startswith(scope.receiver + "."):
+                for binding in bindings:
+                    labels = self._bound(binding, place)
+                    if labels:
+                        self._give(self.attributes, (id(function.owner), name.split(".", 1)[1]), labels)
+        for step in scope.steps:
+            if function is not None and isinstance(step.node, cst.Return) and step.node.value is not None:
+                value = self.value(step.node.value, step, place)
+                if _any(value):
+                    merged = _merge(self.returns.get(id(function), NOTHING), value)
+                    if merged != self.returns.get(id(function)):
+                        self.returns[id(function)] = merged
+                        self._changed = True
+                        self._pending_names.add(function.node.name.value)
+        for call, step in scope.calls:
+            if call.args:
+                self._pass(call, step, place)
+
+    def _pass(self, call: cst.Call, step: Step, place: Place) -> None:
+        """Hand labels from the call's arguments to the callee's parameters."""
+        given = [self.value(arg.value, step, place) if not arg.star else NOTHING for arg in call.args]
+        if not any(isinstance(value, frozenset) and value for value in given):
+            return
+        callee = self.callee(call, step, place)
+        if callee is None:
+            return
+        for parameter, argument in bind(callee.node, call, skip=callee.receivers).items():
+            labels = _labels(self.value(argument, step, place))
+            if labels:
+                self._give(self.arguments, (id(callee), parameter), labels)
+        # The callee's file may not have been read for names yet.
+        if callee.module.path not in {p.module.path for p in self.places}:
+            module = callee.module
+            self.places.append(Place(module, None))
+            self.places += [Place(module, function) for function in module.all_functions()]
+            self._changed = True
+
+    def callee(self, call: cst.Call, step: Step, place: Place) -> Function | None:
+        """The repository's function, method or constructor that the call runs."""
+        meaning = self.repository.resolve(call.func, place.names, step)
+        if isinstance(meaning, Class):
+            return self.repository.method(meaning, "__init__")
+        return meaning if isinstance(meaning, Function) else None
+
+    def _give(self, table: dict[tuple[int, str], frozenset[str]], key: tuple[int, str], labels: frozenset[str]) -> None:
+        if not labels <= table.get(key, NOTHING):
+            table[key] = table.get(key, NOTHING) | labels
+            self._changed = True
+
+    def _annotated(self, annotation: cst.Annotation | None, place: Place) -> frozenset[str]:
+        if annotation is None:
+            return NOTHING
+        found = [name for node in walk(annotation.annotation) if (name := dotted(node) or _quoted(node))]
+        return frozenset().union(*(self._model_labels(name, place.module) for name in found))
+
+    def _model_labels(self, name: cst.CSTNode | str | None, names: Function | Module, step: Step | None = None) -> frozenset[str]:
+        meaning = self.repository.resolve(name, names, step)
+        if not isinstance(meaning, Class):
+            return NOTHING
+        owners = self.repository.bases(meaning)
+        return frozenset(label_of(i) for i, model in enumerate(self.models) if model.owner in owners)
+
+    # Asking
+
+    def value(self, node: cst.CSTNode | None, step: Step, place: Place, depth: int = 0) -> Value:
+        """The labels of an expression's value; a tuple of them for a tuple."""
+        if node is None or depth > 12:
+            return NOTHING
+        if isinstance(node, (cst.Tuple, cst.List)):
+            parts = elements(node)
+            return tuple(self.value(part, step, place, depth + 1) for part in parts) if parts is not None else NOTHING
+        if isinstance(node, cst.IfExp):
+            return _merge(self.value(node.body, step, place, depth + 1), self.value(node.orelse, step, place, depth + 1))
+        if isinstance(node, (cst.Name, cst.Attribute)):
+            return self._name(node, step, place, depth)
+        if isinstance(node, cst.NamedExpr):
+            return self.value(node.value, step, place, depth + 1)
+        if isinstance(node, cst.Call):
+            return self._call(node, step, place, depth)
+        return NOTHING
+
+    def _call(self, node: cst.Call, step: Step, place: Place, depth: int) -> Value:
+        meaning = self.repository.resolve(node.func, place.names, step)
+        if isinstance(meaning, Class):
+            return self._model_labels(node.func, place.names, step)
+        if isinstance(meaning, Function):
+            return self.returns.get(id(meaning), NOTHING) or self._annotated(meaning.node.returns, Place(meaning.module, None))
+        if isinstance(node.func, cst.Attribute):
+            if node.func.attr.value in _SAME_OBJECT:
+                return self.value(node.func.value, step, place, depth + 1)
+            if node.func.attr.value in ("parse_args", "parse_known_args") and is_parser(node.func.value, step, place, self):
+                labels: Value = frozenset({ARGS})
+                return labels if node.func.attr.value == "parse_args" else (labels, NOTHING)
+        if isinstance(meaning, External) and meaning.name.split(".")[-1] in _WRAPPERS and node.args:
+            return self.value(node.args[0].value, step, place, depth + 1)
+        return NOTHING
+
+    def _name(self, node: cst.Name | cst.Attribute, step: Step, place: Place, depth: int) -> Value:
+        name = dotted(node)
+        if name is None:
+            return NOTHING
+        scope, function = place.scope, place.function
+        bindings = scope.reaching(name, step)
+        found: Value = NOTHING
+        for binding in bindings:
+            found = _merge(found, self._bound(binding, place, depth + 1))
+        if scope.is_definite(bindings, step):
+            return found
+        if function is not None and name in scope.parameters:
+            return _merge(found, self.arguments.get((id(function), name), NOTHING))
+        if function is not None and function.owner is not None:
+            attribute = self_attribute(node, scope.receiver)
+            if attribute is not None:
+                for owner in self.repository.bases(function.owner):
+                    found = _merge(found, self.attributes.get((id(owner), attribute), NOTHING))
+                return found
+        if function is not None and name not in scope.bindings and "." not in name:
+            # A global of the module, as it is when the module has run.
+            for binding in place.module.scope.bindings.get(name, ()):
+                found = _merge(found, self._bound(binding, Place(place.module, None), depth + 1))
+        return found
+
+    def _bound(self, binding: Binding, place: Place, depth: int = 0) -> frozenset[str]:
+        value = self.value(binding.value, binding.step, place, depth + 1)
+        for index in binding.path:
+            if not isinstance(value, tuple) or not 0 <= index < len(value):
+                return NOTHING
+            value = value[index]
+        return value if isinstance(value, frozenset) else NOTHING
+
+    def labels(self, node: cst.CSTNode | None, step: Step, place: Place) -> frozenset[str]:
+        """The labels of an expression that is no tuple."""
+        return _labels(self.value(node, step, place))
+
+    def bound(self, binding: Binding, place: Place) -> frozenset[str]:
+        """The labels of what a name is bound to."""
+        return self._bound(binding, place)
+
+    def model_of(self, labels: frozenset[str]) -> int | None:
+        """The model's place in `models`; the first if there are several."""
+        return min((int(label.split(":")[1]) for label in labels if label.startswith("model:")), default=None)
+
+
+def is_parser(node: cst.CSTNode, step: Step, place: Place, values: Values) -> bool:
+    """Whether the expression is an `argparse.ArgumentParser`."""
+    if isinstance(node, cst.Call):
+        meaning = values.repository.resolve(node.func, place.names, step)
+        return isinstance(meaning, External) and meaning.name == "argparse.ArgumentParser"
+    name = dotted(node)
+    return name is not None and any(
+        b.value is not None and not isinstance(b.value, cst.Name) and is_parser(b.value, b.step, place, values)
+        for b in place.scope.reaching(name, step)
+    )
+
+
+def _labels(value: Value) -> frozenset[str]:
+    if isinstance(value, frozenset):
+        return value
+    return NOTHING
+
+
+def _any(value: Value) -> bool:
+    return bool(value) if isinstance(value, frozenset) else any(_any(part) for part in value)
+
+
+def _merge(first: Value, second: Value) -> Value:
+    if isinstance(first, tuple) and isinstance(second, tuple) and len(first) == len(second):
+        return tuple(_merge(a, b) for a, b in zip(first, second))
+    if isinstance(first, frozenset) and isinstance(second, frozenset):
+        return first | second
+    return first if isinstance(first, tuple) else second
+
+
+def _quoted(node: cst.CSTNode) -> str | None:
+    """The name in a quoted annotation: `"Flux"`."""
+    if isinstance(node, cst.SimpleString) and isinstance(node.evaluated_value, str):
+        return node.evaluated_value if re.fullmatch(r"[\w.]+", node.evaluated_value) else None
+    return None
+
+
+def functions_of(places: list[Place]) -> Iterator[Place]:
+    return (place for place in places if place.function is not None)
+
+
+__all__ = ["ARGS", "Place", "Value", "Values", "functions_of", "is_call", "is_parser", "label_of"]

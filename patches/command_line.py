@@ -1,0 +1,296 @@
+"""Give the repository's own command line the option `--chipmunk-config`.
+
+Every function that a command line runs and that loads the model gets the option, and enables Chipmunk on the model once it
+is loaded: functions handed to Fire, commands of typer and click, and code that holds the result of argparse's
+`parse_args()`. Elsewhere `CHIPMUNK_CONFIG` or a `chipmunk-config.yml` in the working directory do the same.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import libcst as cst
+
+from chipmunk.registry import Example
+from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.flow import Binding, Scope, Step
+from chipmunk.rewrite.repository import External, Function
+from chipmunk.rewrite.syntax import dotted, elements, last_name, parameters, walk
+from chipmunk.rewrite.values import ARGS, Place, is_parser
+
+NAME = "command-line"
+API = 1
+VERSION = "1"
+
+OPTION = "chipmunk_config"
+HELP = "Chipmunk configuration file; without one, the model runs as before"
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Where the model gets its name: `model = load_flow_model(...)`."""
+
+    binding: Binding
+    model: int
+
+
+def rule(context: Context) -> None:
+    commands = _commands(context)
+    parsers: set[str] = set()
+    for place in context.values.places:
+        loads = _loads(context, place)
+        if not loads:
+            continue
+        source = place.module.source
+        kind = commands.get(id(place.function.node)) if place.function is not None else None
+        arguments = _arguments_name(context, place, loads[0].binding.step)
+        if kind is not None and place.function is not None:
+            done = _add_option(context, place.function, kind)
+            _enable(context, place, loads, OPTION, done, f"the command line runs {place.name}, which loads the model")
+        elif arguments is not None:
+            parsers.add(arguments[1])
+            _enable(context, place, loads, f"{arguments[0]}.{OPTION}", True, f"{place.name} loads the model and has the parsed arguments")
+        elif not _hands_on(context, place, loads[0]):
+            reason = "the command line's options do not reach this place: set CHIPMUNK_CONFIG instead"
+            context.left_dense(source, loads[0].binding.step.node, reason)
+    if parsers:
+        _add_arguments(context)
+
+
+# Finding
+
+
+def _loads(context: Context, place: Place) -> list[_Load]:
+    """The first assignment of each name that gets the model from a call: a constructor, or a function that returns one."""
+    found: dict[str, _Load] = {}
+    for name, bindings in place.scope.bindings.items():
+        for binding in bindings:
+            model = context.values.model_of(context.values.bound(binding, place))
+            if model is not None and isinstance(binding.value, cst.Call) and not _same_name(binding):
+                found.setdefault(name, _Load(binding, model))
+    return list(found.values())
+
+
+def _same_name(binding: Binding) -> bool:
+    """`model = model.to(device)` loads nothing."""
+    return binding.value is not None and any(dotted(node) == binding.name for node in walk(binding.value))
+
+
+def _hands_on(context: Context, place: Place, load: _Load) -> bool:
+    """Whether the function returns the model: then its callers are the ones to enable it."""
+    return place.function is not None and id(place.function) in context.values.returns
+
+
+def _commands(context: Context) -> dict[int, str]:
+    """Functions that a command-line library runs: function node (`id`) → `fire`, `typer` or `click`."""
+    found: dict[int, str] = {}
+    repository = context.repository
+    for path in sorted(repository.files):
+        content = repository.files[path]
+        if b"Fire(" in content and b"fire" in content:
+            module = repository.module(path)
+            for place in _places(context, path):
+                for call, step in place.scope.calls:
+                    if last_name(call.func) != "Fire" and dotted(call.func) not in place.scope.bindings:
+                        continue
+                    meaning = repository.resolve(call.func, place.names, step)
+                    if isinstance(meaning, External) and meaning.name in ("fire.Fire", "fire.core.Fire") and call.args:
+                        for function in _components(context, call.args[0].value, step, place):
+                            found[id(function.node)] = "fire"
+            assert module is None or module.path == path
+    for place in context.values.places:
+        for decorator in place.function.node.decorators if place.function is not None else ():
+            assert place.function is not None
+            callee = decorator.decorator.func if isinstance(decorator.decorator, cst.Call) else decorator.decorator
+            library = _library(context, callee, place)
+            if library is not None:
+                found[id(place.function.node)] = library
+    return found
+
+
+def _places(context: Context, path: str) -> list[Place]:
+    module = context.repository.module(path)
+    if module is None:
+        return []
+    return [Place(module, None), *(Place(module, function) for function in module.all_functions())]
+
+
+def _components(context: Context, value: cst.BaseExpression, step: Step, place: Place) -> list[Function]:
+    """The functions that Fire gets: one, or a dictionary or list of them."""
+    values = [value]
+    if isinstance(value, cst.Dict):
+        values = [e.value for e in value.elements if isinstance(e, cst.DictElement)]
+    elif elements(value) is not None:
+        values = elements(value) or []
+    found = [context.repository.resolve(v, place.names, step) for v in values]
+    return [f for f in found if isinstance(f, Function)]
+
+
+def _library(context: Context, callee: cst.CSTNode, place: Place) -> str | None:
+    """`click` for `@click.command`, `typer` for `@app.command` where `app = typer.Typer()`."""
+    name = dotted(callee)
+    if name is None or name.split(".")[-1] != "command":
+        return None
+    meaning = context.repository.resolve(name, place.module)
+    if isinstance(meaning, External):
+        return "click" if meaning.name == "click.command" else None
+    for binding in place.module.scope.bindings.get(name.split(".")[0], ()):
+        if isinstance(binding.value, cst.Call):
+            made = context.repository.resolve(binding.value.func, place.module)
+            if isinstance(made, External) and made.name == "typer.Typer":
+                return "typer"
+    for function in place.module.functions.values():  # a click group is a function itself
+        if function.node.name.value == name.split(".")[0]:
+            return "click"
+    return None
+
+
+def _arguments_name(context: Context, place: Place, step: Step) -> tuple[str, str] | None:
+    """The name under which the parsed arguments are at hand at `step`, and the file of the place."""
+    scope = place.scope
+    # Not a global: it would be there only when this very file is the program.
+    for name in dict.fromkeys([*scope.parameters, *scope.bindings]):
+        if "." not in name and ARGS in context.values.labels(cst.Name(name), step, place):
+            return name, place.module.path
+    return None
+
+
+# Changing
+
+
+def _enable(context: Context, place: Place, loads: list[_Load], option: str, option_done: bool, reason: str) -> None:
+    source, scope = place.module.source, place.scope
+    for load in loads:
+        step, name = load.binding.step, load.binding.name
+        if _is_enabled(context, place, name):
+            if option_done:
+                context.already(source, step.node, "Chipmunk is enabled on the model after it is loaded")
+            else:
+                context.patched(source, step.node, reason)
+            continue
+        statement = _after_branches(scope, load.binding)
+        indentation = source.indentation(statement)
+        at = _end_of(source.text, source.span(statement)[1])
+        context.edit(source, at, at, f"\n{indentation}{context.runtime(source)}.enable({name}, {option})")
+        context.patched(source, step.node, reason)
+
+
+def _end_of(text: bytes, end: int) -> int:
+    """The end of the last line of a statement that ends at `end`, a trailing comment included."""
+    if text[end - 1 : end] == b"\n":
+        end -= 1
+    if text[end - 1 : end] == b"\r":
+        end -= 1
+    stop = text.find(b"\n", end)
+    stop = len(text) if stop < 0 else stop
+    return stop - (text[stop - 1 : stop] == b"\r")
+
+
+def _is_enabled(context: Context, place: Place, name: str) -> bool:
+    return any(
+        context.runtime_call(call, place.names, step) == "enable" and call.args and dotted(call.args[0].value) == name
+        for call, step in place.scope.calls
+    )
+
+
+def _after_branches(scope: Scope, binding: Binding) -> cst.CSTNode:
+    """The statement after which the model is there: the assignment, or the outermost `if` all of whose branches assign it."""
+    statement: cst.CSTNode = binding.step.statement
+    chain = list(binding.step.chain)
+    while chain and isinstance(chain[-1][0], cst.If):
+        node = chain[-1][0]
+        assert isinstance(node, cst.If)
+        if not _assigned_in_all(scope, node, binding.name):
+            break
+        statement = node
+        chain.pop()
+        # An `elif` is an `if` in the other branch of the one that matters.
+        while chain and chain[-1][1] == "orelse" and isinstance(chain[-1][0], cst.If) and chain[-1][0].orelse is statement:
+            statement = chain.pop()[0]
+    return statement
+
+
+def _assigned_in_all(scope: Scope, node: cst.If, name: str) -> bool:
+    """Whether each branch of the `if` assigns the name, or it had a value before."""
+    head = next(step for step in scope.steps if step.node is node)
+    before = [b for b in scope.bindings.get(name, ()) if b.step.index < head.index]
+    branches = {branch for b in scope.bindings.get(name, ()) for other, branch in b.step.chain if other is node}
+    return bool(before) or branches >= {"body", "orelse"}
+
+
+def _add_option(context: Context, function: Function, kind: str) -> bool:
+    """Add the parameter `chipmunk_config`; True if it was there."""
+    if OPTION in {p.name.value for p in parameters(function.node)}:
+        return True
+    source = function.source
+    context.append_parameter(source, function.node, f"{OPTION}{_annotation(function)} = None".replace(" = None", _default(function)))
+    if kind == "click":
+        last = function.node.decorators[-1]
+        indentation = source.indentation(last)
+        text = f'@click.option("--chipmunk-config", default=None, help="{HELP}.")'
+        at = source.line_at(source.span(last)[1] - 1)[1]
+        context.edit(source, at, at, f"\n{indentation}{text}")
+    _document(context, function)
+    return False
+
+
+def _annotation(function: Function) -> str:
+    """`: str | None`, or what the file can use of it."""
+    annotated = [p.annotation for p in parameters(function.node) if p.annotation is not None]
+    if parameters(function.node) and not annotated:
+        return ""
+    text = function.source.text.decode("utf-8")
+    if "from __future__ import annotations" in text or re.search(r"[\w\]]\s*\|\s*None\b|\bNone\s*\|\s*\w", text):
+        return ": str | None"
+    optional = function.module.imports.get("Optional")
+    return ": Optional[str]" if optional == ("typing", "Optional") else ": str"
+
+
+def _default(function: Function) -> str:
+    return " = None" if _annotation(function) else "=None"
+
+
+def _document(context: Context, function: Function) -> None:
+    """A line in the docstring's `Args:` section, after its last entry."""
+    source, body = function.source, function.node.body
+    first = body.body[0] if isinstance(body, cst.IndentedBlock) and body.body else None
+    expression = first.body[0] if isinstance(first, cst.SimpleStatementLine) else None
+    if not isinstance(expression, cst.Expr) or not isinstance(expression.value, cst.SimpleString):
+        return
+    start, end = source.span(expression.value)
+    lines = source.text[start:end].decode("utf-8").splitlines(keepends=True)
+    heads = [i for i, line in enumerate(lines) if line.strip() in ("Args:", "Arguments:")]
+    if not heads or len(lines) <= heads[0] + 1:
+        return
+    entry = lines[heads[0] + 1]
+    indentation = entry[: len(entry) - len(entry.lstrip())]
+    last = heads[0] + 1
+    for index in range(heads[0] + 1, len(lines) - 1):
+        if not lines[index].startswith(indentation):
+            break
+        last = index
+    at = start + len("".join(lines[: last + 1]).encode("utf-8"))
+    context.edit(source, at, at, f"{indentation}{OPTION}: {HELP}\n")
+
+
+def _add_arguments(context: Context) -> None:
+    """Add the option to every parser whose result is used."""
+    for place in context.values.places:
+        for call, step in place.scope.calls:
+            if not isinstance(call.func, cst.Attribute) or call.func.attr.value not in ("parse_args", "parse_known_args"):
+                continue
+            name = dotted(call.func.value)
+            if name is None or not is_parser(call.func.value, step, place, context.values):
+                continue
+            source = place.module.source
+            if b"--chipmunk-config" in source.text:
+                context.already(source, call, "the parser has the option")
+                continue
+            indentation = source.indentation(step.statement)
+            text = f'{name}.add_argument("--chipmunk-config", default=None, help="{HELP}")'
+            context.insert_before(source, step.statement, f"{text}\n{indentation}")
+            context.patched(source, call, "the parser of the command line that loads the model")
+
+
+EXAMPLES: tuple[Example, ...] = ()
