@@ -237,7 +237,8 @@ class Oracle:
             return None
         arguments = inspect.signature(model.forward).bind(*args, **kwargs)
         image, ids = arguments.arguments[self.facts.image], arguments.arguments[self.facts.ids]
-        self._order = self._token_order(ids if ids.ndim == 2 else ids[0])
+        first_ids = ids if ids.ndim == 2 else ids[0]
+        self._order = self._token_order(first_ids) if torch.equal(ids, first_ids.expand_as(ids)) else None
         if self._order is None:
             return None
         arguments.arguments[self.facts.image] = image[:, self._order]

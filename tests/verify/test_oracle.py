@@ -261,6 +261,14 @@ def test_ids_that_are_no_grid_are_left_in_order(ids: Tensor) -> None:
     assert model.seen == ids[0, :, 1:].int().tolist()
 
 
+def test_ids_that_differ_between_batch_elements_are_left_in_order() -> None:
+    model, ids = Identity(), torch.cat((grid_ids(3, 5), grid_ids(5, 3)))
+    with torch.no_grad(), Oracle(model, FACTS, config()):
+        output, _ = model(torch.zeros_like(ids), ids)
+    assert torch.equal(output, ids)
+    assert model.seen == ids[0, :, 1:].int().tolist()
+
+
 class LoraLinear(nn.Linear):
     """A subclass with its own forward, as the official Control LoRA has."""
 
