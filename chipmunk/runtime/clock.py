@@ -1,0 +1,121 @@
+"""The step clock: a sampling loop's iterable becomes a generation, which owns the caches and dies with the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from chipmunk.runtime.layer_state import LayerState
+from chipmunk.runtime.token_order import TokenOrder
+
+if TYPE_CHECKING:
+    from chipmunk.runtime.session import Session
+
+Item = TypeVar("Item")
+
+_running: ContextVar[dict[Session, Generation]] = ContextVar("chipmunk_running")
+"""The generation whose loop this thread (or task) advanced last, by session."""
+
+_EXACT_ITERATORS = tuple(
+    type(iter(example)) for example in ([], (), range(0), range(1 << 70), {}, {}.values(), {}.items(), set(), "", b"")
+) + (type(reversed([])), type(reversed({})))
+"""Iterators of Python whose length hint is what they have left."""
+
+
+class CallSlot:
+    """What one place that calls the model remembers during one generation."""
+
+    def __init__(self, layers: list[LayerState | None], signature: tuple[object, ...], inference: bool) -> None:
+        self.layers = layers
+        """By layer index; None where a layer always runs dense."""
+        self.signature = signature
+        """Shape, dtype and device of every tensor the model is given."""
+        self.inference = inference
+        """Whether the caches were made in inference mode: they cannot be updated outside it."""
+        self.order: TokenOrder | None = None
+        self.last_step = -1
+
+    def forget(self) -> None:
+        for layer in self.layers:
+            if layer is not None:
+                layer.forget()
+        self.order = None
+
+
+class Generation:
+    """One run of a sampling loop: its position, its call slots and their caches."""
+
+    def __init__(self, session: Session, at_most: int | None) -> None:
+        self.session = session
+        self.at_most = at_most
+        """The number of steps, where it is known."""
+        self.step = -1
+        self.slots: dict[str, CallSlot] = {}
+        self.dense_reason: str | None = None
+        """Why all further calls run dense: the caches did not fit into memory."""
+        self.closed = False
+        self._outer = current_generation(session)
+
+    def advance(self) -> None:
+        """A step begins; model calls of this thread belong to this generation from now on."""
+        self.step += 1
+        self._become_current(self)
+
+    def close(self) -> None:
+        """Free all caches; the loop around this one, if it is alive, goes on."""
+        self.closed = True
+        self.drop_caches()
+        if current_generation(self.session) is self:
+            outer = self._outer
+            while outer is not None and outer.closed:
+                outer = outer._outer
+            self._become_current(outer)
+        self._outer = None
+
+    def drop_caches(self) -> None:
+        for slot in self.slots.values():
+            slot.forget()
+        self.slots.clear()
+
+    def _become_current(self, generation: Generation | None) -> None:
+        running = dict(_running.get({}))
+        running.pop(self.session, None)
+        if generation is not None:
+            running[self.session] = generation
+        _running.set(running)
+
+
+def current_generation(session: Session) -> Generation | None:
+    """The generation that a model call made here and now belongs to."""
+    return _running.get({}).get(session)
+
+
+def run_steps(session: Session, iterable: Iterable[Item]) -> Iterator[Item]:
+    """Yield the items of `iterable`, one step of a generation each; caches are freed however the loop ends."""
+    generation = session.begin(steps_at_most(iterable))
+    try:
+        for item in iterable:
+            generation.advance()
+            yield item
+    finally:
+        generation.close()
+
+
+def steps_at_most(iterable: object) -> int | None:
+    """How many items there can be, where that is known without taking any: None otherwise.
+
+    Looks into `zip`, `enumerate`, `reversed` and Python's own iterators; asks everything else for its `len`.
+    """
+    if type(iterable) is zip:
+        pieces: tuple[Any, ...] = iterable.__reduce__()[1]  # type: ignore[assignment]
+        known = [count for count in map(steps_at_most, pieces) if count is not None]
+        return min(known, default=None)
+    if type(iterable) is enumerate:
+        return steps_at_most(iterable.__reduce__()[1][0])  # type: ignore[index]
+    if type(iterable) in _EXACT_ITERATORS:
+        return iterable.__length_hint__()  # type: ignore[attr-defined, no-any-return]
+    try:
+        return len(iterable)  # type: ignore[arg-type]
+    except Exception:  # user code: a loader without a length, a tqdm over a generator
+        return None

@@ -1,0 +1,67 @@
+"""Compiling the blocks of a model in place, where that is wanted and nobody has done it yet."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+
+BACKEND = "inductor"
+_RECOMPILE_LIMIT = 64
+"""Graphs of one block class: four kinds of step for each of sixteen image sizes."""
+
+
+class BlockCompiler:
+    """Compiles blocks with `nn.Module.compile`, which keeps classes, names and pickles as they are; `undo` takes it back."""
+
+    def __init__(self, wanted: Literal["auto"] | bool) -> None:
+        self.wanted = wanted
+        self._compiled: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    @property
+    def has_compiled(self) -> bool:
+        return len(self._compiled) > 0
+
+    def compile(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        """Compile the blocks that are not compiled yet, if the configuration and the device ask for it."""
+        if self.wanted is False or (self.wanted == "auto" and (device.type != "cuda" or not _can_compile())):
+            return
+        if any(_is_compiled(module) for module in (model, *blocks) if module not in self._compiled):
+            return  # the user compiles, and knows how
+        for block in blocks:
+            if block not in self._compiled and not block._forward_hooks and "forward" not in block.__dict__:
+                # One static graph for each size: dynamic shapes would be slower at all of them.
+                block.compile(backend=BACKEND, dynamic=False)
+                self._compiled.add(block)
+
+    def undo(self) -> None:
+        for block in list(self._compiled):
+            block._compiled_call_impl = None
+        self._compiled.clear()
+
+    @contextmanager
+    def limits(self) -> Iterator[None]:
+        """Room for the graphs of all kinds of step at several image sizes, while blocks compiled here run."""
+        if not self.has_compiled:
+            yield
+            return
+        dynamo = torch._dynamo.config
+        name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
+        with dynamo.patch({name: max(getattr(dynamo, name), _RECOMPILE_LIMIT)}):
+            yield
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+
+
+def _can_compile() -> bool:
+    try:
+        from torch.utils._triton import has_triton
+    except ImportError:
+        return False
+    return bool(has_triton())

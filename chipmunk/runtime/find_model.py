@@ -1,0 +1,78 @@
+"""Finding the patched model inside whatever the sampling code calls "the model"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from pathlib import Path
+
+from torch import nn
+
+MARK = "__chipmunk__"
+"""Attribute of a decorated forward: its `ForwardSpec`."""
+
+
+@dataclass(frozen=True)
+class ForwardSpec:
+    """What `model_forward` was told about a model's forward."""
+
+    double: str
+    """Attribute of the model with the double blocks."""
+    single: str
+    image: str
+    """Parameter of forward with the image tokens (B, L, …)."""
+    ids: str | None
+    """Parameter of forward with their positions; None where another spatial input forbids reordering."""
+    file: str
+    """Where the forward is written."""
+
+    @property
+    def root(self) -> Path | None:
+        """The patched repository: the nearest folder above the forward's file that holds `.chipmunk/`."""
+        return _root_of(self.file)
+
+
+@cache
+def _root_of(file: str) -> Path | None:
+    return next((folder for folder in Path(file).absolute().parents if (folder / ".chipmunk").is_dir()), None)
+
+
+def spec_of(model: object) -> ForwardSpec | None:
+    """The spec of the decorated forward of a model's class; None for any other object."""
+    return _spec_of_class(type(model)) if isinstance(model, nn.Module) else None
+
+
+@lru_cache(maxsize=256)
+def _spec_of_class(kind: type) -> ForwardSpec | None:
+    # The whole ancestry, under any name: a subclass may override forward and call the decorated one.
+    specs = (getattr(member, MARK, None) for base in kind.__mro__ for member in vars(base).values())
+    return next((spec for spec in specs if isinstance(spec, ForwardSpec)), None)
+
+
+def find_model(model: object) -> nn.Module | None:
+    """The patched model itself, from it or a wrapper around it; None if there is none, or more than one.
+
+    Wrappers: `torch.compile`, DataParallel, DistributedDataParallel, FSDP, bound methods, partial functions, modules and
+    plain objects (pipelines) that hold exactly one patched model.
+    """
+    for _ in range(16):  # no real stack of wrappers is deeper, and a cycle ends here
+        if isinstance(model, nn.Module) and spec_of(model) is not None:
+            return model
+        inner = [attribute for attribute in map(partial(_attribute, model), _WRAPPED_IN) if attribute is not None]
+        if not inner:
+            break
+        model = inner[0]
+    candidates = model.modules() if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).values()
+    found = [candidate for candidate in candidates if spec_of(candidate) is not None]
+    return found[0] if found and all(candidate is found[0] for candidate in found) else None
+
+
+_WRAPPED_IN = ("_orig_mod", "module", "_fsdp_wrapped_module", "__self__", "func")
+
+
+def _attribute(model: object, name: str) -> object | None:
+    try:
+        inner: object = getattr(model, name, None)
+    except Exception:  # a property of user code
+        return None
+    return inner if isinstance(inner, nn.Module) or (name == "func" and callable(inner)) else None

@@ -1,0 +1,334 @@
+"""One call of the model: which generation and slot it belongs to, what each layer is to do, and what came of it."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from chipmunk.ops import record_fallbacks
+from chipmunk.runtime.clock import CallSlot, Generation, current_generation
+from chipmunk.runtime.layer_state import ATTRIBUTE, DONE, AttentionRules, LayerState, MlpRules
+from chipmunk.runtime.schedule import attention_step, mlp_step
+from chipmunk.runtime.token_order import TokenOrder, find_order
+
+if TYPE_CHECKING:
+    from chipmunk.runtime.session import Session
+
+_AGAIN = object()
+
+
+def run_model_call(
+    session: Session,
+    name: str,
+    forward: Callable[..., Any],
+    signature: inspect.Signature,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """`forward(model, *args, **kwargs)` from the call slot `name`, sparse where it can be."""
+    blocks = _blocks(session, model)
+    if (
+        session.model() is not model
+    ):  # a DataParallel replica, a shallow copy: it shares the session, not the right to it
+        for block in blocks:
+            block.__dict__.pop(ATTRIBUTE, None)
+        session.recorder.model_calls += 1
+        session.recorder.dense_model_calls["a replica of the model"] += 1
+        return forward(model, *args, **kwargs)
+    with session.lock:
+        session.recorder.model_calls += 1
+        if session.installed:
+            session.recorder.dense_model_calls["the model calls itself"] += 1
+            with _states_taken_away(session):
+                return forward(model, *args, **kwargs)
+        try:
+            bound = signature.bind(model, *args, **kwargs)
+        except TypeError:
+            return forward(model, *args, **kwargs)  # which raises the error that the user expects
+        generation = current_generation(session)
+        while True:
+            reason = _why_dense(session, generation, name, bound.arguments)
+            if reason is not None or generation is None:
+                session.recorder.dense_model_calls[str(reason)] += 1
+                return forward(model, *args, **kwargs)
+            result = _attempt(session, generation, name, forward, bound, blocks)
+            if result is not _AGAIN:
+                return result
+
+
+def _blocks(session: Session, model: nn.Module) -> list[nn.Module]:
+    return [*getattr(model, session.spec.double), *getattr(model, session.spec.single)]
+
+
+def _why_dense(session: Session, generation: Generation | None, name: str, arguments: dict[str, Any]) -> str | None:
+    """Why the whole call runs dense."""
+    config, image = session.config, arguments.get(session.spec.image)
+    if not config.attn.is_enabled and not config.mlp.is_enabled:
+        return "neither attn nor mlp is enabled"
+    if generation is None:
+        return "outside a sampling loop"
+    if generation.dense_reason is not None:
+        return generation.dense_reason
+    if generation.at_most is not None and generation.at_most < config.min_steps:
+        return f"the loop has fewer than {config.min_steps} steps (min_steps)"
+    if name in generation.slots and generation.slots[name].last_step == generation.step:
+        return "a second call from the same place in one step (see chipmunk.slot)"
+    if torch.is_grad_enabled():
+        return "autograd is on"
+    if not isinstance(image, Tensor) or image.dim() < 2:
+        return "the image is not one tensor (B, L, …)"
+    if image.device.type == "meta":
+        return "the model is on the meta device"
+    kind = image.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != image.dtype:
+        return "autocast to another dtype is on"
+    return None
+
+
+def _attempt(
+    session: Session,
+    generation: Generation,
+    name: str,
+    forward: Callable[..., Any],
+    bound: inspect.BoundArguments,
+    blocks: Sequence[nn.Module],
+) -> Any:
+    """The call with states installed; `_AGAIN` where it has to be made again, because something was found out."""
+    image: Tensor = bound.arguments[session.spec.image]
+    slot = _slot(session, generation, name, bound, blocks)
+    session.compiler.compile(bound.args[0], blocks, image.device)
+    labels = [_plan(session, index, state) for index, state in enumerate(slot.layers)]
+    _seed(slot.layers, image.device)
+    try:
+        arguments = _reordered(session, slot.order, bound)
+        with _states_installed(session, blocks, slot), record_fallbacks(session.recorder.fallbacks):
+            result = forward(*arguments.args, **arguments.kwargs)
+        if slot.order is not None:
+            result = _restored(session, slot.order, result)
+    except BaseException as error:
+        generation.drop_caches()
+        if not _is_out_of_memory(error):
+            raise
+        result = _AGAIN
+        generation.dense_reason = "the caches did not fit into memory"
+        warnings.warn(
+            "Chipmunk: the caches did not fit into memory; the rest of this image runs dense. A smaller batch or "
+            "resolution, or `mlp.is_enabled: false`, needs less.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    if result is _AGAIN:
+        generation.drop_caches()
+        if image.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return _AGAIN
+    slot.last_step = generation.step
+    for index, (state, label) in enumerate(zip(slot.layers, labels, strict=True)):
+        _record(session, name, index, state, *label)
+    if any("full" in label for label in labels):
+        session.recorder.peak_cache_bytes = max(session.recorder.peak_cache_bytes, session.cache_bytes())
+    return result
+
+
+def _slot(
+    session: Session, generation: Generation, name: str, bound: inspect.BoundArguments, blocks: Sequence[nn.Module]
+) -> CallSlot:
+    """The call slot `name`, new if this is its first call, or if what it remembers does not fit this one."""
+    tensors = [value for value in bound.arguments.values() if isinstance(value, Tensor)]
+    signature = (len(blocks), *((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
+    inference = torch.is_inference_mode_enabled()
+    slot = generation.slots.get(name)
+    if slot is not None:
+        if slot.signature == signature and slot.inference == inference:
+            return slot
+        changed = "shape, dtype or device of the inputs" if slot.inference == inference else "inference mode"
+        session.recorder.restarts[f"{changed} changed"] += 1
+        slot.forget()
+    attn, mlp = AttentionRules.of(session.config.attn), MlpRules.of(session.config.mlp)
+    layers = [
+        None
+        if _always_dense(session, index, "attention") and _always_dense(session, index, "mlp")
+        else LayerState(attn, mlp, session.config.implementation)
+        for index in range(len(blocks))
+    ]
+    slot = generation.slots[name] = CallSlot(layers, signature, inference)
+    if any(layers):
+        slot.order = _find_order(session, bound)
+    return slot
+
+
+def _always_dense(session: Session, index: int, part: str) -> str | None:
+    """Why a part of a layer never runs sparse."""
+    section = session.config.attn if part == "attention" else session.config.mlp
+    if not section.is_enabled:
+        return "not enabled"
+    if index < section.first_n_dense_layers:
+        return f"one of the first {section.first_n_dense_layers} layers"
+    if section.full_step_every == 1 and (part == "mlp" or session.config.attn.full_step_schedule is None):
+        return "every step is full"
+    return None
+
+
+def _find_order(session: Session, bound: inspect.BoundArguments) -> TokenOrder | None:
+    """The order of the image tokens in this slot, for all its steps."""
+    spec, patchify = session.spec, session.config.patchify
+    image: Tensor = bound.arguments[spec.image]
+    ids = None if spec.ids is None else bound.arguments.get(spec.ids)
+    order = None
+    if not patchify.is_enabled:
+        what = "kept: patchify is not enabled"
+    elif session.keep_order is not None:
+        what = f"kept: {session.keep_order}"
+    elif not isinstance(ids, Tensor):
+        what = "kept: no ids of the image tokens"
+    elif ids.device.type == "meta":
+        what = "kept: the ids are on the meta device"
+    elif _moves_with_tokens(bound, spec.image, spec.ids, image.shape[1]):
+        what = "kept: another input belongs to the image tokens one by one"
+    else:
+        order, what = find_order(ids, image.shape[1], patchify, image.device)
+    session.recorder.token_order[what] += 1
+    return order
+
+
+def _moves_with_tokens(bound: inspect.BoundArguments, image: str, ids: str | None, tokens: int) -> bool:
+    """Whether an input other than image and ids has one row a token: ControlNet residuals in a list, a joint mask."""
+    for name, value in bound.arguments.items():
+        if name in (image, ids):
+            continue
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list | tuple):
+            tensors = [item for item in value if isinstance(item, Tensor)]
+            if any(tensor.dim() >= 2 and tensor.shape[1] == tokens for tensor in tensors):
+                return True
+        elif isinstance(value, Tensor) and value.dim() >= 2 and min(value.shape[-2:]) >= tokens > 1:
+            return True
+    return False
+
+
+def _plan(session: Session, index: int, state: LayerState | None) -> tuple[str, str, bool]:
+    """Write this call's kinds into a layer's state.
+
+    Returns what the statistics call attention and MLP if all goes to plan, and whether attention's caches are not to be kept.
+    """
+    config = session.config
+    attention, mlp = _always_dense(session, index, "attention"), _always_dense(session, index, "mlp")
+    discard = False
+    if state is None:
+        return attention or "", mlp or "", False
+    state.attention_done = state.mlp_done = None
+    state.single_mlp = state.attention = state.mlp = "dense"
+    state.select_keys = state.select_neurons = False
+    if attention is None:
+        kind, select = attention_step(config.attn, state.attention_count, state.keys is not None)
+        attention = "sparse" if kind == "sparse" else "full"
+        if kind == "dense" and session.compiler.has_compiled and config.attn.recompute_mask:
+            # A dense graph for this one step would cost more to compile than its selection costs to compute.
+            kind, select, discard = "full", True, True
+        state.attention, state.select_keys = kind, select
+    if mlp is None:
+        state.mlp, state.select_neurons = mlp_step(config.mlp, state.mlp_count, state.neurons_are_fresh)
+        mlp = "sparse" if state.mlp == "sparse" else "full"
+    return attention, mlp, discard
+
+
+def _seed(layers: Sequence[LayerState | None], device: torch.device) -> None:
+    """Give each layer the seeds of its selections: count and layer as tensors, so that no graph depends on them."""
+    counts = [
+        (count, index, 0, 0)  # padded to 32 bytes: a kernel's pointer to a row is aligned
+        for index, state in enumerate(layers)
+        if state is not None
+        for count in (state.attention_count, state.mlp_count)
+    ]
+    if not any(state is not None and (state.select_keys or state.select_neurons) for state in layers):
+        return
+    rows = iter(torch.tensor(counts, dtype=torch.int64, device="cpu").to(device, non_blocking=True)[:, :3])
+    for state in layers:
+        if state is not None:
+            state.attention_seed, state.mlp_seed = next(rows), next(rows)
+
+
+def _reordered(session: Session, order: TokenOrder | None, bound: inspect.BoundArguments) -> inspect.BoundArguments:
+    """The arguments with image tokens and ids in the slot's order."""
+    if order is None or session.spec.ids is None:
+        return bound
+    changed = inspect.BoundArguments(bound.signature, bound.arguments.copy())
+    image, ids = session.spec.image, session.spec.ids
+    changed.arguments[image] = order.apply(bound.arguments[image], session.config.implementation)
+    changed.arguments[ids] = order.apply_to_ids(bound.arguments[ids])
+    return changed
+
+
+def _restored(session: Session, order: TokenOrder, result: Any) -> Any:
+    """The model's result with its image tokens in their old order; `_AGAIN` if they cannot be found in it."""
+    first = result[0] if type(result) in (tuple, list) and result else result
+    if not isinstance(first, Tensor) or first.dim() < 2 or first.shape[1] < order.image_tokens:
+        session.keep_order = "the model's output is not (B, tokens, …)"
+        return _AGAIN
+    restored = order.undo(first, session.config.implementation)
+    return restored if first is result else type(result)((restored, *result[1:]))
+
+
+def _record(
+    session: Session, slot: str, index: int, state: LayerState | None, attention: str, mlp: str, discard: bool
+) -> None:
+    """Count what a layer did, and start over what did not go to plan."""
+    count = session.recorder.count
+    if state is None:
+        count(index, "attention", slot, attention)
+        count(index, "mlp", slot, mlp)
+        return
+    if state.attention_done == DONE:
+        state.attention_count += 1
+        count(index, "attention", slot, attention)
+        if discard:
+            state.keys = state.difference = None
+    elif state.attention_done is not None:
+        state.forget_attention()
+        count(index, "attention", slot, state.attention_done)
+    if state.mlp_done == DONE:
+        state.mlp_count += 1
+        state.neurons_are_fresh = state.mlp == "sparse" and (state.neurons_are_fresh or state.select_neurons)
+        count(index, "mlp", slot, mlp)
+    elif state.mlp_done is not None:
+        state.forget_mlp()
+        count(index, "mlp", slot, state.mlp_done)
+
+
+@contextmanager
+def _states_installed(session: Session, blocks: Sequence[nn.Module], slot: CallSlot) -> Iterator[None]:
+    """While this is open, each block finds the state of its layer."""
+    for block, state in zip(blocks, slot.layers, strict=True):
+        if state is not None:
+            block.__dict__[ATTRIBUTE] = state
+            session.installed.append(block)
+    try:
+        with session.compiler.limits():
+            yield
+    finally:
+        for block in session.installed:
+            block.__dict__.pop(ATTRIBUTE, None)
+        session.installed.clear()
+
+
+@contextmanager
+def _states_taken_away(session: Session) -> Iterator[None]:
+    """While this is open, the blocks run as if Chipmunk were off."""
+    states = [block.__dict__.pop(ATTRIBUTE, None) for block in session.installed]
+    try:
+        yield
+    finally:
+        for block, state in zip(session.installed, states, strict=True):
+            block.__dict__[ATTRIBUTE] = state
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

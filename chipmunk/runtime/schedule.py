@@ -1,0 +1,37 @@
+"""Which step of a generation is full and which is sparse, from a layer's own count of calls."""
+
+from __future__ import annotations
+
+from chipmunk.config import Attention, Mlp
+
+SELECT_ALWAYS_BEFORE = 10
+"""A sparse MLP step with a lower count selects its neurons anew, whatever `block_mask_cache` says."""
+
+
+def attention_is_full(attn: Attention, count: int) -> bool:
+    """Whether the call number `count` of a layer, from 0, is a full attention step."""
+    if attn.full_step_schedule is not None:
+        return count == 0 or count in attn.full_step_schedule
+    return count in (0, 1) or count % attn.full_step_every == 0
+
+
+def attention_step(attn: Attention, count: int, has_selection: bool) -> tuple[str, bool]:
+    """Kind of the attention step `count`, and whether it selects keys.
+
+    A full step that another one follows has no use for caches: it is `dense`.
+    """
+    if not attention_is_full(attn, count):
+        return "sparse", False
+    if attention_is_full(attn, count + 1):
+        return "dense", False
+    return "full", attn.recompute_mask or not has_selection
+
+
+def mlp_step(mlp: Mlp, count: int, selected_since_full: bool) -> tuple[str, bool]:
+    """Kind of the MLP step `count`, and whether it selects neurons."""
+    if mlp.full_step_every == 1:
+        return "dense", False
+    if count % mlp.full_step_every == 0:
+        return "full", False
+    due = count < SELECT_ALWAYS_BEFORE or count % mlp.block_mask_cache == 0
+    return "sparse", due or not selected_since_full

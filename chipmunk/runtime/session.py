@@ -1,0 +1,240 @@
+"""The session of a model: its configuration, its lock and its running generations; and the way into it from user code."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from chipmunk import config as configuration
+from chipmunk.config import Config
+from chipmunk.runtime.clock import Generation, run_steps
+from chipmunk.runtime.compiling import BlockCompiler
+from chipmunk.runtime.find_model import MARK, ForwardSpec, find_model, spec_of
+from chipmunk.runtime.model_call import run_model_call
+from chipmunk.runtime.statistics import MAIN_SLOT, Recorder, Statistics
+
+ATTRIBUTE = "_chipmunk_session"
+"""Where a model keeps its session, in its `__dict__`: a `Session`, or False after `disable`."""
+
+_log = logging.getLogger("chipmunk")
+
+_slot_name: ContextVar[tuple[Session, str] | None] = ContextVar("chipmunk_slot", default=None)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Item = TypeVar("Item")
+
+
+class Session:
+    """Chipmunk on one model. Everything that changes during a model call is guarded by the lock."""
+
+    def __init__(self, model: nn.Module, spec: ForwardSpec, config: Config) -> None:
+        self.model = weakref.ref(model)
+        self.spec = spec
+        self.config = config
+        self.lock = threading.RLock()
+        self.recorder = Recorder()
+        self.compiler = BlockCompiler(config.compile)
+        self.installed: list[nn.Module] = []
+        """The blocks that hold a state now: not empty while a sparse call runs."""
+        self.keep_order: str | None = None
+        """Why the order of tokens is left alone, once the model's output turned out not to be tokens."""
+        self.generations: weakref.WeakSet[Generation] = weakref.WeakSet()
+
+    def begin(self, at_most: int | None) -> Generation:
+        """A sampling loop of `at_most` steps (None: unknown) starts."""
+        generation = Generation(self, at_most)
+        self.generations.add(generation)
+        return generation
+
+    def close(self) -> None:
+        """Leave the model as it was found."""
+        with self.lock:
+            for generation in list(self.generations):
+                generation.drop_caches()
+            self.compiler.undo()
+
+    def cache_bytes(self) -> int:
+        """What the caches of all running generations take."""
+        slots = [slot for generation in list(self.generations) for slot in list(generation.slots.values())]
+        states = [state for slot in slots for state in slot.layers if state is not None]
+        return sum(cache.numel() * cache.element_size() for state in states for cache in state.caches())
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of a model carries no state."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+
+def model_forward(*, double: str, single: str, image: str, ids: str | None = None) -> Callable[[Function], Function]:
+    """Mark the forward of a FLUX model, as a decorator.
+
+    double, single: attributes of the model with its double and single blocks. image: parameter of forward with the image tokens
+    (B, L, C). ids: parameter with their positions, (L, axes) or (B, L, axes); without it their order is left alone.
+    While Chipmunk is off, the decorated forward is the original one.
+    """
+
+    def decorate(forward: Function) -> Function:
+        signature = inspect.signature(forward)
+        spec = ForwardSpec(double, single, image, ids, forward.__code__.co_filename)
+        for name in (image, ids):
+            if name is not None and name not in signature.parameters:
+                raise TypeError(f"{forward.__qualname__} has no parameter {name!r}")
+
+        @functools.wraps(forward)
+        def chipmunk_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                # The whole model is being compiled; getattr, so that Dynamo guards on the absence of a session.
+                if not getattr(self, ATTRIBUTE, None):
+                    return forward(self, *args, **kwargs)
+                return _call_eagerly(forward, signature, self, args, kwargs)
+            return _call(forward, signature, self, args, kwargs)
+
+        setattr(chipmunk_forward, MARK, spec)
+        return chipmunk_forward  # type: ignore[return-value]
+
+    return decorate
+
+
+def _call(
+    forward: Callable[..., Any],
+    signature: inspect.Signature,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    session = session_of(model)
+    if session is None:
+        return forward(model, *args, **kwargs)
+    named = _slot_name.get()
+    name = named[1] if named is not None and named[0] is session else MAIN_SLOT
+    return run_model_call(session, name, forward, signature, model, args, kwargs)
+
+
+_call_eagerly = torch.compiler.disable(_call)
+
+
+def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, Any] | None = None) -> None:
+    """Turn Chipmunk on for a patched model, found through its wrappers.
+
+    config: a file, a `chipmunk.config.Config`, its content as a mapping, or None: then `CHIPMUNK_CONFIG`, `chipmunk-config.yml` in the
+    working directory, or the one in the root of the patched repository; where there is none of them, the model stays off.
+    Raises TypeError if `model` holds no patched model, `chipmunk.config.ConfigError` (a ValueError) for a wrong configuration.
+    """
+    owner = find_model(model)
+    if owner is None:
+        raise TypeError(
+            f"{type(model).__name__} holds no model that Chipmunk knows (or several): its forward has no "
+            "@chipmunk.model_forward. Patch its repository with: chipmunk patch PATH"
+        )
+    spec = spec_of(owner)
+    assert spec is not None
+    chosen = _find_config(spec) if config is None else _read_config(config)
+    _take_away(owner)
+    if chosen is not None:
+        owner.__dict__[ATTRIBUTE] = Session(owner, spec, chosen)
+
+
+def disable(model: Any) -> None:
+    """Turn Chipmunk off: every inserted call is the original expression again, whatever configuration files there are."""
+    owner = find_model(model)
+    if owner is not None:
+        _take_away(owner)
+        owner.__dict__[ATTRIBUTE] = False
+
+
+def statistics(model: Any) -> Statistics:
+    """What ran sparse and what stayed dense, and why, since Chipmunk was enabled on this model; `print` it."""
+    owner = find_model(model)
+    session = None if owner is None else _stored(owner)
+    if owner is None or session is None:
+        return Statistics(enabled=False)
+    names = [
+        f"{attribute}.{index}"
+        for attribute in (session.spec.double, session.spec.single)
+        for index in range(len(getattr(owner, attribute)))
+    ]
+    with session.lock:
+        return session.recorder.report(names, session.cache_bytes())
+
+
+def steps(model: Any, iterable: Iterable[Item]) -> Iterable[Item]:
+    """The iterable of a sampling loop, one item a denoising step, tied to `model`; the iterable itself while Chipmunk is off.
+
+    Otherwise a generator: the caches of all model calls made between two items belong to it, and are freed when the loop ends,
+    by `break` or an exception too.
+    """
+    owner = find_model(model)
+    session = None if owner is None else session_of(owner)
+    return iterable if session is None else run_steps(session, iterable)
+
+
+def slot(model: Any, name: str) -> Any:
+    """The model, to be called from another place in the same step: `chipmunk.slot(model, "negative")(…)`.
+
+    Each name has caches of its own. Returns the model itself while Chipmunk is off.
+    """
+    owner = find_model(model)
+    session = None if owner is None else session_of(owner)
+    if session is None:
+        return model
+    tagged = (session, name)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        token = _slot_name.set(tagged)
+        try:
+            return model(*args, **kwargs)
+        finally:
+            _slot_name.reset(token)
+
+    return call
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session of a patched model, begun here if a configuration is found; None while Chipmunk is off."""
+    if ATTRIBUTE in model.__dict__ and model.__dict__[ATTRIBUTE] is not None:
+        return _stored(model)
+    spec = spec_of(model)
+    config = None if spec is None else _find_config(spec)
+    if spec is None or config is None:
+        return None
+    session = model.__dict__[ATTRIBUTE] = Session(model, spec, config)
+    return session
+
+
+def _stored(model: nn.Module) -> Session | None:
+    return model.__dict__.get(ATTRIBUTE) or None
+
+
+def _take_away(model: nn.Module) -> None:
+    session = _stored(model)
+    model.__dict__.pop(ATTRIBUTE, None)
+    if session is not None and session.model() is model:
+        session.close()
+
+
+def _find_config(spec: ForwardSpec) -> Config | None:
+    path = configuration.find(spec.root)
+    if path is None:
+        return None
+    _log.info("Chipmunk is on, configured by %s", path)
+    return configuration.load(path)
+
+
+def _read_config(config: str | os.PathLike[str] | Config | Mapping[str, Any]) -> Config:
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, Mapping):
+        return Config.model_validate(dict(config))
+    return configuration.load(Path(config))

@@ -1,0 +1,128 @@
+"""What ran sparse, what stayed dense and why, and what the caches take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Calls of one part of one layer from one slot."""
+
+    sparse: int = 0
+    full: int = 0
+    """Dense by schedule: caches are made, or will be at the next step."""
+    dense: dict[str, int] = field(default_factory=dict)
+    """Dense for another reason, by reason."""
+
+    @property
+    def total(self) -> int:
+        return self.sparse + self.full + sum(self.dense.values())
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One layer; keys are the names of the call slots, the untagged one is called `main`."""
+
+    name: str
+    """`double_blocks.3`, `single_blocks.0`"""
+    attention: dict[str, Calls]
+    mlp: dict[str, Calls]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Everything since Chipmunk was enabled on this model."""
+
+    enabled: bool
+    layers: tuple[LayerStatistics, ...] = ()
+    """Double blocks, then single blocks."""
+    model_calls: int = 0
+    dense_model_calls: dict[str, int] = field(default_factory=dict)
+    """Calls of the whole model that ran dense, by reason; they are not counted in `layers`."""
+    token_order: dict[str, int] = field(default_factory=dict)
+    """What was done with the order of the image tokens, by call slot of a generation."""
+    restarts: dict[str, int] = field(default_factory=dict)
+    """Call slots that had to start over, by reason."""
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    """Operator calls that ran in PyTorch although Triton could have been expected, by operator and reason."""
+    cache_bytes: int = 0
+    """Caches of all running generations, now."""
+    peak_cache_bytes: int = 0
+    """The most they took after any call."""
+
+    def __str__(self) -> str:
+        if not self.enabled:
+            return "Chipmunk is off for this model."
+        lines = [
+            f"Chipmunk: {self.model_calls} model calls, {sum(self.dense_model_calls.values())} of them dense; "
+            f"caches {_size(self.cache_bytes)} now, {_size(self.peak_cache_bytes)} at most."
+        ]
+        for title, counts in (
+            ("dense model calls", self.dense_model_calls),
+            ("token order", self.token_order),
+            ("started over", self.restarts),
+            ("not in Triton", self.fallbacks),
+        ):
+            lines += [f"  {title}: {reason} ({count})" for reason, count in counts.items()]
+        for layer in self.layers:
+            for part, by_slot in (("attention", layer.attention), ("mlp", layer.mlp)):
+                for slot, calls in by_slot.items():
+                    dense = "".join(f", {count} dense ({reason})" for reason, count in calls.dense.items())
+                    where = f"{layer.name} {part}" + ("" if slot == MAIN_SLOT else f" [{slot}]")
+                    lines.append(f"  {where}: {calls.sparse} sparse, {calls.full} full{dense}")
+        return "\n".join(lines)
+
+
+MAIN_SLOT = "main"
+
+
+class Recorder:
+    """Counts while the model runs; the session's lock is held."""
+
+    def __init__(self) -> None:
+        self.model_calls = 0
+        self.dense_model_calls: Counter[str] = Counter()
+        self.token_order: Counter[str] = Counter()
+        self.restarts: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()
+        self.peak_cache_bytes = 0
+        self._layers: dict[int, dict[str, dict[str, Counter[str]]]] = {}
+
+    def count(self, layer: int, part: str, slot: str, what: str) -> None:
+        """One call of a layer's `attention` or `mlp`: what is `sparse`, `full` or the reason for running dense."""
+        parts = self._layers.setdefault(layer, {"attention": {}, "mlp": {}})
+        parts[part].setdefault(slot, Counter())[what] += 1
+
+    def report(self, names: list[str], cache_bytes: int) -> Statistics:
+        layers = []
+        for index, name in enumerate(names):
+            parts = self._layers.get(index, {"attention": {}, "mlp": {}})
+            attention, mlp = ({slot: _calls(c) for slot, c in parts[part].items()} for part in ("attention", "mlp"))
+            layers.append(LayerStatistics(name, attention, mlp))
+        return Statistics(
+            enabled=True,
+            layers=tuple(layers),
+            model_calls=self.model_calls,
+            dense_model_calls=dict(self.dense_model_calls),
+            token_order=dict(self.token_order),
+            restarts=dict(self.restarts),
+            fallbacks=dict(self.fallbacks),
+            cache_bytes=cache_bytes,
+            peak_cache_bytes=self.peak_cache_bytes,
+        )
+
+
+def _calls(counter: Counter[str]) -> Calls:
+    dense = {what: count for what, count in counter.items() if what not in ("sparse", "full")}
+    return Calls(counter["sparse"], counter["full"], dense)
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
