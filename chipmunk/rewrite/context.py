@@ -11,9 +11,12 @@ from chipmunk.rewrite.plan import LoopFacts, Site, SiteStatus
 from chipmunk.rewrite.repository import External, Function, Module, Repository
 from chipmunk.rewrite.roles import Model, Roles
 from chipmunk.rewrite.source import PACKAGE, Edit, Source, import_edit, runtime_name
-from chipmunk.rewrite.syntax import dotted, parameters
+from chipmunk.rewrite.syntax import dotted, last_name, parameters
 from chipmunk.rewrite.values import Values
 
+
+RUNTIME = {"attention", "cat_linear", "enable", "layer", "mlp", "model_forward", "slot", "split_linear", "steps"}
+"""The runtime's functions that rules insert."""
 
 
 class Context:
@@ -74,7 +77,7 @@ class Context:
 
     def runtime_call(self, node: cst.CSTNode | None, function: Function | Module, step: Step | None = None) -> str | None:
         """`attention` if the node calls `chipmunk.attention`, whatever the import is called; None otherwise."""
-        if not isinstance(node, cst.Call) or dotted(node.func) is None:
+        if not isinstance(node, cst.Call) or last_name(node.func) not in RUNTIME or dotted(node.func) is None:
             return None
         meaning = self.repository.resolve(node.func, function, step)
         if isinstance(meaning, External) and meaning.name.startswith(PACKAGE + ".") and meaning.name.count(".") == 1:

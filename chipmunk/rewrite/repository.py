@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,6 +94,12 @@ class Module:
         return self.source.path
 
     @cached_property
+    def aliases(self) -> dict[str, str]:
+        """What `as` renames anywhere in the file: new name → old name."""
+        found = re.findall(rb"(\w+)\s+as\s+(\w+)", self.source.content)
+        return {new.decode("utf-8", "replace"): old.decode("utf-8", "replace") for old, new in found}
+
+    @cached_property
     def scope(self) -> Scope:
         """The statements outside functions and classes."""
         return Scope(self.source.module)
@@ -151,6 +158,7 @@ class Repository:
     def __init__(self, files: Mapping[str, bytes], parsed: Mapping[str, Module | SourceError] | None = None) -> None:
         self.files = files
         self._modules: dict[str, Module | SourceError] = dict(parsed or {})
+        self._found_modules: dict[tuple[str, str], str | None] = {}
         self._classes_built: dict[tuple[int, str], list[Class]] = {}
 
     @property
@@ -194,7 +202,12 @@ class Repository:
 
     def find_module(self, name: str, importer: str) -> str | None:
         """The file that `import name`, or `from name import …`, means in the file `importer`."""
-        folder = PurePosixPath(importer).parent
+        key = (name, importer)
+        if key not in self._found_modules:
+            self._found_modules[key] = self._find_module(name, PurePosixPath(importer).parent)
+        return self._found_modules[key]
+
+    def _find_module(self, name: str, folder: PurePosixPath) -> str | None:
         if name.startswith("."):
             level = len(name) - len(name.lstrip("."))
             for _ in range(level - 1):

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import libcst as cst
-from libcst.metadata import ByteSpanPositionProvider, MetadataWrapper
+from libcst.metadata import ByteSpanPositionProvider, CodeSpan
+from libcst.metadata.span_provider import SpanProvidingCodegenState
 
 from chipmunk.rewrite.syntax import walk
 
@@ -43,7 +44,7 @@ class Edit:
 
 
 class Source:
-    """A file of the repository: its tree, byte spans and lines. Raises SourceError where it cannot be rewritten."""
+    """A file of the repository: its tree, byte spans and lines. Raises SourceError where it cannot be parsed."""
 
     def __init__(self, path: str, content: bytes) -> None:
         self.path = path
@@ -56,24 +57,37 @@ class Source:
             raise SourceError("read", f"its text cannot be decoded: {error}") from error
         except RecursionError as error:
             raise SourceError("parse", "its expressions are nested too deeply") from error
-        self._code = self.module.code
-        if self._code.encode(self.module.encoding) != content:
-            raise SourceError("parse", "it does not survive parsing and printing unchanged")
 
     @cached_property
     def text(self) -> bytes:
         """The file's text as UTF-8 without a byte order mark: what spans count in."""
-        return self._code.encode("utf-8")
+        return self.content.decode(self.module.encoding).encode("utf-8")
 
     @cached_property
     def newline(self) -> str:
         return self.module.default_newline
 
     @cached_property
-    def _spans(self) -> dict[cst.CSTNode, tuple[int, int]]:
-        wrapper = MetadataWrapper(self.module, unsafe_skip_copy=True)
-        found = wrapper.resolve(ByteSpanPositionProvider)
-        return {node: (span.start, span.start + span.length) for node, span in found.items()}
+    def _printed(self) -> tuple[str, dict[cst.CSTNode, CodeSpan]]:
+        """The tree printed again, and where each node came to stand."""
+        # What ByteSpanPositionProvider does, without the visit of all nodes that its wrapper adds: half of the time.
+        provider = ByteSpanPositionProvider()
+        state = SpanProvidingCodegenState(
+            default_indent=self.module.default_indent,
+            default_newline=self.module.default_newline,
+            provider=provider,
+            get_length=len if self.text.isascii() else _utf8_length,
+        )
+        self.module._codegen(state)
+        return "".join(state.tokens), provider._computed  # type: ignore[return-value]
+
+    @property
+    def _spans(self) -> dict[cst.CSTNode, CodeSpan]:
+        return self._printed[1]
+
+    def survives(self) -> bool:
+        """Whether the tree, printed again, is the file: only then do the spans hold, and may the file be edited."""
+        return self._printed[0].encode("utf-8") == self.text
 
     @cached_property
     def _line_starts(self) -> list[int]:
@@ -85,14 +99,16 @@ class Source:
 
     def span(self, node: cst.CSTNode) -> tuple[int, int]:
         """Where the node stands, with its parentheses, without the white space around it."""
-        start, end = self._spans[node]
+        found = self._spans[node]
+        start, end = found.start, found.start + found.length
         if isinstance(node, cst.Arg):  # LibCST counts the comma in
             end = self.span(node.value)[1]
         if isinstance(node, cst.Param):
             end = self.span(node.default or node.annotation or node.name)[1]
         if getattr(node, "lpar", None):
-            start = self._spans[node.lpar[0]][0]  # type: ignore[attr-defined]
-            end = self._spans[node.rpar[-1]][1]  # type: ignore[attr-defined]
+            start = self._spans[node.lpar[0]].start  # type: ignore[attr-defined]
+            last = self._spans[node.rpar[-1]]  # type: ignore[attr-defined]
+            end = last.start + last.length
         return start, end
 
     def line(self, node: cst.CSTNode) -> int:
@@ -137,6 +153,10 @@ class Source:
             at, previous = edit.end, edit
         pieces.append(self.text[at:])
         return b"".join(pieces).decode("utf-8").encode(self.module.encoding)
+
+
+def _utf8_length(text: str) -> int:
+    return len(text.encode("utf-8"))
 
 
 def runtime_name(source: Source) -> tuple[str, bool]:

@@ -15,7 +15,7 @@ import libcst as cst
 from chipmunk.rewrite.flow import Binding, Scope, Step
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
 from chipmunk.rewrite.roles import Model
-from chipmunk.rewrite.syntax import bind, dotted, elements, is_call, parameters, self_attribute, walk
+from chipmunk.rewrite.syntax import bind, dotted, elements, is_call, last_name, parameters, self_attribute, walk
 
 ARGS = "args"
 _SAME_OBJECT = {"to", "eval", "train", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "type", "to_empty"}
@@ -65,15 +65,16 @@ class Values:
     """By class (`id`) and attribute."""
     _seen_names: set[str] = field(default_factory=set)
     _pending_names: set[str] = field(default_factory=set)
+    _known: set[str] = field(default_factory=set)
     _changed: bool = False
 
     # Growing
 
     def grow(self) -> None:
         """Follow the models through all files that name them, or what makes or takes them."""
-        self._pending_names = {model.name for model in self.models}
         for model in self.models:
-            self._pending_names.update(c.name for c in self._subclasses(model))
+            self._pending_names.update([model.name, *(c.name for c in self._subclasses(model))])
+        self._known |= self._pending_names
         while self._pending_names:
             self._read_files()
             self._changed = True
@@ -107,6 +108,10 @@ class Values:
                 label = self._annotated(parameter.annotation, place)
                 if label:
                     self._give(self.arguments, (id(function), parameter.name.value), label)
+            label = self._annotated(function.node.returns, place)
+            if label and id(function) not in self.returns:
+                self.returns[id(function)] = label
+                self._found_maker(function)
         for name, bindings in scope.bindings.items():
             if function is not None and function.owner is not None and name.startswith(scope.receiver + "."):
                 for binding in bindings:
@@ -120,11 +125,15 @@ class Values:
                     merged = _merge(self.returns.get(id(function), NOTHING), value)
                     if merged != self.returns.get(id(function)):
                         self.returns[id(function)] = merged
-                        self._changed = True
-                        self._pending_names.add(function.node.name.value)
+                        self._found_maker(function)
         for call, step in scope.calls:
             if call.args:
                 self._pass(call, step, place)
+
+    def _found_maker(self, function: Function) -> None:
+        self._changed = True
+        self._pending_names.add(function.node.name.value)
+        self._known.add(function.node.name.value)
 
     def _pass(self, call: cst.Call, step: Step, place: Place) -> None:
         """Hand labels from the call's arguments to the callee's parameters."""
@@ -161,7 +170,14 @@ class Values:
         if annotation is None:
             return NOTHING
         found = [name for node in walk(annotation.annotation) if (name := dotted(node) or _quoted(node))]
-        return frozenset().union(*(self._model_labels(name, place.module) for name in found))
+        return frozenset().union(
+            *(self._model_labels(name, place.module) for name in found if self._is_known(name, place.module))
+        )
+
+    def _is_known(self, name: str, module: Module) -> bool:
+        """Whether the name can mean a model's class, or a function that returns a model; resolving it costs more."""
+        last = name.split(".")[-1]
+        return module.aliases.get(last, last) in self._known
 
     def _model_labels(self, name: cst.CSTNode | str | None, names: Function | Module, step: Step | None = None) -> frozenset[str]:
         meaning = self.repository.resolve(name, names, step)
@@ -190,18 +206,19 @@ class Values:
         return NOTHING
 
     def _call(self, node: cst.Call, step: Step, place: Place, depth: int) -> Value:
-        meaning = self.repository.resolve(node.func, place.names, step)
-        if isinstance(meaning, Class):
-            return self._model_labels(node.func, place.names, step)
-        if isinstance(meaning, Function):
-            return self.returns.get(id(meaning), NOTHING) or self._annotated(meaning.node.returns, Place(meaning.module, None))
+        name = last_name(node.func)
+        if self._is_known(name, place.module):
+            meaning = self.repository.resolve(node.func, place.names, step)
+            if isinstance(meaning, Class):
+                return self._model_labels(node.func, place.names, step)
+            return self.returns.get(id(meaning), NOTHING)
         if isinstance(node.func, cst.Attribute):
             if node.func.attr.value in _SAME_OBJECT:
                 return self.value(node.func.value, step, place, depth + 1)
             if node.func.attr.value in ("parse_args", "parse_known_args") and is_parser(node.func.value, step, place, self):
                 labels: Value = frozenset({ARGS})
                 return labels if node.func.attr.value == "parse_args" else (labels, NOTHING)
-        if isinstance(meaning, External) and meaning.name.split(".")[-1] in _WRAPPERS and node.args:
+        if name in _WRAPPERS and node.args:
             return self.value(node.args[0].value, step, place, depth + 1)
         return NOTHING
 
