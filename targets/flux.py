@@ -198,17 +198,33 @@ def _grid(batch: int, height: int, width: int, image: int) -> Tensor:
     return ids.float().repeat(batch, 1, 1)
 
 
-def call(call_model: Callable[..., Any], model: nn.Module, given: Mapping[str, Tensor], time: float) -> Tensor:
-    """One call of the model, through `call_model` (the model or a call slot): velocity (batch, tokens, channels)."""
+def call(
+    call_model: Callable[..., Any],
+    model: nn.Module,
+    given: Mapping[str, Tensor],
+    time: float,
+    extra: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """One call of the model, through `call_model` (the model or a call slot): velocity (batch, tokens, channels).
+
+    `extra`: arguments of the model's forward that this target does not know of.
+    """
+    import torch
+
     forward = inspect.signature(model.forward).parameters
-    _refuse_unknown(f"{type(model).__name__}.forward", forward, _FORWARD)
+    _refuse_unknown(f"{type(model).__name__}.forward", forward, _FORWARD | set(extra or ()))
     batch, dtype, device = given["img"].shape[0], given["img"].dtype, given["img"].device
+    img = given["img"]
+    if "img_cond" in given:
+        img = torch.cat((img, given["img_cond"]), dim=-1)
     arguments: dict[str, Any] = {
-        **{name: given[name] for name in ("img", "img_ids", "txt", "txt_ids")},
+        "img": img,
+        **{name: given[name] for name in ("img_ids", "txt", "txt_ids")},
         "y": given["vec"],
         "timesteps": given["img"].new_full((batch,), time, dtype=dtype, device=device),
         "guidance": given["img"].new_full((batch,), 3.5, dtype=dtype, device=device),
         "info": _info(0, given),
+        **(extra or {}),
     }
     result = call_model(**{name: value for name, value in arguments.items() if name in forward})
     velocity: Tensor = result[0] if isinstance(result, tuple) else result

@@ -1,4 +1,4 @@
-from flux.cli import run
+from flux.cli import main
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -1,10 +1,7 @@
 import argparse
-import inspect
 import time
-import typing
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,72 +10,48 @@ from flux.util import configs, load_ae, load_clip, load_flow_model, load_t5, sav
 
 
 @torch.inference_mode()
-def main(
-    name: str = "flux-tiny",
-    prompt: str = "a chipmunk in a red scarf reads the morning paper",
-    width: int = 640,
-    height: int = 448,
-    num_steps: int = 12,
-    guidance: float = 3.5,
-    seed: int | None = None,
-    device: str = "cuda" if torch.cuda.is_available() else "cpu",
-    output_dir: str = "output",
-    num_images: int = 1,
-) -> list[Path]:
-    """Turn a prompt into PNG files and return their paths. Sizes are in pixels and rounded down to multiples of 16."""
-    if name not in configs:
-        raise ValueError(f"Unknown model {name}; there are: {', '.join(configs)}")
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Turn a prompt into PNG files; returns their paths."""
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(prog="python -m flux", description="Turn a prompt into PNG files.")
+    parser.add_argument("--name", choices=sorted(configs), default="flux-tiny")
+    parser.add_argument("--prompt", default="a chipmunk in a red scarf reads the morning paper")
+    parser.add_argument("--width", type=int, default=640, help="pixels, rounded down to a multiple of 16")
+    parser.add_argument("--height", type=int, default=448, help="pixels, rounded down to a multiple of 16")
+    parser.add_argument("--num-steps", type=int, default=12)
+    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--seed", type=int, help="of the first image; the next ones count on")
+    parser.add_argument("--num-images", type=int, default=1)
+    parser.add_argument("--device", default=default_device)
+    parser.add_argument("--output-dir", type=Path, default=Path("output"))
+    args = parser.parse_args(argv)
 
-    torch_device = torch.device(device)
-    dtype = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
-    height = 16 * (height // 16)
-    width = 16 * (width // 16)
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    height = 16 * (args.height // 16)
+    width = 16 * (args.width // 16)
+    seed = torch.seed() % 2**32 if args.seed is None else args.seed
+    args.output_dir.mkdir(parents=True, exist_ok=True)
 
-    t5 = load_t5(name)
-    clip = load_clip(name)
-    model = load_flow_model(name, device=torch_device).to(dtype)
-    ae = load_ae(name, device=torch_device)
+    t5 = load_t5(args.name)
+    clip = load_clip(args.name)
+    model = load_flow_model(args.name, device=device, dtype=dtype)
+    ae = load_ae(args.name, device=device)
 
-    if seed is None:
-        seed = torch.seed() % 2**32
     paths = []
-    for index in range(num_images):
+    for index in range(args.num_images):
         start = time.perf_counter()
-        x = get_noise(1, height, width, device=torch_device, dtype=dtype, seed=seed + index)
-        inp = prepare(t5, clip, x, prompt=prompt)
-        timesteps = get_schedule(num_steps, inp["img"].shape[1])
-        x = denoise(model, **inp, timesteps=timesteps, guidance=guidance)
-        x = unpack(x.float(), height, width)
-        pixels = ae.decode(x)
+        x = get_noise(1, height, width, device=device, dtype=dtype, seed=seed + index)
+        inp = prepare(t5, clip, x, prompt=args.prompt)
+        timesteps = get_schedule(args.num_steps, inp["img"].shape[1])
+        x = denoise(model, **inp, timesteps=timesteps, guidance=args.guidance)
+        pixels = ae.decode(unpack(x.float(), height, width))
 
-        paths.append(folder / f"img_{seed + index}.png")
+        paths.append(args.output_dir / f"img_{seed + index}.png")
         save_image(pixels[0], paths[-1])
-        print(f"{paths[-1]}: {width}x{height}, {num_steps} steps, {time.perf_counter() - start:.1f} s")
+        print(f"{paths[-1]}: {width}x{height}, {args.num_steps} steps, {time.perf_counter() - start:.1f} s")
     return paths
 
 
-def command_line(function: Callable[..., Any]) -> dict[str, Any]:
-    """Read the function's parameters from the command line: `num_steps: int = 12` becomes `--num-steps 12`."""
-    parser = argparse.ArgumentParser(prog="python -m flux", description=function.__doc__)
-    hints = typing.get_type_hints(function)
-    for parameter in inspect.signature(function).parameters.values():
-        # `int | None` reads an int
-        options = [hint for hint in typing.get_args(hints[parameter.name]) if hint is not type(None)]
-        parser.add_argument(
-            "--" + parameter.name.replace("_", "-"),
-            type=options[0] if options else hints[parameter.name],
-            default=parameter.default,
-            metavar="X",
-            help=f"default: {parameter.default}",
-        )
-    return vars(parser.parse_args())
-
-
-def run() -> None:
-    main(**command_line(main))
-
-
 if __name__ == "__main__":
-    run()
+    main()

@@ -48,7 +48,7 @@ configs = {
 }
 
 
-def load_flow_model(name: str, device: str | torch.device = "cpu") -> Flux:
+def load_flow_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Flux:
     spec = configs[name]
     with torch.device("meta"):
         model = Flux(spec.params)
@@ -57,7 +57,7 @@ def load_flow_model(name: str, device: str | torch.device = "cpu") -> Flux:
     if spec.ckpt_path is not None:
         print(f"Loading {spec.ckpt_path}")
         model.load_state_dict(load_file(spec.ckpt_path), strict=True)
-    return model.to(device).eval()
+    return model.to(device, dtype).eval()
 
 
 def load_ae(name: str, device: str | torch.device = "cpu") -> AutoEncoder:

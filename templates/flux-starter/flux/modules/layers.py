@@ -149,10 +149,12 @@ class DoubleStreamBlock(nn.Module):
         txt_attn, img_attn = attn.split((txt.shape[1], img.shape[1]), dim=1)
 
         img = img + img_mod1.gate * self.img_attn.proj(img_attn)
-        img = img + img_mod2.gate * self.img_mlp(self.img_norm2(img) * (1 + img_mod2.scale) + img_mod2.shift)
+        img_x = self.img_norm2(img) * (1 + img_mod2.scale) + img_mod2.shift
+        img = img + img_mod2.gate * self.img_mlp(img_x)
 
         txt = txt + txt_mod1.gate * self.txt_attn.proj(txt_attn)
-        txt = txt + txt_mod2.gate * self.txt_mlp(self.txt_norm2(txt) * (1 + txt_mod2.scale) + txt_mod2.shift)
+        txt_x = self.txt_norm2(txt) * (1 + txt_mod2.scale) + txt_mod2.shift
+        txt = txt + txt_mod2.gate * self.txt_mlp(txt_x)
         return img, txt
 
 

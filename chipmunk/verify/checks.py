@@ -1,0 +1,221 @@
+"""What the outputs of the two processes say."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from chipmunk.rewrite.plan import ModelFacts
+from chipmunk.verify.report import Check
+
+KEPT_LIMIT = 1e-5
+"""Largest relative L2 error in float32 when every key and neuron is kept."""
+ORACLE_LIMIT = 1e-4
+"""Largest relative L2 error in float32 between the sparse run and the oracle's."""
+NEAR_TIE = 1e-5
+"""A selection whose last chosen and first rejected scores are this close may be decided by rounding."""
+
+
+class Outputs:
+    """Tensors of one worker, by job, scenario, image, and number of the model call (or `latents`)."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors.torch import load_file
+
+        self.tensors: dict[str, Any] = load_file(folder / "outputs.safetensors")
+
+    def of(self, job: str, scenario: str, image: int) -> dict[str, Any]:
+        prefix = f"{job}/{scenario}/{image}/"
+        return {name.removeprefix(prefix): t for name, t in sorted(self.tensors.items()) if name.startswith(prefix)}
+
+
+class Comparison:
+    """The results of an original and a patched worker."""
+
+    def __init__(self, facts: ModelFacts, original: Path, patched: Path, results: list[dict[str, Any]]) -> None:
+        self.facts = facts
+        self.folders = original, patched
+        self.original, self.patched = Outputs(original), Outputs(patched)
+        self.results = results
+        self.scenarios: list[dict[str, Any]] = results[0]["scenarios"]
+
+    def checks(self) -> list[Check]:
+        has_oracle = bool(self.results[0]["oracle"])
+        return [
+            self.off(),
+            self.everything_kept(),
+            self.parameters(),
+            *([self.coverage(), self.oracle()] if has_oracle else []),
+            self.sparse_error(),
+        ]
+
+    def off(self) -> Check:
+        """Chipmunk off: every output has the original's bits."""
+        import torch
+
+        jobs = ["off", "off again"]
+        if not self.results[1]["found_configuration"]:
+            jobs.insert(0, "untouched")
+        compared, different = 0, []
+        for job in jobs:
+            for scenario, image in self._images():
+                ours = self.patched.of(job, scenario, image)
+                if job == "untouched" and not ours:
+                    continue
+                theirs = self.original.of("dense", scenario, image)
+                compared += len(theirs)
+                different += [
+                    f"{job}/{scenario}/{image}/{name}"
+                    for name in sorted({*theirs, *ours})
+                    if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name])
+                ]
+        holds = not different and compared > 0
+        says = f"{compared} outputs with Chipmunk off have the original's bits"
+        if different:
+            says = f"{len(different)} of {compared} outputs differ with Chipmunk off, first {different[0]}"
+        return Check("off", holds, says, {"compared": compared, "different": different})
+
+    def everything_kept(self) -> Check:
+        """Every key and neuron kept: the sparse path computes what the dense one does."""
+        errors = self._errors(self.patched, "kept", self.original, "dense")
+        worst, where = _worst(errors)
+        says = f"with every key and neuron kept, the largest error is {worst:.1e} (limit {KEPT_LIMIT:.0e}; {where})"
+        return Check("everything kept", worst <= KEPT_LIMIT, says, {"limit": KEPT_LIMIT, "errors": errors})
+
+    def oracle(self) -> Check:
+        """The sparse run equals the plain statement of the algorithm on the unpatched model."""
+        errors = self._errors(self.patched, "sparse", self.original, "oracle")
+        worst, where = _worst(errors)
+        margins = {name: found["smallest_margin"] for name, found in self.results[0]["oracle"].items()}
+        figures = {"limit": ORACLE_LIMIT, "errors": errors, "smallest_margin": margins}
+        says = f"the largest difference from the oracle is {worst:.1e} (limit {ORACLE_LIMIT:.0e}; {where})"
+        return Check("oracle", worst <= ORACLE_LIMIT, says, figures)
+
+    def sparse_error(self) -> Check:
+        """What sparsity costs on this model; there is no limit, but the numbers have to be numbers."""
+        errors = self._errors(self.patched, "sparse", self.original, "dense")
+        default = {s["name"] for s in self.scenarios if s["config"] == "default"}
+        calls = [e for name, found in errors.items() if name.rpartition("/")[0] in default for e in found["calls"]]
+        latents = [found["latents"] for name, found in errors.items() if name.rpartition("/")[0] in default]
+        finite = all(map(math.isfinite, [*calls, *latents]))
+        says = (
+            f"default configuration: error of a step at most {max(calls):.1%}, of the image at most {max(latents):.1%}"
+        )
+        if not finite:
+            says = "the sparse run gives numbers that are not finite"
+        return Check("sparse error", finite, says, {"errors": errors})
+
+    def parameters(self) -> Check:
+        """The patched model has the original's parameters and takes a state_dict back."""
+        import torch
+        from safetensors.torch import load_file
+
+        names = [result["parameters"] for result in self.results]
+        before, after = (load_file(folder / "parameters.safetensors") for folder in self.folders)
+        changed = [n for n in names[0] if n not in after or not torch.equal(before[n].cpu(), after[n].cpu())]
+        added = [name for name in names[1] if name not in before]
+        loading = self.results[1]["loading"]
+        holds = names[0] == names[1] and not changed and loading is None
+        says = f"{len(names[0])} state_dict entries are the same and load strictly"
+        if changed or added:
+            says = f"state_dict entries were changed or lost: {changed[:3]}, or added: {added[:3]}"
+        elif not holds:
+            says = loading or "the order of state_dict entries changed"
+        return Check("parameters", holds, says, {"count": len(names[0]), "changed": changed, "added": added})
+
+    def coverage(self) -> Check:
+        """Every block that should have run sparse did, as often as the oracle, and through the operators."""
+        problems: list[str] = []
+        counts: dict[str, Any] = {}
+        for scenario in self.scenarios:
+            name = scenario["name"]
+            expected: Counter[tuple[int, str, str]] = Counter()
+            for layer, part, kind, count in self.results[0]["oracle"][name]["calls"]:
+                expected[layer, part, kind] += count
+            found = self.results[1]["coverage"][name]
+            counts[name] = found["operators"]
+            problems += [f"{name}: {problem}" for problem in self._coverage(scenario, expected, found)]
+        sparse = sum(c.get("column_sparse_attention", 0) + c.get("sparse_mlp_in", 0) for c in counts.values())
+        says = f"every block ran sparse when it was its turn: {sparse} sparse operator calls, as many as the oracle's"
+        if problems:
+            says = problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+        return Check("coverage", not problems, says, {"operators": counts, "problems": problems})
+
+    def _coverage(
+        self, scenario: dict[str, Any], expected: Counter[tuple[int, str, str]], found: dict[str, Any]
+    ) -> Iterator[str]:
+        for reason, count in found["statistics"]["dense_model_calls"].items():
+            yield f"{count} model calls ran dense: {reason}"
+        totals: Counter[str] = Counter()
+        layers = found["statistics"]["layers"]
+        for layer, statistics in enumerate(layers):
+            for part in ("attention", "mlp"):
+                slots = statistics[part].values()
+                counted = {kind: sum(slot[kind] for slot in slots) for kind in ("sparse", "full")}
+                totals[part] += counted["sparse"]
+                for kind in ("sparse", "full"):
+                    if counted[kind] != expected[layer, part, kind]:
+                        reasons = {reason for slot in slots for reason in slot["dense"]}
+                        why = f" (dense: {', '.join(sorted(reasons))})" if reasons else ""
+                        yield (
+                            f"{part} of {statistics['name']} ran {kind} {counted[kind]} times, "
+                            f"not {expected[layer, part, kind]}{why}"
+                        )
+        operators = found["operators"]
+        for part, operator in (("attention", "column_sparse_attention"), ("mlp", "sparse_mlp_in")):
+            reached = operators.get(operator, 0)
+            if reached != totals[part]:
+                yield f"{totals[part]} sparse {part} calls were counted, but {reached} reached {operator}"
+        yield from self._never_sparse(scenario, layers)
+
+    def _never_sparse(self, scenario: dict[str, Any], layers: list[dict[str, Any]]) -> Iterator[str]:
+        """Blocks of the patched classes that never ran sparse, whatever the oracle thinks of them."""
+        facts = self.facts
+        if scenario["model"] not in ("model", "channels"):
+            return  # a subclass may hold layers that are rightly left alone
+        for index, layer in enumerate(layers):
+            block = facts.double_block if layer["name"].startswith(facts.double) else facts.single_block
+            parts = {"attention": block.attention, "mlp": block.mlp is not None or block.linear_in is not None}
+            for part, patched in parts.items():
+                ran = sum(slot["sparse"] for slot in layer[part].values())
+                if patched and index >= 2 and not ran:
+                    yield f"{part} of {layer['name']} never ran sparse"
+
+    def _images(self) -> Iterator[tuple[str, int]]:
+        for scenario in self.scenarios:
+            for image in range(len(scenario["images"])):
+                yield scenario["name"], image
+
+    def _errors(self, ours: Outputs, job: str, theirs: Outputs, reference: str) -> dict[str, Any]:
+        """By scenario and image: relative L2 error of every model call's output, and of the last latents."""
+        errors = {}
+        for scenario, image in self._images():
+            got, wanted = ours.of(job, scenario, image), theirs.of(reference, scenario, image)
+            found = {name: relative_error(got[name], wanted[name]) if name in got else math.inf for name in wanted}
+            if len(got) != len(wanted):
+                found["latents"] = math.inf
+            latents = found.pop("latents", math.inf)
+            errors[f"{scenario}/{image}"] = {"calls": list(found.values()), "latents": latents}
+        return errors
+
+
+def relative_error(got: Any, wanted: Any) -> float:
+    """‖got − wanted‖₂ / ‖wanted‖₂ in float64; infinite for another shape or numbers that are not finite."""
+    if got.shape != wanted.shape:
+        return math.inf
+    got, wanted = got.double(), wanted.double()
+    error = float((got - wanted).norm() / wanted.norm())
+    return error if math.isfinite(error) else math.inf
+
+
+def _worst(errors: dict[str, Any]) -> tuple[float, str]:
+    """The largest error of all, and where: infinite if there is nothing to compare."""
+    found = [
+        (error, f"{name}, {what}")
+        for name, image in errors.items()
+        for what, error in [("latents", image["latents"]), *((f"call {i}", e) for i, e in enumerate(image["calls"]))]
+    ]
+    return max(found, default=(math.inf, "nothing was compared"))

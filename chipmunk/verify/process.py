@@ -1,0 +1,101 @@
+"""Two worker processes side by side, each with its own copy of the repository's modules."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import chipmunk
+from chipmunk.verify.report import VerifyError
+from chipmunk.verify.spec import PROGRESS, Spec
+
+Progress = Callable[[str, int, int], None]
+"""Called with what was done last, how much is done, and how much there is."""
+
+
+def run_workers(specs: Sequence[Spec], python: str, progress: Progress | None, timeout: float) -> list[dict[str, Any]]:
+    """Run one worker for each spec at the same time; returns their results, which may hold an `error`.
+
+    Raises VerifyError where a worker cannot start, dies, or takes longer than `timeout` seconds.
+    """
+    done = [[0, 1] for _ in specs]
+    lock = threading.Lock()
+    workers: list[subprocess.Popen[str]] = []
+    threads = []
+
+    def follow(number: int, output: IO[str]) -> None:
+        for line in output:
+            if not line.startswith(PROGRESS):
+                continue  # the repository's own prints
+            current, total, what = json.loads(line.removeprefix(PROGRESS))
+            with lock:
+                done[number][:] = [current, total]
+                if progress is not None:
+                    progress(what, sum(part[0] for part in done), sum(part[1] for part in done))
+
+    try:
+        for number, spec in enumerate(specs):
+            spec.out.mkdir(parents=True, exist_ok=True)
+            spec.write(spec.out / "spec.json")
+            with open(spec.out / "stderr.txt", "w") as errors:
+                worker = subprocess.Popen(
+                    [python, "-m", "chipmunk.verify.worker", str(spec.out / "spec.json")],
+                    cwd=spec.out,
+                    env=_environment(python),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                )
+            workers.append(worker)
+            assert worker.stdout is not None
+            threads.append(threading.Thread(target=follow, args=(number, worker.stdout), daemon=True))
+            threads[-1].start()
+        codes = [worker.wait(timeout) for worker in workers]
+    except FileNotFoundError as error:
+        raise VerifyError(f"{python} cannot be run: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise VerifyError(f"verifying took longer than {timeout:.0f} s and was stopped") from error
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    for thread in threads:
+        thread.join()
+    return [_result(spec, python, code) for spec, code in zip(specs, codes, strict=True)]
+
+
+def _result(spec: Spec, python: str, code: int) -> dict[str, Any]:
+    path = spec.out / "result.json"
+    if path.exists():
+        result: dict[str, Any] = json.loads(path.read_text())
+        return result
+    said = (spec.out / "stderr.txt").read_text().strip()
+    last = said.splitlines()[-1] if said else f"exit code {code}"
+    if "No module named" in last and "chipmunk" in last:
+        other = "'chipmunk.verify" in last or "chipmunk.verify" in last
+        why = "another package called chipmunk is installed there" if other else "Chipmunk is not installed there"
+        raise VerifyError(
+            f"the runtime cannot be imported by {python}: {why}",
+            next_command=f"{python} -m pip install chipmunk-flux",
+        )
+    if code < 0:
+        last = f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
+    raise VerifyError(f"the process that runs the {spec.side} code ended without a result: {last}")
+
+
+def _environment(python: str) -> dict[str, str]:
+    """The user's, less what would switch Chipmunk on or write beside the user's files."""
+    found = {name: value for name, value in os.environ.items() if name != "CHIPMUNK_CONFIG"}
+    found["PYTHONDONTWRITEBYTECODE"] = "1"
+    if python == sys.executable:
+        # this very Chipmunk, however it was found
+        package = str(Path(chipmunk.__file__).parent.parent)
+        found["PYTHONPATH"] = os.pathsep.join(filter(None, (package, found.get("PYTHONPATH"))))
+    return found

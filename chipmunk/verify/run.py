@@ -1,0 +1,182 @@
+"""`chipmunk verify`: the patched repository against its original, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from chipmunk import registry
+from chipmunk.apply import RepositoryStatus, State, read, status
+from chipmunk.apply.errors import quoted
+from chipmunk.rewrite import ModelFacts, Plan, plan_repository
+from chipmunk.verify.checks import Comparison
+from chipmunk.verify.original import rebuild
+from chipmunk.verify.process import Progress, run_workers
+from chipmunk.verify.report import Check, VerifyError, VerifyReport
+from chipmunk.verify.spec import Spec
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What the user can choose."""
+
+    python: str = sys.executable
+    """The Python that runs the repository; Chipmunk has to be importable there."""
+    device: str = "cpu"
+    target: str | None = None
+    """Name of a target, instead of the one that recognises the repository."""
+    plugins: tuple[Path, ...] = ()
+    weights: Path | None = None
+    """A safetensors checkpoint of the user's own, for a second run with the model it was saved from."""
+    factory: str | None = None
+    """`module:function` that returns the model, where the target cannot build it."""
+    seed: int = 0
+    timeout: float = 1800.0
+    """Seconds after which a run is stopped."""
+    preload: Path | None = None
+    """A Python file that the patched side's process executes first (tests put faults into the runtime with it)."""
+
+
+def run(root: Path, options: VerifyOptions | None = None, progress: Progress | None = None) -> VerifyReport:
+    """Verify the patched repository at `root`.
+
+    Raises VerifyError (exit code 2) where there is nothing to verify or it cannot be run; what does not hold is in the
+    report.
+    """
+    options = options or VerifyOptions()
+    started = time.perf_counter()
+    state = patched_repository(root)
+    originals = {file.path: file.unpatched for file in state.files if file.unpatched is not None}
+    plan = _plan(state, originals, options)
+    with tempfile.TemporaryDirectory(prefix="chipmunk-verify-") as folder:
+        work = Path(folder).resolve()
+        original = rebuild(state.root, originals, work / "original-repository")
+        report = verify(original, state.root, plan, options, work, progress)
+    assert state.journal is not None
+    return replace(report, root=state.root, sites=state.journal.sites, seconds=time.perf_counter() - started)
+
+
+def patched_repository(root: Path) -> RepositoryStatus:
+    """The state of a repository that is patched, whole, and whose original can be had. Raises VerifyError."""
+    state = status(root)
+    if state.state is State.UNPATCHED:
+        raise VerifyError(f"{state.root} is not patched", next_command=f"chipmunk patch {quoted(root)}")
+    if state.state not in (State.PATCHED, State.EDITED):
+        raise VerifyError(state.message or state.state.value, next_command=state.next_command)
+    lost = [file for file in state.files if file.unpatched is None]
+    if lost:
+        raise VerifyError(
+            "the original of these files cannot be told from the edits made since",
+            places=[place for file in lost for place in file.places],
+            next_command=f"chipmunk diff {quoted(root)}",
+        )
+    return state
+
+
+def _plan(state: RepositoryStatus, originals: dict[str, bytes], options: VerifyOptions) -> Plan:
+    """What the rules find in the original: the models and loops to run, and the target that knows how."""
+    assert state.journal is not None
+    files = {**read(state.root).files, **originals}
+    found = registry.load(options.plugins)
+    only = [name for name in state.journal.patches if name in found.patches] or None
+    target = options.target or (state.journal.target if state.journal.target in found.targets else None)
+    plan = plan_repository(files, found, only=only, target=target)
+    if not plan.models:
+        raise VerifyError(f"no FLUX model was found in {state.root}, although it is patched")
+    return plan
+
+
+def verify(
+    original: Path, patched: Path, plan: Plan, options: VerifyOptions, work: Path, progress: Progress | None = None
+) -> VerifyReport:
+    """Verify `patched` against `original`, two folders; `plan` is the original's. Works in the folder `work`."""
+    target = registry.load(options.plugins).targets[plan.target or "flux"]
+    assert target.module.__file__ is not None
+    checks: list[Check] = []
+    notes: list[str] = []
+    environment: dict[str, str] = {}
+    for number, facts in enumerate(plan.models):
+        base = Spec(
+            side="original",
+            root=original,
+            out=work / f"original-{number}",
+            facts=facts,
+            target=Path(target.module.__file__).resolve(),
+            device=options.device,
+            seed=options.seed,
+            factory=options.factory,
+            factory_folder=Path.cwd(),
+        )
+        for weights in [None] if options.weights is None else [None, options.weights.resolve()]:
+            suffix = "" if weights is None else "-weights"
+            ours = replace(
+                base,
+                side="patched",
+                root=patched,
+                out=work / f"patched-{number}{suffix}",
+                preload=None if options.preload is None else options.preload.resolve(),
+                weights=weights,
+            )
+            theirs = replace(base, out=work / f"original-{number}{suffix}", weights=weights)
+            found, result = _pair(theirs, ours, options, progress)
+            where = [facts.name] if len(plan.models) > 1 else []
+            where += [f"with {weights.name}"] if weights is not None else []
+            checks += [replace(check, name=", ".join([check.name, *where])) for check in found]
+            notes += [*result.get("notes", []), *_placeholder_notes(result)]
+            environment |= result.get("environment", {})
+    return VerifyReport(patched, plan.target, tuple(checks), notes=tuple(dict.fromkeys(notes)), environment=environment)
+
+
+def _pair(
+    theirs: Spec, ours: Spec, options: VerifyOptions, progress: Progress | None
+) -> tuple[list[Check], dict[str, Any]]:
+    """Run the original and the patched side of one model; their checks, and what the patched side reports."""
+    results = run_workers([theirs, ours], options.python, progress, options.timeout)
+    for spec, result in zip((theirs, ours), results, strict=True):
+        error = result.get("error")
+        if error is None:
+            continue
+        # what fails on both sides is no fault of the patch
+        if spec.side == "original" or error["kind"] == "memory":
+            raise _refusal(error, theirs, ours)
+        says = f"the patched code does not run: {error['message']}"
+        return [Check("runs", False, says, {"trace": error["trace"]})], {}
+    return Comparison(theirs.facts, theirs.out, ours.out, results).checks(), results[1]
+
+
+def _refusal(error: dict[str, Any], theirs: Spec, ours: Spec) -> VerifyError:
+    message = error["message"].replace(str(theirs.root), str(ours.root))
+    if error["kind"] == "build":
+        return VerifyError(
+            f"{message}. Write a file that builds it, `verify_factory.py` say, and name it:\n\n"
+            f"{factory_skeleton(theirs.facts)}",
+            next_command=f"chipmunk verify {quoted(ours.root)} --factory verify_factory:build",
+        )
+    if error["kind"] == "crash":
+        message = f"the original code fails when verify runs it: {message}\n{error['trace']}"
+    return VerifyError(message, next_command=error.get("next_command"))
+
+
+def factory_skeleton(facts: ModelFacts) -> str:
+    """A file for the user to complete."""
+    module = os.path.splitext(facts.file)[0].removeprefix("src/").replace("/", ".")
+    return f'''from {module} import {facts.name}
+
+
+def build():
+    """A small {facts.name}: five double and three single blocks, two heads of 64 channels, random weights.
+
+    If its forward needs arguments that FLUX.1's has not, return (model, {{"name": value}}).
+    """
+    return {facts.name}(...)
+'''
+
+
+def _placeholder_notes(result: dict[str, Any]) -> list[str]:
+    names = result.get("placeholders", [])
+    return [f"not installed, not needed, and left empty: {', '.join(names)}"] if names else []

@@ -1,0 +1,109 @@
+"""What the parent process tells a worker, and the work that both sides share by name: scenarios and configurations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from chipmunk.rewrite.plan import BlockFacts, LoopFacts, ModelFacts
+
+PROGRESS = "\x1echipmunk "
+"""Starts a line of a worker's output that is for the parent: how much is done, how much there is, and what."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image of a scenario: `height` x `width` tokens, beside `text` tokens."""
+
+    batch: int
+    height: int
+    width: int
+    text: int
+    steps: int
+
+
+IMAGES = (Image(1, 13, 11, 19, 12), Image(2, 9, 10, 19, 9))
+"""Two in a row of different sizes and step counts. Neither grid fits patches or tiles: 162 tokens and 109."""
+
+LARGE_IMAGES = (Image(1, 22, 26, 45, 12),)
+"""With weights of the user's own, at their full width."""
+
+_ATTENTION = {"mbm": 48, "counts_multiple_of": 16}
+_MLP = {"bm": 32, "mbm": 32, "counts_multiple_of": 32}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "kept": {"attn": {**_ATTENTION, "top_keys": 1.0}, "mlp": {**_MLP, "top_keys": 1.0, "random_keys": 0.0}},
+    "default": {"attn": _ATTENTION, "mlp": _MLP},
+    "other": {
+        "attn": {**_ATTENTION, "recompute_mask": False, "random_keys": 0.1, "full_step_schedule": [0, 4, 9]},
+        "mlp": {"bm": 64, "mbm": 16, "counts_multiple_of": 32, "block_mask_cache": 2, "full_step_every": 5},
+        "patchify": {"chunk_size_1": 4, "chunk_size_2": 2},
+    },
+}
+"""By name, what is in `chipmunk-config.yml`; tiles are cut down to the small model's size, all else is the default or,
+in `other`, as far from it as the schema goes."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One thing that is run with a model, on both sides."""
+
+    name: str
+    model: str
+    """`model`, `channels` (more channels in than out) or the name of a subclass."""
+    images: tuple[Image, ...]
+    config: str
+    """Of `CONFIGS`, for the sparse run."""
+    loop: int | None = None
+    """Index of the repository's loop; None for a loop of verify's own."""
+    variant: str = "plain"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One worker's order."""
+
+    side: str
+    """`original` or `patched`."""
+    root: Path
+    out: Path
+    facts: ModelFacts
+    target: Path
+    """The target's file."""
+    device: str = "cpu"
+    seed: int = 0
+    factory: str | None = None
+    factory_folder: Path | None = None
+    """Where a factory's module may lie beside the checkout: the folder that verify was started in."""
+    weights: Path | None = None
+    preload: Path | None = None
+    """A Python file to execute before anything of the checkout is imported."""
+    only: tuple[str, ...] = ()
+    """Names of scenarios; all if empty."""
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), default=str, indent=1))
+
+    @staticmethod
+    def read(path: Path) -> Spec:
+        data = json.loads(path.read_text())
+        for name in ("root", "out", "target", "factory_folder", "weights", "preload"):
+            data[name] = None if data[name] is None else Path(data[name])
+        data["facts"] = facts_from_json(data["facts"])
+        data["only"] = tuple(data["only"])
+        return Spec(**data)
+
+
+def facts_from_json(data: dict[str, Any]) -> ModelFacts:
+    """Undo `dataclasses.asdict`."""
+    loops = tuple(LoopFacts(**{**loop, "slots": tuple(loop["slots"])}) for loop in data["loops"])
+    return ModelFacts(
+        **{
+            **data,
+            "double_block": BlockFacts(**data["double_block"]),
+            "single_block": BlockFacts(**data["single_block"]),
+            "loops": loops,
+        }
+    )

@@ -1,0 +1,316 @@
+"""The model under test and the ways to run it: built by the target, driven by the repository's own loops or ours."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import CodeType, FrameType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chipmunk.rewrite.plan import LoopFacts
+from chipmunk.verify.checkout import Checkout, CheckoutError
+from chipmunk.verify.spec import IMAGES, LARGE_IMAGES, Image, Scenario, Spec
+
+TWO_SLOTS = "two call slots"
+OWN_LOOP = "own loop"
+
+Steps = Callable[[Any, Any], Any]
+Slot = Callable[[Any, str], Any]
+
+
+class BuildError(Exception):
+    """The model cannot be built or called; says why."""
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One call of the model, in the order in which they were made."""
+
+    step: int
+    slot: str
+    """The line of the loop that made it, as text."""
+    output: Tensor
+
+
+@dataclass
+class Drawn:
+    """What one image came to."""
+
+    calls: list[ModelCall] = field(default_factory=list)
+    latents: Tensor | None = None
+
+
+class Subject:
+    """Everything about one side that does not depend on Chipmunk."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.facts = spec.facts
+        self.checkout = Checkout(spec.root)
+        self.target = load_file(spec.target, "chipmunk_verify_target")
+        self.notes: list[str] = []
+        self.extra: dict[str, Any] = {}
+        """Arguments of the model's forward that only the factory knows."""
+        self.model_class: type[nn.Module] = self.checkout.object(self.facts.file, self.facts.name)
+        self.loops = self._load_loops()
+        self._models: dict[str, nn.Module] = {}
+        self.model("model")
+        self.subclasses = self._find_subclasses()
+        self.checkout.placeholders.arm()
+
+    # Models.
+
+    def model(self, name: str) -> nn.Module:
+        """`model`, `channels`, or a subclass by name; the same instance each time. Raises BuildError."""
+        if name not in self._models:
+            try:
+                model = self._build(name)
+            except (CheckoutError, BuildError):
+                raise
+            except Exception as error:
+                raise BuildError(f"{self.facts.name} cannot be built: {type(error).__name__}: {error}") from error
+            self._models[name] = model.to(self.spec.device).eval().requires_grad_(False)
+        return self._models[name]
+
+    def _build(self, name: str) -> nn.Module:
+        if name == "model" and self.spec.factory is not None:
+            return self._from_factory(self.spec.factory)
+        if name == "model" and self.spec.weights is not None:
+            from safetensors.torch import load_file as load_tensors
+
+            tensors = load_tensors(self.spec.weights)
+            values = self.target.values_of({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+            model: nn.Module = self.target.build(self.model_class, values)
+            model.load_state_dict(tensors, strict=True)
+            return model.float()
+        values = dict(self.target.SMALL)
+        if name == "channels":
+            values["in_channels"] += 8
+        model_class = next((c for c in getattr(self, "subclasses", ()) if c.__name__ == name), self.model_class)
+        model = self.target.build(model_class, values)
+        randomise(model, self.spec.seed)
+        return model
+
+    def _from_factory(self, factory: str) -> nn.Module:
+        module_name, _, function = factory.partition(":")
+        if self.spec.factory_folder is not None:
+            sys.path.append(str(self.spec.factory_folder))
+        made = getattr(importlib.import_module(module_name), function or "build")()
+        model, self.extra = made if isinstance(made, tuple) else (made, {})
+        if not isinstance(model, self.model_class):
+            where = f"{type(model).__name__} of {sys.modules[type(model).__module__].__file__}"
+            raise BuildError(f"{factory} returned a {where}, not the {self.facts.name} of {self.facts.file}")
+        randomise(model, self.spec.seed)
+        return model
+
+    def _find_subclasses(self) -> list[type[nn.Module]]:
+        """Classes beside the model's own that derive from it and can be built: a LoRA wrapper, say."""
+        if self.spec.factory is not None or self.spec.weights is not None:
+            return []
+        found = []
+        for other in vars(sys.modules[self.model_class.__module__]).values():
+            if isinstance(other, type) and issubclass(other, self.model_class) and other is not self.model_class:
+                try:
+                    self.target.build(other, self.target.SMALL)
+                except Exception as error:
+                    self.notes.append(f"{other.__name__} was not tried: {error}")
+                else:
+                    found.append(other)
+        return found
+
+    # Loops and scenarios.
+
+    def _load_loops(self) -> list[tuple[LoopFacts, Callable[..., Any], tuple[str, ...]] | None]:
+        """Each of the repository's loops with its function and variants; None for one that cannot be run by itself."""
+        found: list[tuple[LoopFacts, Callable[..., Any], tuple[str, ...]] | None] = []
+        for loop in self.facts.loops:
+            reason = "its model is no parameter of it" if loop.model_parameter is None else None
+            if reason is None:
+                try:
+                    function = self.checkout.object(loop.file, loop.function)
+                    found.append((loop, function, self.target.loop_variants(function, loop.model_parameter)))
+                    continue
+                except (self.target.CannotRun, AttributeError) as error:
+                    reason = str(error)
+            self.notes.append(f"{loop.file}:{loop.line}: the loop in {loop.function} was not run: {reason}")
+            found.append(None)
+        return found
+
+    def scenarios(self) -> list[Scenario]:
+        """What is run, in order. Both sides come to the same list, because signatures do not change."""
+        if self.spec.weights is not None:
+            for index, entry in enumerate(self.loops):
+                if entry is not None:
+                    way = "channels" if "channels" in entry[2] and self._takes_more_channels("model") else entry[2][0]
+                    return [Scenario(entry[0].function, "model", LARGE_IMAGES, "default", index, way)]
+            return [Scenario(OWN_LOOP, "model", LARGE_IMAGES, "default")]
+        found: list[Scenario] = []
+        for index, entry in enumerate(self.loops):
+            if entry is None:
+                continue
+            loop, _, variants = entry
+            for variant in variants:
+                if variant == "channels" and not self._takes_more_channels("channels"):
+                    continue
+                name = loop.function if variant == "plain" else f"{loop.function}, {variant}"
+                model = "channels" if variant == "channels" else "model"
+                images = IMAGES if not found else IMAGES[:1]
+                found.append(Scenario(name, model, images, "default", index, variant))
+        if not found:
+            found.append(Scenario(OWN_LOOP, "model", IMAGES, "default"))
+        small = Image(1, 9, 10, 19, 14)
+        found.append(Scenario(TWO_SLOTS, "model", (small,), "other"))
+        found += [Scenario(c.__name__, c.__name__, IMAGES[1:], "default") for c in self.subclasses]
+        return [scenario for scenario in found if not self.spec.only or scenario.name in self.spec.only]
+
+    def _takes_more_channels(self, name: str) -> bool:
+        """Whether the model takes more channels in than it gives out; False too if it cannot be built."""
+        try:
+            parameters = self.model(name).named_parameters()
+            values = self.target.values_of({name: tuple(parameter.shape) for name, parameter in parameters})
+        except (BuildError, self.target.CannotRun):
+            return False
+        return bool(values["in_channels"] > values["out_channels"])
+
+    # Running.
+
+    def draw(self, scenario: Scenario, index: int, steps: Steps, slot: Slot) -> Drawn:
+        """Run one image of a scenario. `steps` and `slot` are the runtime's, or stand-ins that do nothing."""
+        model, image = self.model(scenario.model), scenario.images[index]
+        generator = torch.Generator().manual_seed(1000 * self.spec.seed + 10 * index + 1)
+        size = (image.batch, image.height, image.width, image.text, generator)
+        given = self.target.inputs(model, *size, reference=scenario.variant == "reference")
+        other = self.target.inputs(model, *size)
+        times = [1 - step / image.steps for step in range(image.steps + 1)]
+        drawn = Drawn()
+        entry = None if scenario.loop is None else self.loops[scenario.loop]
+        with torch.no_grad():
+            if entry is None:
+                loop: Callable[..., Tensor] = self._two_slots if scenario.name == TWO_SLOTS else self._own_loop
+                with record(model, loop.__func__.__code__, drawn):  # type: ignore[attr-defined]
+                    drawn.latents = loop(model, given, other, times, steps, slot)
+            else:
+                facts, function, _ = entry
+                if scenario.variant == "cfg":
+                    given |= {f"neg_{name}": other[name] for name in ("txt", "txt_ids", "vec")}
+                code = unwrapped(function).__code__
+                with record(model, code, drawn):
+                    drawn.latents = self.target.run_loop(
+                        function, facts.model_parameter, model, given, times, scenario.variant
+                    )
+        return drawn
+
+    def _own_loop(
+        self,
+        model: nn.Module,
+        given: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        times: Sequence[float],
+        steps: Steps,
+        slot: Slot,
+    ) -> Tensor:
+        """Euler steps with one call of the model each."""
+        image = given["img"]
+        for now, after in steps(model, list(itertools.pairwise(times))):
+            image = image + (after - now) * self._call(model, model, {**given, "img": image}, now)
+        return image
+
+    def _two_slots(
+        self,
+        model: nn.Module,
+        given: Mapping[str, Tensor],
+        other: Mapping[str, Tensor],
+        times: Sequence[float],
+        steps: Steps,
+        slot: Slot,
+    ) -> Tensor:
+        """Euler steps that from the third on also call the model with another text, through a call slot of its own."""
+        image = given["img"]
+        for index, (now, after) in steps(model, enumerate(list(itertools.pairwise(times)))):
+            velocity = self._call(model, model, {**given, "img": image}, now)
+            if index >= 2:
+                prompt = {"txt": other["txt"], "vec": other["vec"]}
+                second = self._call(slot(model, "second"), model, {**given, **prompt, "img": image}, now)
+                velocity = second + 1.5 * (velocity - second)
+            image = image + (after - now) * velocity
+        return image
+
+    def _call(self, called: Any, model: nn.Module, given: Mapping[str, Tensor], time: float) -> Tensor:
+        try:
+            velocity: Tensor = self.target.call(called, model, given, time, self.extra)
+        except self.target.CannotRun as error:
+            raise BuildError(str(error)) from error
+        return velocity
+
+
+def load_file(path: Path, name: str) -> ModuleType:
+    """Execute a Python file as a module of its own."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def unwrapped(function: Callable[..., Any]) -> Any:
+    """The function inside decorators such as `torch.no_grad()`."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return getattr(function, "__func__", function)
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Random weights that depend on each parameter's name and `seed` alone, and on which every output depends.
+
+    Matrices keep the size of what passes through; nothing is zero (final layers and LoRA start at zero); scales of
+    norms are above one, so that attention has favourites.
+    """
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()) + seed)
+        with torch.no_grad():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
+            else:
+                parameter.normal_(1.5 if name.endswith("scale") else 0.0, 0.1, generator=generator)
+
+
+@contextmanager
+def record(model: nn.Module, loop: CodeType, drawn: Drawn) -> Iterator[None]:
+    """While this is open, note each call of `model`, with the step and the line of `loop` that it comes from.
+
+    A step ends where a line makes a call that stands above, or is, one that has made a call in it already. A new
+    activation of the loop starts again at step 0.
+    """
+    activation: FrameType | None = None
+    step, line = -1, 0
+
+    def after(model: nn.Module, args: Any, output: Any) -> None:
+        nonlocal activation, step, line
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code is not loop:
+            frame = frame.f_back
+        if frame is not activation:
+            activation, step, line = frame, -1, 1 << 30
+        here = 0 if frame is None else frame.f_lineno
+        step += here <= line
+        line = here
+        result = output[0] if isinstance(output, tuple) else output
+        drawn.calls.append(ModelCall(step, str(here), result.detach().clone()))
+
+    handle = model.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,229 @@
+"""One side of a verification, in a process of its own: `python -m chipmunk.verify.worker SPEC.json`.
+
+The original side runs every scenario densely, and once more under the oracle. The patched side runs every scenario with
+Chipmunk off, with everything kept, sparse, and off again. Outputs go to safetensors files, figures to `result.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file as save_tensors
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import chipmunk
+from chipmunk.verify.checkout import CheckoutError
+from chipmunk.verify.placeholders import PlaceholderUsed
+from chipmunk.verify.spec import CONFIGS, PROGRESS, Scenario, Spec
+from chipmunk.verify.subject import BuildError, Drawn, Subject, load_file
+
+
+class Worker:
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.subject = Subject(spec)
+        self.scenarios = self.subject.scenarios()
+        self.tensors: dict[str, Tensor] = {}
+        self.labels: dict[str, list[tuple[int, str]]] = {}
+        """Step and slot of each model call, by scenario and image."""
+        self.done = 0
+        self.total = len(self.scenarios) * (4 if spec.side == "patched" else 1 if spec.weights else 2)
+
+    def run(self) -> dict[str, Any]:
+        figures = self.original() if self.spec.side == "original" else self.patched()
+        save_tensors(self.tensors, self.spec.out / "outputs.safetensors")
+        return {
+            "scenarios": [asdict(scenario) for scenario in self.scenarios],
+            "labels": self.labels,
+            "notes": [*self.subject.notes, *self.subject.checkout.notes],
+            "placeholders": sorted(self.subject.checkout.placeholders.names),
+            "environment": environment(self.spec.device),
+            **figures,
+        }
+
+    # The original's side.
+
+    def original(self) -> dict[str, Any]:
+        save_tensors(self.state(), self.spec.out / "parameters.safetensors")
+        for scenario in self.scenarios:
+            for index in range(len(scenario.images)):
+                drawn = self.draw("dense", scenario, index)
+                self.labels[f"{scenario.name}/{index}"] = [(call.step, call.slot) for call in drawn.calls]
+            self.progress(scenario.name)
+        oracle = {} if self.spec.weights else {scenario.name: self.oracle(scenario) for scenario in self.scenarios}
+        return {"parameters": list(self.state()), "oracle": oracle}
+
+    def oracle(self, scenario: Scenario) -> dict[str, Any]:
+        from chipmunk.verify.oracle import Oracle
+
+        model = self.subject.model(scenario.model)
+        with torch.no_grad(), Oracle(model, self.spec.facts, load_config(scenario.config)) as oracle:
+            for index, image in enumerate(scenario.images):
+                oracle.steps = image.steps
+                oracle.end_generation()
+                oracle.follow(self.labels[f"{scenario.name}/{index}"])
+                self.draw("oracle", scenario, index)
+            calls = dict(oracle.calls)
+            margin = oracle.smallest_margin
+        self.progress(f"{scenario.name}: oracle")
+        return {"calls": [[*key, count] for key, count in sorted(calls.items())], "smallest_margin": margin}
+
+    # The patched side.
+
+    def patched(self) -> dict[str, Any]:
+        natural = chipmunk_is_off(self)
+        for scenario in self.scenarios:
+            self.run_scenario("off", scenario)
+        for scenario in self.scenarios:
+            self.enabled("kept", scenario, "kept")
+        coverage = {scenario.name: self.enabled("sparse", scenario, scenario.config) for scenario in self.scenarios}
+        # enabled, with caches made and dropped: nothing of that may show in the state_dict
+        self.enable("model", "default")
+        state = self.state()
+        loading = strict_loading(self.subject, state)
+        self.disable("model")
+        for scenario in self.scenarios:
+            self.run_scenario("off again", scenario)
+        save_tensors(state, self.spec.out / "parameters.safetensors")
+        return {"parameters": list(state), "loading": loading, "coverage": coverage, "found_configuration": natural}
+
+    def run_scenario(self, job: str, scenario: Scenario) -> None:
+        for index in range(len(scenario.images)):
+            self.draw(job, scenario, index)
+        self.progress(f"{scenario.name}: {job}")
+
+    def enabled(self, job: str, scenario: Scenario, config: str) -> dict[str, Any]:
+        """Run a scenario with Chipmunk on; what ran, by the runtime's statistics and by the operators called."""
+        model = self.enable(scenario.model, config)
+        with CountOperators() as counter:
+            self.run_scenario(job, scenario)
+        statistics = asdict(chipmunk.statistics(model))
+        self.disable(scenario.model)
+        return {"statistics": statistics, "operators": dict(counter.calls)}
+
+    def enable(self, name: str, config: str) -> torch.nn.Module:
+        model = self.subject.model(name)
+        chipmunk.enable(model, str(write_config(config, self.spec.out)))
+        return model
+
+    def disable(self, name: str) -> None:
+        chipmunk.disable(self.subject.model(name))
+
+    # Both.
+
+    def draw(self, job: str, scenario: Scenario, index: int) -> Drawn:
+        patched = self.spec.side == "patched"
+        steps: Callable[[Any, Any], Any] = chipmunk.steps if patched else lambda model, iterable: iterable
+        slot: Callable[[Any, str], Any] = chipmunk.slot if patched else lambda model, name: model
+        drawn = self.subject.draw(scenario, index, steps, slot)
+        key = f"{job}/{scenario.name}/{index}"
+        for number, call in enumerate(drawn.calls):
+            self.tensors[f"{key}/{number:03d}"] = call.output.cpu().contiguous()
+        assert drawn.latents is not None
+        self.tensors[f"{key}/latents"] = drawn.latents.detach().clone().cpu().contiguous()
+        return drawn
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self.subject.model("model").state_dict().items()}
+
+    def progress(self, what: str) -> None:
+        self.done += 1
+        print(f"{PROGRESS}{json.dumps([self.done, self.total, what])}", flush=True)
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts the calls that reach Chipmunk's operators, whatever the runtime says about them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "chipmunk":
+            name = func._opname
+            # the same operator makes the cached difference on a full step
+            if name == "column_sparse_attention" and args[7]:
+                name = "column_sparse_attention, subtracting"
+            self.calls[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def chipmunk_is_off(worker: Worker) -> bool:
+    """Run once as a user does who configures nothing; False if a configuration was found all the same."""
+    scenario = worker.scenarios[0]
+    worker.draw("untouched", scenario, 0)
+    enabled = bool(chipmunk.statistics(worker.subject.model(scenario.model)).enabled)
+    for name in {scenario.model for scenario in worker.scenarios}:
+        worker.disable(name)
+    return enabled
+
+
+def strict_loading(subject: Subject, state: dict[str, Tensor]) -> str | None:
+    """Why the model does not take its own state_dict back; None if it does."""
+    try:
+        subject.model("model").load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def load_config(name: str) -> Any:
+    from chipmunk.config import Config
+
+    return Config.model_validate_json(json.dumps(CONFIGS[name]))
+
+
+def write_config(name: str, folder: Path) -> Path:
+    path = folder / f"{name}.yml"
+    path.write_text(json.dumps({**CONFIGS[name], "compile": False}))  # JSON is YAML
+    return path
+
+
+def environment(device: str) -> dict[str, str]:
+    found = {
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "chipmunk": f"{chipmunk.__version__} ({Path(chipmunk.__file__).parent})",
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+    }
+    return found
+
+
+def main(path: str) -> None:
+    spec = Spec.read(Path(path))
+    os.chdir(spec.out)
+    try:
+        if spec.preload is not None:
+            load_file(spec.preload, "chipmunk_verify_preload")
+        result = Worker(spec).run()
+    except CheckoutError as error:
+        result = failure("import", error, error.next_command)
+    except PlaceholderUsed as error:
+        result = failure("import", error, f"{sys.executable} -m pip install {error.name}")
+    except BuildError as error:
+        result = failure("build", error)
+    except torch.cuda.OutOfMemoryError as error:
+        result = failure("memory", error)
+    except Exception as error:
+        result = failure("crash", error)
+    (spec.out / "result.json").write_text(json.dumps(result, indent=1))
+
+
+def failure(kind: str, error: Exception, next_command: str | None = None) -> dict[str, Any]:
+    trace = "".join(traceback.format_exception(error))
+    message = str(error) if kind != "crash" else f"{type(error).__name__}: {error}"
+    return {"error": {"kind": kind, "message": message, "next_command": next_command, "trace": trace}}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
