@@ -1,0 +1,49 @@
+"""`chipmunk apply`: apply a saved patch file to another copy of the repository, all or nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chipmunk.cli.failure import UNMET, command
+from chipmunk.cli.options import Json
+
+
+@command
+def apply(
+    patch_file: Annotated[Path, typer.Argument(help="What `chipmunk diff --output` wrote.", metavar="FILE")],
+    repo: Annotated[Path, typer.Argument(help="The copy of the repository.", metavar="[REPO]")] = Path("."),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and write nothing.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if there is work to do.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Apply a saved patch file to another copy of the repository."""
+    from chipmunk.apply import carry_out, plan_patch_file, recover
+    from chipmunk.apply.errors import quoted
+    from chipmunk.cli.plan_view import plan_object, show_sites, size_of
+    from chipmunk.cli.terminal import print_json, screen
+
+    patch = patch_file.read_bytes()
+    writes = not (dry_run or check)
+    if writes:
+        recover(repo)
+    update = plan_patch_file(repo, patch)
+    if writes:
+        carry_out(update)
+    work = bool(update.changes)
+    if as_json:
+        status = "up to date" if not work else "patched" if writes else "unpatched"
+        print_json(plan_object(status, update.plan.target, update.changes, update.plan.sites))
+    else:
+        out = screen()
+        show_sites(out, update.plan.sites, past=writes)
+        if not work:
+            out.print("\nNothing to do: the change is there already.")
+        else:
+            out.print(f"\n{'Patched' if writes else 'Would change'} {size_of(update.changes)}.", soft_wrap=True)
+        if work and writes:
+            out.print(f"\nNext\n  chipmunk verify {quoted(repo)}\n  chipmunk revert {quoted(repo)}", soft_wrap=True)
+    if check and work:
+        raise typer.Exit(UNMET)

@@ -1,0 +1,72 @@
+"""`chipmunk demo`: a small FLUX repository, and a walk through every command on it."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from chipmunk.cli.failure import Failure, command
+
+
+@command
+def demo(
+    folder: Annotated[Path, typer.Argument(help="A folder to make, for the starter repository.", metavar="DIR")],
+) -> None:
+    """Write a small FLUX repository and walk through all of it."""
+    from chipmunk.apply.errors import quoted
+    from chipmunk.cli.terminal import screen
+    from chipmunk.registry import data_path
+
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Failure(f"{folder} is there already; nothing was written", next_command="chipmunk demo ANOTHER-FOLDER")
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
+    shutil.copytree(data_path("templates") / "flux-starter", folder, ignore=ignored, dirs_exist_ok=True)
+    out = screen()
+    root = str(folder)
+    count = sum(1 for path in folder.rglob("*.py"))
+    out.print(f"A small FLUX repository with random weights, {count} Python files, is in {root}.", soft_wrap=True)
+    for title, words in (
+        ("Patch it: the plan, site by site, then the change", ["patch", root]),
+        ("Look at the change", ["diff", root]),
+        ("Where it stands", ["status", root]),
+        ("Prove that it computes what it did", ["verify", root]),
+        ("Take it out again, to the byte", ["revert", root]),
+        ("And back in, to play with", ["patch", root]),
+        ("A configuration turns Chipmunk on", ["config", "init", root]),
+    ):
+        _step(title, words)
+    _heading("Your turn")
+    out.print(
+        f"  cd {quoted(folder)}\n  {quoted(Path(sys.executable))} -m flux --num-steps 12 --seed 1", soft_wrap=True
+    )
+    out.print("  edit chipmunk-config.yml and run it again; move the file away to compare", soft_wrap=True)
+
+
+def _step(title: str, words: list[str]) -> None:
+    """Run one command as the user would, and stop the walk if it does not end with 0."""
+    _heading(title)
+    typer.secho(f"$ chipmunk {shlex.join(words)}", bold=True)
+    sys.stdout.flush()
+    code = subprocess.run([sys.executable, "-m", "chipmunk.cli", *words], check=False).returncode
+    if code != 0:
+        raise Failure(f"this step ended with exit code {code}", exit_code=code if code in (1, 2, 3, 130) else 2)
+
+
+def _heading(title: str) -> None:
+    from rich.rule import Rule
+    from rich.text import Text
+
+    from chipmunk.cli.terminal import screen
+
+    out = screen()
+    out.print()
+    if out.is_terminal:
+        out.print(Rule(Text(title, style="bold"), align="left"))
+    else:
+        out.print(f"== {title} ==")

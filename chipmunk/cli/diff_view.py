@@ -1,0 +1,96 @@
+"""A unified diff in colours: one column, or before and after side by side where the terminal is wide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.text import Text
+
+from chipmunk.cli.terminal import clean
+
+WIDE = 160
+"""Columns from which on the two sides stand beside each other."""
+
+_STYLES = {"-": "red", "+": "green", " ": "", "\\": "dim"}
+_GAP = " │ "
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """Consecutive lines before and after."""
+
+    header: str
+    old: int
+    """1-based number of its first line in the file before."""
+    new: int
+    """1-based number of its first line in the file after."""
+    rows: list[tuple[str, str]]
+    """Sign and text of each line."""
+
+
+def show_diff(out: Console, diff: bytes) -> None:
+    """Print a diff as `chipmunk.apply.unified` writes it."""
+    for title, hunks in parse(diff):
+        out.print(Text(title, style="bold"), soft_wrap=True)
+        for hunk in hunks:
+            out.print(Text(hunk.header, style="cyan"), soft_wrap=True)
+            for line in _beside(hunk, out.width) if out.width >= WIDE else _below(hunk):
+                out.print(line, soft_wrap=True)
+        out.print()
+
+
+def parse(diff: bytes) -> Iterator[tuple[str, list[Hunk]]]:
+    """Yield each file's name with its hunks; control characters are made visible."""
+    title, hunks = "", list[Hunk]()
+    for raw in diff.split(b"\n"):
+        line = clean(raw.decode("utf-8", "replace").removesuffix("\r"))
+        if line.startswith("diff --git "):
+            if hunks:
+                yield title, hunks
+            title, hunks = "", []
+        elif line.startswith("+++ ") and not hunks:
+            title = line[4:].rstrip("\t").strip('"').removeprefix("b/")
+        elif line.startswith("@@ "):
+            old, new = (int(part[1:].split(",")[0]) for part in line.split()[1:3])
+            hunks.append(Hunk(line, old, new, []))
+        elif hunks and line[:1] in _STYLES and line:
+            hunks[-1].rows.append((line[0], line[1:]))
+    if hunks:
+        yield title, hunks
+
+
+def _below(hunk: Hunk) -> Iterator[Text]:
+    for sign, text in hunk.rows:
+        yield Text(sign + text, style=_STYLES[sign])
+
+
+def _beside(hunk: Hunk, columns: int) -> Iterator[Text]:
+    width = (columns - len(_GAP)) // 2
+    old, new = hunk.old, hunk.new
+    removed: list[Text] = []
+    added: list[Text] = []
+    for sign, text in [*hunk.rows, ("", "")]:
+        if sign == "-":
+            removed.append(_cell(old, sign, text, width))
+            old += 1
+        elif sign == "+":
+            added.append(_cell(new, sign, text, width))
+            new += 1
+        elif sign != "\\":
+            for row in range(max(len(removed), len(added))):
+                left = removed[row] if row < len(removed) else Text(" " * width)
+                yield Text.assemble(left, (_GAP, "dim"), added[row] if row < len(added) else "")
+            removed, added = [], []
+        if sign == " ":
+            yield Text.assemble(_cell(old, sign, text, width), (_GAP, "dim"), _cell(new, sign, text, width))
+            old, new = old + 1, new + 1
+
+
+def _cell(number: int, sign: str, code: str, width: int) -> Text:
+    """One line of one side, cut or filled to `width` columns."""
+    cell = Text.assemble((f"{number:>5} ", "dim"), (f"{sign} {code}", _STYLES[sign]))
+    cell.expand_tabs(4)
+    cell.truncate(width, overflow="ellipsis", pad=True)
+    return cell

@@ -1,0 +1,132 @@
+"""`chipmunk patch`: show the plan site by site, then carry it out, all files or none."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from chipmunk.cli import planning
+from chipmunk.cli.failure import UNMET, Failure, command
+from chipmunk.cli.options import Json, Only, Plugins, Python, Repo, Target
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from chipmunk.apply import Recovery, Update
+
+
+@command
+def patch(
+    repo: Repo,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if there is work to do.")] = False,
+    only: Only = None,
+    target: Target = None,
+    plugins: Plugins = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Go on with `chipmunk verify`.")] = False,
+    python: Python = None,
+    as_json: Json = False,
+) -> None:
+    """Make a FLUX repository run through Chipmunk."""
+    from chipmunk import apply
+    from chipmunk.cli.plan_view import plan_object, show_plan, size_of, tally
+    from chipmunk.cli.terminal import print_json, screen
+
+    writes = not (dry_run or check)
+    recovery = apply.recover(repo) if writes else apply.Recovery.NOTHING
+    update = planning.plan(repo, only=only, target=target, plugins=plugins)
+    if not as_json:
+        out = screen()
+        _say_recovered(out, recovery)
+        show_plan(out, update.plan)
+        out.print()
+    planning.refuse_if_nothing_fits(update)
+    if writes:
+        apply.carry_out(update)
+    work = bool(update.changes)
+    status = "up to date" if not work else "patched" if writes else "unpatched"
+    if as_json and not (verify and writes):
+        print_json(plan_object(status, update.plan.target, update.changes, update.plan.sites))
+    elif not as_json:
+        with suppress(BrokenPipeError):  # the files are written: nothing that happens now changes that
+            out.print(f"{tally(update.plan.sites)}.", soft_wrap=True)
+            if not work:
+                out.print("Nothing to do: everything that can be patched is.")
+            else:
+                out.print(f"{'Patched' if writes else 'Would change'} {size_of(update.changes)}.", soft_wrap=True)
+                _say_next(out, repo, update, python, written=writes, verifying=verify)
+            out.file.flush()
+    if check and work:
+        raise typer.Exit(UNMET)
+    if verify and writes:
+        from chipmunk.cli.verify import verify_repository
+
+        if not as_json:
+            out.print()
+        verify_repository(repo, target=target, plugins=plugins, python=python, as_json=as_json)
+
+
+def _say_recovered(out: Console, recovery: Recovery) -> None:
+    from chipmunk.apply import Recovery
+
+    if recovery is not Recovery.NOTHING:
+        out.print(f"An earlier run had been stopped half-way; it was {recovery.value} first.\n", soft_wrap=True)
+
+
+def _say_next(out: Console, repo: Path, update: Update, python: str | None, *, written: bool, verifying: bool) -> None:
+    """Name the next commands, and what to install where if the runtime is missing."""
+    from chipmunk.apply.errors import quoted
+
+    root = quoted(repo)
+    if not written:
+        lines = [(f"chipmunk diff {root}", "the change, line by line"), (f"chipmunk patch {root}", "carry it out")]
+    else:
+        lines = [
+            (f"chipmunk diff {root}", "the change, line by line"),
+            (f"chipmunk verify {root}", "prove that it computes what it did"),
+            (f"chipmunk config init {root}", "turn Chipmunk on, with a chipmunk-config.yml to edit"),
+            (f"chipmunk revert {root}", "undo it, to the byte"),
+        ]
+        if verifying:
+            del lines[1]
+    out.print("\nNext", style="bold")
+    width = max(len(line) for line, _ in lines) + 3
+    for line, what in lines:
+        out.print(f"  {line.ljust(width)}{what}", soft_wrap=True)
+    if written:
+        _say_runtime(out, update.repository.root, python)
+
+
+def _say_runtime(out: Console, root: Path, python: str | None) -> None:
+    """Say what the Python that runs the repository still needs, if it needs anything."""
+    from chipmunk.cli.environment import inspect, install_command
+    from chipmunk.cli.terminal import sentence
+
+    try:
+        found = inspect(root, python)
+    except Failure as failure:
+        sentence(out, failure.message, label="Note", style="yellow")
+        return
+    if found.importable:
+        return
+    out.print()
+    who = f"{found.executable} ({found.chosen})"
+    if found.other is not None:
+        sentence(
+            out,
+            f"{who} has another package called chipmunk, in {found.other}; patched code would import that one. "
+            "Uninstall it there, then install this one:",
+            label="Note",
+            style="bold yellow",
+        )
+    else:
+        sentence(
+            out,
+            f"{who} cannot import chipmunk, which the patched code does. Install it there:",
+            label="Note",
+            style="bold yellow",
+        )
+    out.print(f"         {install_command(found.executable)}", soft_wrap=True)

@@ -1,0 +1,132 @@
+"""A plan, site by site: what is changed, what is left, and why."""
+
+from __future__ import annotations
+
+import ast
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from chipmunk.apply import changed_lines
+from chipmunk.apply.merge import edits, split_lines
+from chipmunk.cli.terminal import clean, cropped, hanging
+from chipmunk.rewrite import FileChange, Site, SiteStatus
+
+if TYPE_CHECKING:
+    from chipmunk.rewrite import Plan
+
+_LOOK = {
+    SiteStatus.PATCHED: ("patch", "bold green"),
+    SiteStatus.ALREADY: ("already patched", "green"),
+    SiteStatus.LEFT_DENSE: ("left dense", "yellow"),
+    SiteStatus.REFUSED: ("refused", "bold red"),
+}
+_LINE = 6
+_PATCH = 13
+_WIDE = 110
+"""Columns from which on the code stands on the same line as its status."""
+_STATUS = max(len(word) for word, _ in _LOOK.values()) + 2
+
+
+def show_plan(out: Console, plan: Plan) -> None:
+    """Print the models that were found and every site."""
+    for model in plan.models:
+        loops = ", ".join(f"{loop.function} in {loop.file}" for loop in model.loops) or "none found"
+        head = Text.assemble("Model  ", (clean(model.name), "bold"), f" in {clean(model.file)}")
+        out.print(head, soft_wrap=True)
+        hanging(out, Text("       "), Text(clean(f"target: {plan.target or 'none'}; sampling loops: {loops}"), "dim"))
+    if plan.models:
+        out.print()
+    show_sites(out, plan.sites)
+
+
+def show_sites(out: Console, sites: Iterable[Site], *, past: bool = False) -> None:
+    """Print sites, file by file; `past`: what was planned has been done."""
+    for file, group in groupby(sorted(sites, key=lambda s: (s.file, s.line, s.patch)), key=lambda site: site.file):
+        out.print(Text(clean(file), style="bold"), soft_wrap=True)
+        for site in group:
+            _show_site(out, site, past)
+
+
+def _show_site(out: Console, site: Site, past: bool) -> None:
+    word, style = _LOOK[site.status]
+    if past and site.status is SiteStatus.PATCHED:
+        word = site.status.value
+    head = Text.assemble((f"{site.line:>{_LINE}}  ", "dim"), (word.ljust(_STATUS), style), (clean(site.patch), "cyan"))
+    margin = Text(" " * (_LINE + 2))
+    code = Text(clean(" ".join(site.matched.split())) if site.matched != site.file else "")
+    if out.width >= _WIDE:
+        head.pad_right(max(_PATCH - len(site.patch), 0) + 2)
+        cropped(out, head, code)
+    else:
+        out.print(head, soft_wrap=True)
+        if code:
+            cropped(out, margin, code)
+    if site.status is not SiteStatus.ALREADY:
+        hanging(out, margin, Text(clean(site.reason), style="dim"))
+
+
+def tally(sites: Iterable[Site], *, past: bool = False) -> str:
+    """Count sites by status: "9 to patch, 2 left dense"."""
+    counts = Counter(site.status for site in sites)
+    words = {status: status.value for status in SiteStatus}
+    if not past:
+        words[SiteStatus.PATCHED] = "to patch"
+    return ", ".join(f"{counts[status]} {words[status]}" for status in SiteStatus if counts[status]) or "none"
+
+
+def size_of(changes: Sequence[FileChange]) -> str:
+    """How large a change is, in words."""
+    added, removed = (sum(numbers) for numbers in zip((0, 0), *map(changed_lines, changes), strict=True))
+    forward = sum(map(lines_in_forward, changes))
+    files = "1 file" if len(changes) == 1 else f"{len(changes)} files"
+    return f"{files}: {added} lines added, {removed} removed; {forward} of the new lines are in forward methods"
+
+
+def lines_in_forward(change: FileChange) -> int:
+    """How many new or changed lines stand inside functions called `forward`."""
+    try:
+        tree = ast.parse(change.after)
+    except (SyntaxError, ValueError):
+        return 0
+    spans = [
+        (min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]), node.end_lineno or node.lineno)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == "forward"
+    ]
+    new = (
+        line
+        for edit in edits(split_lines(change.before), split_lines(change.after))
+        for line in range(edit.new_start + 1, edit.new_stop + 1)
+    )
+    return sum(any(first <= line <= last for first, last in spans) for line in new)
+
+
+def plan_object(
+    status: str, target: str | None, changes: Iterable[FileChange], sites: Iterable[Site]
+) -> dict[str, Any]:
+    """The `--json` object of patch, diff, revert and apply."""
+    changes = list(changes)
+    added, removed = (sum(numbers) for numbers in zip((0, 0), *map(changed_lines, changes), strict=True))
+    return {
+        "status": status,
+        "target": target,
+        "files": [change.path for change in changes],
+        "sites": list(map(site_object, sites)),
+        "lines": {"added": added, "removed": removed, "in_forward": sum(map(lines_in_forward, changes))},
+    }
+
+
+def site_object(site: Site) -> dict[str, Any]:
+    return {
+        "file": site.file,
+        "line": site.line,
+        "patch": site.patch,
+        "status": site.status.value,
+        "matched": site.matched,
+        "reason": site.reason,
+    }

@@ -1,0 +1,49 @@
+"""`chipmunk revert`: take the change out again, to the byte, around edits that were made since."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from chipmunk.cli.failure import command
+from chipmunk.cli.options import Json, Repo
+
+
+@command
+def revert(
+    repo: Repo,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be restored and write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Undo what patch did: to the byte, or around your own later edits."""
+    from chipmunk import apply
+    from chipmunk.apply.errors import quoted
+    from chipmunk.cli.plan_view import plan_object
+    from chipmunk.cli.terminal import clean, print_json, screen, sentence
+
+    before = apply.status(repo)
+    target = before.journal.target if before.journal else None
+    done = apply.plan_revert(repo) if dry_run else apply.revert(repo)
+    patched = bool(done.changes) or done.recovery is not apply.Recovery.NOTHING
+    if as_json:
+        status = "unpatched" if not dry_run or not patched else "patched"
+        extra = {
+            "merged": list(done.merged),
+            "leftovers": [{"file": p.file, "line": p.line, "reason": p.reason} for p in done.leftovers],
+        }
+        print_json({**plan_object(status, target, done.changes, ()), **extra})
+        return
+    out = screen()
+    if done.recovery is not apply.Recovery.NOTHING:
+        out.print(f"An earlier run had been stopped half-way; it was {done.recovery.value}.", soft_wrap=True)
+    for change in done.changes:
+        how = "without Chipmunk's lines; your edits stay" if change.path in done.merged else "to the byte"
+        verb = "would be restored" if dry_run else "restored"
+        out.print(f"{clean(change.path)}: {verb}, {how}", soft_wrap=True)
+    for place in done.leftovers:
+        sentence(out, str(place), label="Note", style="yellow", indent=0)
+    if not patched:
+        out.print("Nothing to do: the repository is not patched.")
+    elif not dry_run:
+        out.print(f"The repository is as it was. To patch it again: chipmunk patch {quoted(repo)}", soft_wrap=True)

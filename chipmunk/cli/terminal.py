@@ -1,0 +1,96 @@
+"""Writing to the terminal, or to whatever stands in for it.
+
+Nothing here reads markup: code such as `list[str]` comes out as it is. In a pipe, lines are as long as they are; where
+the width is known (a terminal, or `COLUMNS`), text is wrapped with a hanging indent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+_ENDLESS = 100_000
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+LABEL = 7
+"""Columns of the label in front of a sentence."""
+
+
+def screen(*, stderr: bool = False) -> Console:
+    """A console on stdout or stderr that prints exactly what it is given."""
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else _ENDLESS
+    return Console(file=stream, width=width, markup=False, highlight=False, emoji=False)
+
+
+def clean(text: str) -> str:
+    """Make control characters visible: a file name or a line of code must not steer the terminal."""
+    return text.translate(_CONTROLS)
+
+
+def sentence(out: Console, body: str, *, label: str = "", style: str = "", indent: int = 2) -> None:
+    """Print a label and a text that hangs beside it."""
+    head = Text(" " * indent + label.ljust(LABEL - 1) + " ", style=style)
+    hanging(out, head, Text(clean(body)))
+
+
+def hanging(out: Console, head: Text, body: Text) -> None:
+    """Print `head`, and `body` after it, wrapped so that further lines begin where the first one did."""
+    width = max(out.width - head.cell_len, 20)
+    for number, line in enumerate(body.wrap(out, width)):
+        line.rstrip()
+        out.print(Text.assemble(head if number == 0 else " " * head.cell_len, line), soft_wrap=True)
+
+
+def cropped(out: Console, head: Text, code: Text) -> None:
+    """Print one line of code after `head`; in a terminal it is cut at the margin, in a pipe never."""
+    code.truncate(max(out.width - head.cell_len, 20), overflow="ellipsis")
+    out.print(Text.assemble(head, code), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Write one object to stdout, exact whatever the encoding: every character beyond ASCII is escaped."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+    sys.stdout.flush()
+
+
+def write_bytes(data: bytes) -> None:
+    """Write bytes to stdout as they are: a piped diff is a patch."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+class Waiting:
+    """A progress bar on stderr, from the second second on; none where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __call__(self, step: str, done: int, total: int) -> None:
+        """Say that `done` of `total` is done, and `step` comes next."""
+        if self._bar is None:
+            if time.monotonic() - self._started < 1 or not sys.stderr.isatty():
+                return
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=screen(stderr=True), transient=True)
+            self._task = self._bar.add_task("", total=None)
+            self._bar.start()
+        self._bar.update(self._task, description=clean(step), completed=done, total=total)
+
+    def __enter__(self) -> Waiting:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
