@@ -29,7 +29,13 @@ PARAMETER = "chipmunk_layer"
 DEPTH = 3
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
 # Fast attention of other libraries, in other layouts: known, so that the report can say so.
-OTHERS = ("flash_attn_func", "flash_attn_varlen_func", "memory_efficient_attention", "sageattn", "dispatch_attention_fn")
+OTHERS = (
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "memory_efficient_attention",
+    "sageattn",
+    "dispatch_attention_fn",
+)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ is loaded: functions handed to Fire, commands of typer and click, and code that 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import libcst as cst
@@ -17,7 +16,7 @@ from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Binding, Scope, Step
 from chipmunk.rewrite.repository import External, Function
 from chipmunk.rewrite.syntax import dotted, elements, last_name, parameters, walk
-from chipmunk.rewrite.values import ARGS, Place, is_parser
+from chipmunk.rewrite.values import ARGS, Place, args_label
 
 NAME = "command-line"
 API = 1
@@ -37,7 +36,7 @@ class _Load:
 
 def rule(context: Context) -> None:
     commands = _commands(context)
-    parsers: set[str] = set()
+    used: set[str] = set()
     for place in context.values.places:
         loads = _loads(context, place)
         if not loads:
@@ -49,13 +48,19 @@ def rule(context: Context) -> None:
             done = _add_option(context, place.function, kind)
             _enable(context, place, loads, OPTION, done, f"the command line runs {place.name}, which loads the model")
         elif arguments is not None:
-            parsers.add(arguments[1])
-            _enable(context, place, loads, f"{arguments[0]}.{OPTION}", True, f"{place.name} loads the model and has the parsed arguments")
+            used |= arguments[1]
+            _enable(
+                context,
+                place,
+                loads,
+                f"{arguments[0]}.{OPTION}",
+                True,
+                f"{place.name} loads the model and has the parsed arguments",
+            )
         elif not _hands_on(context, place, loads[0]):
             reason = "the command line's options do not reach this place: set CHIPMUNK_CONFIG instead"
             context.left_dense(source, loads[0].binding.step.node, reason)
-    if parsers:
-        _add_arguments(context)
+    _add_arguments(context, used)
 
 
 # Finding
@@ -146,13 +151,15 @@ def _library(context: Context, callee: cst.CSTNode, place: Place) -> str | None:
     return None
 
 
-def _arguments_name(context: Context, place: Place, step: Step) -> tuple[str, str] | None:
-    """The name under which the parsed arguments are at hand at `step`, and the file of the place."""
+def _arguments_name(context: Context, place: Place, step: Step) -> tuple[str, frozenset[str]] | None:
+    """The name under which parsed arguments are at hand at `step`, and the labels of the parsers they come from."""
     scope = place.scope
     # Not a global: it would be there only when this very file is the program.
     for name in dict.fromkeys([*scope.parameters, *scope.bindings]):
-        if "." not in name and ARGS in context.values.labels(cst.Name(name), step, place):
-            return name, place.module.path
+        if "." not in name:
+            labels = context.values.labels(cst.Name(name), step, place)
+            if any(label.startswith(ARGS) for label in labels):
+                return name, labels
     return None
 
 
@@ -206,7 +213,9 @@ def _after_branches(scope: Scope, binding: Binding) -> cst.CSTNode:
         statement = node
         chain.pop()
         # An `elif` is an `if` in the other branch of the one that matters.
-        while chain and chain[-1][1] == "orelse" and isinstance(chain[-1][0], cst.If) and chain[-1][0].orelse is statement:
+        while (
+            chain and chain[-1][1] == "orelse" and isinstance(chain[-1][0], cst.If) and chain[-1][0].orelse is statement
+        ):
             statement = chain.pop()[0]
     return statement
 
@@ -224,7 +233,8 @@ def _add_option(context: Context, function: Function, kind: str) -> bool:
     if OPTION in {p.name.value for p in parameters(function.node)}:
         return True
     source = function.source
-    context.append_parameter(source, function.node, f"{OPTION}{_annotation(function)} = None".replace(" = None", _default(function)))
+    annotation = _annotation(function)
+    context.append_parameter(source, function.node, f"{OPTION}{annotation}{' = ' if annotation else '='}None")
     if kind == "click":
         last = function.node.decorators[-1]
         indentation = source.indentation(last)
@@ -236,19 +246,12 @@ def _add_option(context: Context, function: Function, kind: str) -> bool:
 
 
 def _annotation(function: Function) -> str:
-    """`: str | None`, or what the file can use of it."""
-    annotated = [p.annotation for p in parameters(function.node) if p.annotation is not None]
-    if parameters(function.node) and not annotated:
+    """`: str | None`, in the file's own way of saying so; nothing where the signature has no annotations."""
+    if parameters(function.node) and not any(p.annotation for p in parameters(function.node)):
         return ""
-    text = function.source.text.decode("utf-8")
-    if "from __future__ import annotations" in text or re.search(r"[\w\]]\s*\|\s*None\b|\bNone\s*\|\s*\w", text):
-        return ": str | None"
-    optional = function.module.imports.get("Optional")
-    return ": Optional[str]" if optional == ("typing", "Optional") else ": str"
-
-
-def _default(function: Function) -> str:
-    return " = None" if _annotation(function) else "=None"
+    if function.module.imports.get("Optional") == ("typing", "Optional") and b"| None" not in function.source.text:
+        return ": Optional[str]"
+    return ": str | None"
 
 
 def _document(context: Context, function: Function) -> None:
@@ -274,14 +277,17 @@ def _document(context: Context, function: Function) -> None:
     context.edit(source, at, at, f"{indentation}{OPTION}: {HELP}\n")
 
 
-def _add_arguments(context: Context) -> None:
-    """Add the option to every parser whose result is used."""
+def _add_arguments(context: Context, used: set[str]) -> None:
+    """Add the option to the parsers whose results reach a place that loads the model."""
     for place in context.values.places:
         for call, step in place.scope.calls:
-            if not isinstance(call.func, cst.Attribute) or call.func.attr.value not in ("parse_args", "parse_known_args"):
+            if not isinstance(call.func, cst.Attribute) or call.func.attr.value not in (
+                "parse_args",
+                "parse_known_args",
+            ):
                 continue
             name = dotted(call.func.value)
-            if name is None or not is_parser(call.func.value, step, place, context.values):
+            if name is None or args_label(call) not in used:
                 continue
             source = place.module.source
             if b"--chipmunk-config" in source.text:

@@ -12,9 +12,9 @@ import libcst as cst
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Scope, Step, value_names
-from chipmunk.rewrite.repository import Class, Function, Repository
+from chipmunk.rewrite.repository import Class, Repository
 from chipmunk.rewrite.roles import Block
-from chipmunk.rewrite.syntax import elements, is_call, last_name, self_attribute, text_of_string, argument, walk
+from chipmunk.rewrite.syntax import argument, elements, is_call, last_name, self_attribute, text_of_string, walk
 
 NAME = "double-mlp"
 API = 1
@@ -32,7 +32,10 @@ def _patch_block(context: Context, block: Block) -> None:
     image = [call for call in calls if call.stream == "image"]
     if not image:
         context.left_dense(
-            source, function.node.name, "no Linear, GELU(tanh), Linear was found on the image stream alone", matched=function.name
+            source,
+            function.node.name,
+            "no Linear, GELU(tanh), Linear was found on the image stream alone",
+            matched=function.name,
         )
     for found in image:
         if found.done:

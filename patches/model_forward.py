@@ -41,12 +41,17 @@ def _mark(context: Context, model: Model) -> None:
     start = source.span(first)[0]
     indentation = source.indentation(first)
     line = f"@{runtime}.model_forward({', '.join(options)})"
-    if len(indentation.expandtabs(4) + line) > max(79, _longest_line(source.text)):
+    if len(indentation.expandtabs(4) + line) > max(88, _longest_line(source.text)):
         inner = f"\n{indentation}" + ("\t" if "\t" in indentation else "    ")
         line = f"@{runtime}.model_forward({inner}{', '.join(options)}\n{indentation})"
     context.edit(source, start, start, f"{line}\n{indentation}")
     reason = f"its forward runs self.{model.double} on two streams and self.{model.single} on the joint one"
-    context.patched(source, function.name, f"{reason}; {model.order_off or 'token order follows ' + str(model.ids)}", matched=matched)
+    context.patched(
+        source,
+        function.name,
+        f"{reason}; {model.order_off or 'token order follows ' + str(model.ids)}",
+        matched=matched,
+    )
 
 
 def _longest_line(text: bytes) -> int:

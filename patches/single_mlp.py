@@ -73,7 +73,11 @@ def _patch_block(context: Context, block: Block) -> None:
     joins = [j for call, step in scope.calls if (j := _join(context, block, call, step)) is not None]
     pairs = [(s, j) for s in splits for j in joins if s.mlp == j.mlp]
     if not pairs:
-        missing = "its output's split into [query, key, value | MLP]" if not splits else "cat(attention, activation(MLP)) into a second linear"
+        missing = (
+            "its output's split into [query, key, value | MLP]"
+            if not splits
+            else "cat(attention, activation(MLP)) into a second linear"
+        )
         context.left_dense(
             source, block.forward.node.name, f"no fused MLP was found: {missing} is missing", matched=block.forward.name
         )
@@ -92,14 +96,18 @@ def _patch_block(context: Context, block: Block) -> None:
         context.already(source, split.call, "the fused linear is Chipmunk's")
     else:
         _edit_split(context, block, split)
-        context.patched(source, split.call, f"{receiver}.{split.linear} makes query, key, value and the MLP's input in one go")
+        context.patched(
+            source, split.call, f"{receiver}.{split.linear} makes query, key, value and the MLP's input in one go"
+        )
     if join.done:
         context.already(source, join.call, "the second linear is Chipmunk's")
     else:
         attention = source.code(join.attention)
         texts = [receiver, f"{receiver}.{join.linear}", attention, f"{receiver}.{join.activation}", join.mlp]
         context.replace(source, join.call, f"{context.runtime(source)}.cat_linear({', '.join(texts)})")
-        context.patched(source, join.call, f"{receiver}.{join.linear} takes the attention and the activated MLP part together")
+        context.patched(
+            source, join.call, f"{receiver}.{join.linear} takes the attention and the activated MLP part together"
+        )
 
 
 def _edit_split(context: Context, block: Block, split: _Split) -> None:
@@ -144,7 +152,10 @@ def _split(context: Context, block: Block, call: cst.Call, step: Step) -> _Split
     if not isinstance(inner, cst.Call):
         return None
     linear = self_attribute(inner.func, scope.receiver)
-    sizes = next((a for i, a in enumerate(arguments) if _is(a, i, 0, "split_size_or_sections", "split_size", "split_sizes")), None)
+    sizes = next(
+        (a for i, a in enumerate(arguments) if _is(a, i, 0, "split_size_or_sections", "split_size", "split_sizes")),
+        None,
+    )
     dim = next((a for i, a in enumerate(arguments) if _is(a, i, 1, "dim")), None)
     if linear is None or sizes is None or len(elements(sizes.value) or []) != 2 or len(arguments) > 2:
         return None

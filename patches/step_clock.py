@@ -93,8 +93,15 @@ def _patch_loop(context: Context, place: Place, loop: cst.For, calls: list[_Mode
             bare = isinstance(loop.iter, cst.Tuple) and not loop.iter.lpar
             context.replace(source, loop.iter, f"{runtime}.steps({expression}, {f'({text})' if bare else text})")
         for call, name in missing:
-            context.replace(source, call.callee, f'{context.runtime(source)}.slot({source.code(call.callee)}, "{name}")')
-            context.patched(source, call.call, f'a second place that calls the model: slot "{name}"', matched=source.summary(call.callee) + "(…)")
+            context.replace(
+                source, call.callee, f'{context.runtime(source)}.slot({source.code(call.callee)}, "{name}")'
+            )
+            context.patched(
+                source,
+                call.call,
+                f'a second place that calls the model: slot "{name}"',
+                matched=source.summary(call.callee) + "(…)",
+            )
         many = f", at {len(calls)} places" if len(calls) > 1 else ""
         context.patched(source, loop, f"each step of this loop calls the model as {expression}{many}", matched=matched)
     parameter = expression if expression in place.scope.parameters else None

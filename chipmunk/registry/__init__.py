@@ -101,7 +101,9 @@ def load(plugins: Sequence[Path] = ()) -> Registry:
             raise RegistryError(f"{name} ({origin}) was written for plug-in interface {api}; this Chipmunk has {API}.")
         kind = patches if hasattr(module, "rule") else targets
         if name in kind:
-            raise RegistryError(f"Two plug-ins are called {name}: {kind[name].origin} and {origin}. Rename or remove one.")
+            raise RegistryError(
+                f"Two plug-ins are called {name}: {kind[name].origin} and {origin}. Rename or remove one."
+            )
         documentation = _attribute(module, "__doc__", str, origin).strip()
         summary = documentation.splitlines()[0].rstrip(".")
         if hasattr(module, "rule"):

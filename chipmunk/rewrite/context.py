@@ -14,7 +14,6 @@ from chipmunk.rewrite.source import PACKAGE, Edit, Source, import_edit, runtime_
 from chipmunk.rewrite.syntax import dotted, last_name, parameters
 from chipmunk.rewrite.values import Values
 
-
 RUNTIME = {"attention", "cat_linear", "enable", "layer", "mlp", "model_forward", "slot", "split_linear", "steps"}
 """The runtime's functions that rules insert."""
 
@@ -45,7 +44,9 @@ class Context:
 
     # Reporting
 
-    def site(self, source: Source, node: cst.CSTNode, status: SiteStatus, reason: str, *, matched: str | None = None) -> None:
+    def site(
+        self, source: Source, node: cst.CSTNode, status: SiteStatus, reason: str, *, matched: str | None = None
+    ) -> None:
         """Report one place. Reported twice, by way of two models say, it is listed once; patched wins over left dense."""
         if not self._located:
             self.sites[source.path, id(node), self.patch, ""] = Site(source.path, 0, self.patch, status, "", reason)
@@ -75,7 +76,9 @@ class Context:
             self._needs_import.add(source.path)
         return name
 
-    def runtime_call(self, node: cst.CSTNode | None, function: Function | Module, step: Step | None = None) -> str | None:
+    def runtime_call(
+        self, node: cst.CSTNode | None, function: Function | Module, step: Step | None = None
+    ) -> str | None:
         """`attention` if the node calls `chipmunk.attention`, whatever the import is called; None otherwise."""
         if not isinstance(node, cst.Call) or last_name(node.func) not in RUNTIME or dotted(node.func) is None:
             return None
@@ -123,7 +126,12 @@ class Context:
         items: list[cst.CSTNode] = list(parameters(function))
         if isinstance(names.star_arg, cst.Param) and not names.kwonly_params:
             items.append(names.star_arg)
-        if not names.params and not names.kwonly_params and not isinstance(names.star_arg, cst.Param) and names.posonly_params:
+        if (
+            not names.params
+            and not names.kwonly_params
+            and not isinstance(names.star_arg, cst.Param)
+            and names.posonly_params
+        ):
             assert isinstance(names.posonly_ind, cst.ParamSlash)
             items.append(names.posonly_ind)
         if items:

@@ -92,7 +92,10 @@ def plan_repository(
         after, problem = {}, ("chipmunk", str(error))
     if problem is not None:
         patch, reason = problem
-        sites = [_refuse(site, f"{reason}; nothing was changed") if site.status is SiteStatus.PATCHED else site for site in sites]
+        sites = [
+            _refuse(site, f"{reason}; nothing was changed") if site.status is SiteStatus.PATCHED else site
+            for site in sites
+        ]
         if not any(site.status is SiteStatus.REFUSED for site in sites):
             sites.append(Site(next(iter(after), ""), 1, patch, SiteStatus.REFUSED, "", reason))
         after = {}
@@ -126,7 +129,11 @@ def _run(
 
 
 def _check(
-    files: Mapping[str, bytes], after: Mapping[str, bytes], repository: Repository, registry: Registry, chosen: list[str]
+    files: Mapping[str, bytes],
+    after: Mapping[str, bytes],
+    repository: Repository,
+    registry: Registry,
+    chosen: list[str],
 ) -> tuple[str, str] | None:
     """Why the result must not be written: it does not compile, or a second run would change it again."""
     for path, content in after.items():

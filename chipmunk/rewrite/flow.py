@@ -103,7 +103,9 @@ class Scope:
                 self._bind(item.asname.name, item.item, step)
         for name in ("body", "handlers", "cases", "orelse", "finalbody"):
             part = getattr(statement, name, None)
-            branches += [(f"{name}{i}", p) for i, p in enumerate(part)] if isinstance(part, (list, tuple)) else [(name, part)]
+            branches += (
+                [(f"{name}{i}", p) for i, p in enumerate(part)] if isinstance(part, (list, tuple)) else [(name, part)]
+            )
         for name, part in branches:
             if isinstance(part, cst.If):  # elif
                 self._compound(part, (*chain, (statement, name)))
@@ -128,7 +130,9 @@ class Scope:
         elif isinstance(small, cst.AugAssign):
             self._bind(small.target, small.value, step, augmented=True)
 
-    def _add(self, node: cst.CSTNode, statement: cst.CSTNode, expressions: tuple[cst.CSTNode, ...], chain: Chain) -> Step:
+    def _add(
+        self, node: cst.CSTNode, statement: cst.CSTNode, expressions: tuple[cst.CSTNode, ...], chain: Chain
+    ) -> Step:
         step = Step(len(self.steps), node, statement, expressions, chain)
         self.steps.append(step)
         for expression in expressions:
@@ -138,7 +142,13 @@ class Scope:
         return step
 
     def _bind(
-        self, target: cst.BaseExpression, value: cst.BaseExpression, step: Step, *, augmented: bool = False, element: bool = False
+        self,
+        target: cst.BaseExpression,
+        value: cst.BaseExpression,
+        step: Step,
+        *,
+        augmented: bool = False,
+        element: bool = False,
     ) -> None:
         for name, path in target_names(target):
             chosen, rest = (value, path) if element else _element(value, path)

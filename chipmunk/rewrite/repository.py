@@ -215,7 +215,7 @@ class Repository:
             base = [*folder.parts, *(p for p in name.lstrip(".").split(".") if p)]
             return self._file_of(base)
         parts = name.split(".")
-        if not parts[-1] or parts[0] in sys.stdlib_module_names and len(parts) == 1:
+        if not parts[-1] or (parts[0] in sys.stdlib_module_names and len(parts) == 1):
             return None
         candidates: list[tuple[bool, int, int, str]] = []
         for path in self._by_name.get(parts[-1], ()):
@@ -241,7 +241,9 @@ class Repository:
 
     # Names
 
-    def resolve(self, expression: cst.CSTNode | str | None, function: Function | Module, step: Step | None = None) -> Meaning | None:
+    def resolve(
+        self, expression: cst.CSTNode | str | None, function: Function | Module, step: Step | None = None
+    ) -> Meaning | None:
         """What a name or dotted name means inside `function` (at `step`, if given); None if unknown."""
         name = expression if isinstance(expression, str) else dotted(expression)
         if name is None:
@@ -294,7 +296,9 @@ class Repository:
                 return found
         return None
 
-    def _imported(self, name: str, attribute: str | None, rest: list[str], module: Module, depth: int) -> Meaning | None:
+    def _imported(
+        self, name: str, attribute: str | None, rest: list[str], module: Module, depth: int
+    ) -> Meaning | None:
         parts = ([attribute] if attribute is not None else []) + rest
         # `from . import layers`, `import flux.math` and `from flux import math` all name a module in the end.
         for taken in range(len(parts), -1, -1):
@@ -344,7 +348,11 @@ class Repository:
                 for method in current.methods.values():
                     for call, step in method.scope.calls:
                         function = call.func
-                        if not isinstance(function, cst.Attribute) or function.attr.value not in ("append", "extend", "insert"):
+                        if not isinstance(function, cst.Attribute) or function.attr.value not in (
+                            "append",
+                            "extend",
+                            "insert",
+                        ):
                             continue
                         if self_attribute(function.value, method.scope.receiver) == attribute:
                             for arg in call.args:

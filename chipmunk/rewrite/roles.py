@@ -236,7 +236,15 @@ def _end_of(node: cst.Subscript) -> int | None:
 
 
 def _with_roles(
-    repository: Repository, owner: Class, method: Function, double: _Pass, single: _Pass, image: str, text: str, place: int, joint: str
+    repository: Repository,
+    owner: Class,
+    method: Function,
+    double: _Pass,
+    single: _Pass,
+    image: str,
+    text: str,
+    place: int,
+    joint: str,
 ) -> Model | Lookalike:
     scope = method.scope
     if place < 0:
@@ -250,11 +258,17 @@ def _with_roles(
     for found, streams in ((double, roles), (single, {name: "joint" for name in _joint_names(single, scope, joint)})):
         classes = repository.classes_in(owner, found.attribute)
         if not classes:
-            return Lookalike(owner, method.node.name, f"the class of the blocks in self.{found.attribute} was not found")
+            return Lookalike(
+                owner, method.node.name, f"the class of the blocks in self.{found.attribute} was not found"
+            )
         if len(classes) > 1:
             names = " and ".join(c.name for c in classes)
-            return Lookalike(owner, method.node.name, f"self.{found.attribute} may hold blocks of several classes: {names}")
-        name = last_name(found.call.func) if isinstance(found.call.func, cst.Attribute) and not found.first else "forward"
+            return Lookalike(
+                owner, method.node.name, f"self.{found.attribute} may hold blocks of several classes: {names}"
+            )
+        name = (
+            last_name(found.call.func) if isinstance(found.call.func, cst.Attribute) and not found.first else "forward"
+        )
         forward = repository.method(classes[0], name) or repository.method(classes[0], "forward")
         if forward is None:
             return Lookalike(owner, method.node.name, f"{classes[0].name} has no forward")
@@ -269,7 +283,9 @@ def _with_roles(
     if image_parameter is None:
         return Lookalike(owner, method.node.name, "the image stream does not come from a parameter of this method")
     ids, why = _ids_parameter(scope, double, place, set(roles))
-    order_off = why if ids is None else _other_spatial(scope, double, single, {image, joint, *_result_names(single)}, others)
+    order_off = (
+        why if ids is None else _other_spatial(scope, double, single, {image, joint, *_result_names(single)}, others)
+    )
     return Model(
         owner, method, double.attribute, single.attribute, blocks[0], blocks[1],
         image_parameter, None if order_off else ids, order_off,
@@ -374,7 +390,12 @@ def _other_spatial(scope: Scope, double: _Pass, single: _Pass, streams: set[str]
     for name in sorted(others):
         for binding in (b for stream in streams for b in scope.bindings.get(stream, ())):
             value = binding.value
-            if value is not None and is_call(value) and binding.step.index < double.step.index and mentions(value, name):
+            if (
+                value is not None
+                and is_call(value)
+                and binding.step.index < double.step.index
+                and mentions(value, name)
+            ):
                 return f"token order is off: {name} may hold one row for each image token, and is not reordered"
     return ""
 

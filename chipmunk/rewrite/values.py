@@ -17,7 +17,7 @@ from chipmunk.rewrite.repository import Class, External, Function, Module, Repos
 from chipmunk.rewrite.roles import Model
 from chipmunk.rewrite.syntax import bind, dotted, elements, is_call, last_name, parameters, self_attribute, walk
 
-ARGS = "args"
+ARGS = "args:"
 _SAME_OBJECT = {"to", "eval", "train", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "type", "to_empty"}
 _WRAPPERS = {"compile", "DataParallel", "DistributedDataParallel", "FSDP", "FullyShardedDataParallel", "prepare"}
 
@@ -27,6 +27,11 @@ NOTHING: frozenset[str] = frozenset()
 
 def label_of(index: int) -> str:
     return f"model:{index}"
+
+
+def args_label(call: cst.Call) -> str:
+    """The label of what this call of `parse_args` returns."""
+    return f"{ARGS}{id(call)}"
 
 
 @dataclass(eq=False)
@@ -179,7 +184,9 @@ class Values:
         last = name.split(".")[-1]
         return module.aliases.get(last, last) in self._known
 
-    def _model_labels(self, name: cst.CSTNode | str | None, names: Function | Module, step: Step | None = None) -> frozenset[str]:
+    def _model_labels(
+        self, name: cst.CSTNode | str | None, names: Function | Module, step: Step | None = None
+    ) -> frozenset[str]:
         meaning = self.repository.resolve(name, names, step)
         if not isinstance(meaning, Class):
             return NOTHING
@@ -196,7 +203,9 @@ class Values:
             parts = elements(node)
             return tuple(self.value(part, step, place, depth + 1) for part in parts) if parts is not None else NOTHING
         if isinstance(node, cst.IfExp):
-            return _merge(self.value(node.body, step, place, depth + 1), self.value(node.orelse, step, place, depth + 1))
+            return _merge(
+                self.value(node.body, step, place, depth + 1), self.value(node.orelse, step, place, depth + 1)
+            )
         if isinstance(node, (cst.Name, cst.Attribute)):
             return self._name(node, step, place, depth)
         if isinstance(node, cst.NamedExpr):
@@ -215,8 +224,10 @@ class Values:
         if isinstance(node.func, cst.Attribute):
             if node.func.attr.value in _SAME_OBJECT:
                 return self.value(node.func.value, step, place, depth + 1)
-            if node.func.attr.value in ("parse_args", "parse_known_args") and is_parser(node.func.value, step, place, self):
-                labels: Value = frozenset({ARGS})
+            if node.func.attr.value in ("parse_args", "parse_known_args") and is_parser(
+                node.func.value, step, place, self
+            ):
+                labels: Value = frozenset({args_label(node)})
                 return labels if node.func.attr.value == "parse_args" else (labels, NOTHING)
         if name in _WRAPPERS and node.args:
             return self.value(node.args[0].value, step, place, depth + 1)
