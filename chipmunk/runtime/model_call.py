@@ -159,6 +159,8 @@ def _slot(
         for index in range(len(blocks))
     ]
     slot = generation.slots[name] = CallSlot(layers, signature, inference)
+    if session.config.mlp.is_enabled and session.config.implementation != "reference":
+        session.layout.prepare(blocks, bound.arguments[session.spec.image].device)
     if any(layers):
         slot.order = _find_order(session, bound)
     return slot

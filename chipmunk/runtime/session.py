@@ -23,6 +23,7 @@ from chipmunk.runtime.compiling import BlockCompiler
 from chipmunk.runtime.find_model import MARK, ForwardSpec, find_model, spec_of
 from chipmunk.runtime.model_call import run_model_call
 from chipmunk.runtime.statistics import MAIN_SLOT, Recorder, Statistics
+from chipmunk.runtime.weight_layout import WeightLayout
 
 ATTRIBUTE = "_chipmunk_session"
 """Where a model keeps its session, in its `__dict__`: a `Session`, or False after `disable`."""
@@ -45,6 +46,7 @@ class Session:
         self.lock = threading.RLock()
         self.recorder = Recorder()
         self.compiler = BlockCompiler(config.compile)
+        self.layout = WeightLayout()
         self.installed: list[nn.Module] = []
         """The blocks that hold a state now: not empty while a sparse call runs."""
         self.keep_order: str | None = None
@@ -63,6 +65,7 @@ class Session:
             for generation in list(self.generations):
                 generation.drop_caches()
             self.compiler.undo()
+            self.layout.undo()
 
     def cache_bytes(self) -> int:
         """What the caches of all running generations take."""
