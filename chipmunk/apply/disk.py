@@ -12,12 +12,15 @@ import errno
 import os
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from chipmunk.apply.errors import Busy, Refused, quoted
 
+_PATIENCE = 0.4
+"""Seconds to wait for a lock; one who only looks whether it is held holds it for an instant."""
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 
@@ -109,17 +112,25 @@ def exclusive(lock: Path, root: Path) -> Iterator[None]:
                 os.rmdir(lock.parent)  # only if it is empty: if we made it
             raise
         try:
-            if not _try_lock(fd):
-                raise Busy(
-                    "another chipmunk run is changing this repository",
-                    next_command=f"chipmunk status {quoted(root)}   (once the other run has ended)",
-                )
+            patience = time.monotonic() + _PATIENCE
+            while not _try_lock(fd):
+                if time.monotonic() < patience:
+                    time.sleep(_PATIENCE / 20)
+                    continue
+                raise busy(root)
             if not _is_named(fd, lock):
                 continue
             yield
             return
         finally:
             os.close(fd)
+
+
+def busy(root: Path) -> Busy:
+    return Busy(
+        "another chipmunk run is changing this repository",
+        next_command=f"chipmunk status {quoted(root)}   (once the other run has ended)",
+    )
 
 
 def is_locked(lock: Path) -> bool:

@@ -27,6 +27,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from chipmunk import __version__
+from chipmunk.apply import disk
 from chipmunk.apply.errors import Interrupted, JournalDamaged, Refused, quoted
 from chipmunk.apply.repository import FOLDER
 from chipmunk.rewrite.plan import FileChange, Site, SiteStatus
@@ -120,14 +121,25 @@ class Store:
     def load(self) -> Journal | None:
         """The change in force; None if the repository is not patched. Changes nothing.
 
-        Raises `Interrupted` if a run was killed half-way, `JournalDamaged` if the journal cannot be trusted.
+        Raises `Interrupted` if a run was killed half-way, `JournalDamaged` if the journal cannot be trusted, `Busy` if
+        it is being written.
         """
+        for _ in range(3):
+            try:
+                return self._load()
+            except (Interrupted, JournalDamaged):
+                if disk.is_locked(self.lock):
+                    raise disk.busy(self.root) from None
+        return self._load()  # the same again, although nobody is at work
+
+    def _load(self) -> Journal | None:
         if self.underway.exists() and (self.peek_id() != self.read_transaction(self.underway).id):
             raise Interrupted(
                 "an earlier run was stopped half-way; the next patch or revert first puts the files right",
                 next_command=f"chipmunk revert {quoted(self.root)}",
             )
-        return self.read_journal()
+        journal = self.read_journal()
+        return journal if journal is not None and journal.files else None
 
     def peek_id(self) -> str | None:
         """Id of the journal in force, if there is one."""

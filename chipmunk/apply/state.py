@@ -9,7 +9,7 @@ from enum import Enum
 from pathlib import Path
 
 from chipmunk.apply import disk
-from chipmunk.apply.errors import Interrupted, JournalDamaged, Place, quoted
+from chipmunk.apply.errors import Busy, Interrupted, JournalDamaged, Place, quoted
 from chipmunk.apply.journal import Journal, JournalFile, Store
 from chipmunk.apply.merge import merge_python
 from chipmunk.apply.repository import Repository, locate, read
@@ -71,14 +71,16 @@ def status(root: Path) -> RepositoryStatus:
     root = locate(root)
     store = Store(root)
     if disk.is_locked(store.lock):
-        return RepositoryStatus(root, State.BUSY, message="another chipmunk run is changing this repository")
+        return RepositoryStatus(root, State.BUSY, message=disk.busy(root).message)
     try:
         journal = store.load()
+    except Busy as error:
+        return RepositoryStatus(root, State.BUSY, message=error.message)
     except Interrupted as error:
         return RepositoryStatus(root, State.INTERRUPTED, message=error.message, next_command=error.next_command)
     except JournalDamaged as error:
         return RepositoryStatus(root, State.DAMAGED, message=error.message, next_command=error.next_command)
-    if journal is None or not journal.files:
+    if journal is None:
         callers = list(calls_without_journal(read(root)))
         if not callers:
             return RepositoryStatus(root, State.UNPATCHED)

@@ -181,17 +181,19 @@ def _carry_out(store: Store, changes: Sequence[FileChange], journal: Journal) ->
             _check(store.root, change)
             disk.rename(_beside(store, transaction, number), store.root / change.path)
         disk.rename(next_journal, store.journal)
-        _settle(store)
     except BaseException as error:
         try:
-            _settle(store, forward=False)
+            outcome = _settle(store, forward=False)
         except BaseException as second:
             raise Interrupted(
                 f"{error}; and putting the files back failed too ({second}). Nothing is lost: "
                 f"{FOLDER}/ holds every byte",
                 next_command=f"chipmunk revert {quoted(store.root)}   (puts the files right first)",
             ) from error
-        raise
+        if outcome is not Recovery.COMPLETED or not isinstance(error, OSError):
+            raise
+    with suppress(OSError):  # the change is made; what cannot be removed now, the next run removes
+        _settle(store)
 
 
 def _settle(store: Store, forward: bool = True) -> Recovery:
@@ -207,6 +209,7 @@ def _settle(store: Store, forward: bool = True) -> Recovery:
         complete = all(_digest(store, path) == after for path, _, after in unfinished.files)
         if store.peek_id() == unfinished.id:
             disk.remove(store.underway)
+            outcome = Recovery.COMPLETED
         elif forward and complete and next_journal.exists():
             disk.rename(next_journal, store.journal)
             disk.remove(store.underway)
@@ -265,7 +268,7 @@ def _tidy(store: Store) -> None:
         if path.suffix == ".tmp" or (path.name.startswith("changes-") and path != wanted):
             disk.remove(path)
     if not needed:
-        with suppress(OSError):
+        with suppress(FileNotFoundError):
             os.rmdir(store.folder / "objects")
         disk.remove(store.journal)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from chipmunk.apply.errors import Conflict, JournalMissing, Place, quoted
@@ -27,6 +27,8 @@ class Reverted:
     """Those of them that keep edits which the user made after patching."""
     leftovers: tuple[Place, ...] = ()
     """Lines of the user's own that call Chipmunk and are left for the user to remove."""
+    replaces: str | None = None
+    """Id of the journal that ends with it, None if there is none."""
     recovery: Recovery = Recovery.NOTHING
     """What an earlier run that was killed needed first."""
 
@@ -39,7 +41,7 @@ def plan_revert(root: Path) -> Reverted:
     """
     root = locate(root)
     journal = Store(root).load()
-    if journal is None or not journal.files:
+    if journal is None:
         callers = list(calls_without_journal(read(root)))
         if callers:
             raise JournalMissing(
@@ -73,7 +75,7 @@ def plan_revert(root: Path) -> Reverted:
                 for number, line in enumerate(split_lines(file.unpatched), 1)
                 if _MENTIONS.search(line)
             ]
-    return Reverted(tuple(changes), tuple(merged), tuple(leftovers))
+    return Reverted(tuple(changes), tuple(merged), tuple(leftovers), journal.id)
 
 
 def revert(root: Path) -> Reverted:
@@ -83,8 +85,7 @@ def revert(root: Path) -> Reverted:
     """
     root = locate(root)
     recovery = recover(root)
-    planned = plan_revert(root)
-    in_force = Store(root).peek_id()
-    if in_force is not None:
-        commit(root, planned.changes, Journal(), replaces=in_force)
-    return Reverted(planned.changes, planned.merged, planned.leftovers, recovery)
+    planned = replace(plan_revert(root), recovery=recovery)
+    if planned.replaces is not None:
+        commit(root, planned.changes, Journal(), replaces=planned.replaces)
+    return planned

@@ -52,8 +52,8 @@ def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Upda
     Raises what `read` and `Store.load` raise.
     """
     repository = read(root)
-    store = Store(repository.root)
-    journal = store.load() or Journal()
+    in_force = Store(repository.root).load()
+    journal = in_force or Journal()
     standing = {file.path: file for file in examine(repository.root, journal)}
     files = dict(repository.files)
     for path in files:
@@ -76,7 +76,7 @@ def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Upda
     sites = [_as_on_disk(site, repository, files, untouched) for site in plan.sites]
     plan = replace(plan, changes=tuple(changes), sites=(*repository.problems, *sites))
     after = Journal(tuple(entries), plan.target, dict(plan.patches), plan.sites) if changes else journal
-    return Update(repository, plan, after, store.peek_id())
+    return Update(repository, plan, after, in_force.id if in_force else None)
 
 
 def plan_patch_file(root: Path, patch: bytes) -> Update:
@@ -86,8 +86,8 @@ def plan_patch_file(root: Path, patch: bytes) -> Update:
     `Conflict` where the lines that the patch wants to change are not there.
     """
     repository = read(root)
-    store = Store(repository.root)
-    journal = store.load() or Journal()
+    in_force = Store(repository.root).load()
+    journal = in_force or Journal()
     changes, sites = apply_patch(repository.root, patch)
     standing = {file.path: file for file in examine(repository.root, journal)}
     kept = {file.path: file for file in journal.files}
@@ -97,7 +97,7 @@ def plan_patch_file(root: Path, patch: bytes) -> Update:
             kept[change.path] = entry
     plan = Plan(journal.target, changes, sites, patches=dict(journal.patches))
     after = Journal(tuple(kept[path] for path in sorted(kept)), journal.target, plan.patches, (*journal.sites, *sites))
-    return Update(repository, plan, after if changes else journal, store.peek_id())
+    return Update(repository, plan, after if changes else journal, in_force.id if in_force else None)
 
 
 def carry_out(update: Update) -> None:
