@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
+from operator import length_hint
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chipmunk.runtime.layer_state import LayerState
@@ -17,9 +18,8 @@ Item = TypeVar("Item")
 _running: ContextVar[dict[Session, Generation]] = ContextVar("chipmunk_running")
 """The generation whose loop this thread (or task) advanced last, by session."""
 
-_EXACT_ITERATORS = tuple(
-    type(iter(example)) for example in ([], (), range(0), range(1 << 70), {}, {}.values(), {}.items(), set(), "", b"")
-) + (type(reversed([])), type(reversed({})))
+_EXAMPLES: tuple[Iterable[object], ...] = ([], (), range(0), range(1 << 70), {}, set(), reversed([]), reversed({}))
+_EXACT_ITERATORS = tuple(type(iter(example)) for example in _EXAMPLES)
 """Iterators of Python whose length hint is what they have left."""
 
 
@@ -108,13 +108,13 @@ def steps_at_most(iterable: object) -> int | None:
     Looks into `zip`, `enumerate`, `reversed` and Python's own iterators; asks everything else for its `len`.
     """
     if type(iterable) is zip:
-        pieces: tuple[Any, ...] = iterable.__reduce__()[1]  # type: ignore[assignment]
+        pieces: tuple[Any, ...] = iterable.__reduce__()[1]
         known = [count for count in map(steps_at_most, pieces) if count is not None]
         return min(known, default=None)
     if type(iterable) is enumerate:
         return steps_at_most(iterable.__reduce__()[1][0])  # type: ignore[index]
     if type(iterable) in _EXACT_ITERATORS:
-        return iterable.__length_hint__()  # type: ignore[attr-defined, no-any-return]
+        return length_hint(iterable)
     try:
         return len(iterable)  # type: ignore[arg-type]
     except Exception:  # user code: a loader without a length, a tqdm over a generator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ _RECOMPILE_LIMIT = 64
 
 
 class BlockCompiler:
-    """Compiles blocks with `nn.Module.compile`, which keeps classes, names and pickles as they are; `undo` takes it back."""
+    """Compiles blocks with `nn.Module.compile`, which keeps classes, names and pickles; `undo` takes it back."""
 
     def __init__(self, wanted: Literal["auto"] | bool) -> None:
         self.wanted = wanted
@@ -45,8 +46,8 @@ class BlockCompiler:
 
     @contextmanager
     def limits(self) -> Iterator[None]:
-        """Room for the graphs of all kinds of step at several image sizes, while blocks compiled here run."""
-        if not self.has_compiled:
+        """Room for the graphs of all kinds of step at several image sizes, in blocks compiled here or by the user."""
+        if "torch._dynamo" not in sys.modules:
             yield
             return
         dynamo = torch._dynamo.config

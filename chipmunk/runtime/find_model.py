@@ -39,7 +39,7 @@ def _root_of(file: str) -> Path | None:
 
 def spec_of(model: object) -> ForwardSpec | None:
     """The spec of the decorated forward of a model's class; None for any other object."""
-    return _spec_of_class(type(model)) if isinstance(model, nn.Module) else None
+    return _spec_of_class(type(model)) if isinstance(model, nn.Module) else None  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=256)
@@ -52,8 +52,8 @@ def _spec_of_class(kind: type) -> ForwardSpec | None:
 def find_model(model: object) -> nn.Module | None:
     """The patched model itself, from it or a wrapper around it; None if there is none, or more than one.
 
-    Wrappers: `torch.compile`, DataParallel, DistributedDataParallel, FSDP, bound methods, partial functions, modules and
-    plain objects (pipelines) that hold exactly one patched model.
+    Wrappers: `torch.compile`, DataParallel, DistributedDataParallel, FSDP, bound methods, partial functions, modules
+    and plain objects (pipelines) that hold exactly one patched model.
     """
     for _ in range(16):  # no real stack of wrappers is deeper, and a cycle ends here
         if isinstance(model, nn.Module) and spec_of(model) is not None:

@@ -1,7 +1,8 @@
 """What the code of one block sees of Chipmunk during one model call, and what the layer remembers between calls.
 
-A block may be compiled, so everything here is plain: compiled code reads the kind of this step, the rules and the caches,
-and writes caches and what it did. It never reads a count, a step or a layer number: those would recompile at every step.
+A block may be compiled, so everything here is plain: compiled code reads the kind of this step, the rules and the
+caches, and writes caches and what it did. It never reads a count, a step or a layer number: that would recompile it at
+every step.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ The question is asked at every call: LoRA, quantisation and hooks come and go af
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -36,7 +38,7 @@ def activation_name(activation: object) -> str | None:
     return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
 
 
-def why_not_mlp(mlp: nn.Module, x: Tensor) -> str | None:
+def why_not_mlp(mlp: Any, x: Tensor) -> str | None:
     """Why `mlp` is not a plain Linear → GELU → Linear on x (B, N, C); None if it is."""
     if type(mlp) is not nn.Sequential or len(mlp) != 3:
         return f"the MLP is a {type(mlp).__name__} that is not understood"
@@ -46,8 +48,9 @@ def why_not_mlp(mlp: nn.Module, x: Tensor) -> str | None:
         return f"the activation is a {type(mlp[1]).__name__} that is not understood"
     if x.dim() != 3:
         return "the MLP's input is not (B, N, C)"
-    reason = why_not_linear(mlp[0], x, x.shape[-1])
-    return reason if reason is not None else why_not_linear(mlp[2], x, mlp[0].weight.shape[0])
+    first: Any = mlp[0]
+    reason = why_not_linear(first, x, x.shape[-1])
+    return reason if reason is not None else why_not_linear(mlp[2], x, first.weight.shape[0])
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -34,9 +34,7 @@ def run_model_call(
 ) -> Any:
     """`forward(model, *args, **kwargs)` from the call slot `name`, sparse where it can be."""
     blocks = _blocks(session, model)
-    if (
-        session.model() is not model
-    ):  # a DataParallel replica, a shallow copy: it shares the session, not the right to it
+    if session.model() is not model:  # a DataParallel replica or a shallow copy: the session is another model's
         for block in blocks:
             block.__dict__.pop(ATTRIBUTE, None)
         session.recorder.model_calls += 1
@@ -219,7 +217,7 @@ def _moves_with_tokens(bound: inspect.BoundArguments, image: str, ids: str | Non
 def _plan(session: Session, index: int, state: LayerState | None) -> tuple[str, str, bool]:
     """Write this call's kinds into a layer's state.
 
-    Returns what the statistics call attention and MLP if all goes to plan, and whether attention's caches are not to be kept.
+    Returns what the statistics call attention and MLP if all goes to plan, and whether to drop attention's caches.
     """
     config = session.config
     attention, mlp = _always_dense(session, index, "attention"), _always_dense(session, index, "mlp")

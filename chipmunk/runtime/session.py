@@ -1,4 +1,4 @@
-"""The session of a model: its configuration, its lock and its running generations; and the way into it from user code."""
+"""The session of a model, its configuration, lock and running generations, and the way into it from user code."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ class Session:
 def model_forward(*, double: str, single: str, image: str, ids: str | None = None) -> Callable[[Function], Function]:
     """Mark the forward of a FLUX model, as a decorator.
 
-    double, single: attributes of the model with its double and single blocks. image: parameter of forward with the image tokens
-    (B, L, C). ids: parameter with their positions, (L, axes) or (B, L, axes); without it their order is left alone.
-    While Chipmunk is off, the decorated forward is the original one.
+    double, single: attributes of the model with its double and single blocks. image: parameter of forward with the
+    image tokens (B, L, C). ids: parameter with their positions, (L, axes) or (B, L, axes); without it their order is
+    left alone. While Chipmunk is off, the decorated forward is the original one.
     """
 
     def decorate(forward: Function) -> Function:
@@ -125,15 +125,16 @@ def _call(
     return run_model_call(session, name, forward, signature, model, args, kwargs)
 
 
-_call_eagerly = torch.compiler.disable(_call)
+_call_eagerly = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
 
 
 def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, Any] | None = None) -> None:
     """Turn Chipmunk on for a patched model, found through its wrappers.
 
-    config: a file, a `chipmunk.config.Config`, its content as a mapping, or None: then `CHIPMUNK_CONFIG`, `chipmunk-config.yml` in the
-    working directory, or the one in the root of the patched repository; where there is none of them, the model stays off.
-    Raises TypeError if `model` holds no patched model, `chipmunk.config.ConfigError` (a ValueError) for a wrong configuration.
+    config: a file, a `chipmunk.config.Config`, its content as a mapping, or None: then the file that `CHIPMUNK_CONFIG`
+    names, `chipmunk-config.yml` in the working directory, or the one in the root of the patched repository; where there
+    is none of them, the model is off. Raises TypeError if `model` holds no patched model, and ValueError
+    (`chipmunk.config.ConfigError` for a file) for a wrong configuration.
     """
     owner = find_model(model)
     if owner is None:
@@ -150,7 +151,7 @@ def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, An
 
 
 def disable(model: Any) -> None:
-    """Turn Chipmunk off: every inserted call is the original expression again, whatever configuration files there are."""
+    """Turn Chipmunk off: every inserted call is the original expression again, whatever configuration files exist."""
     owner = find_model(model)
     if owner is not None:
         _take_away(owner)
@@ -173,10 +174,10 @@ def statistics(model: Any) -> Statistics:
 
 
 def steps(model: Any, iterable: Iterable[Item]) -> Iterable[Item]:
-    """The iterable of a sampling loop, one item a denoising step, tied to `model`; the iterable itself while Chipmunk is off.
+    """The iterable of a sampling loop, one item a denoising step, tied to `model`.
 
-    Otherwise a generator: the caches of all model calls made between two items belong to it, and are freed when the loop ends,
-    by `break` or an exception too.
+    While Chipmunk is off, the iterable itself; otherwise a generator: the caches of all model calls made between two
+    items belong to it, and are freed when the loop ends, by `break` or an exception too.
     """
     owner = find_model(model)
     session = None if owner is None else session_of(owner)

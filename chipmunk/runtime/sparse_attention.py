@@ -29,9 +29,9 @@ def layer(block: nn.Module) -> dict[str, LayerState]:
 def attention(layer: LayerState | None, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     """`function(*args, **kwargs)`, or its sparse form.
 
-    layer: what `chipmunk.layer` handed down, None while Chipmunk is off. function: the code's own attention function; only
-    `torch.nn.functional.scaled_dot_product_attention` on query, key and value of one shape (B, H, N, D), without a mask,
-    dropout or causality, has a sparse form. Returns (B, H, N, D), never the storage of a cache.
+    layer: what `chipmunk.layer` handed down, None while Chipmunk is off. function: the code's own attention function;
+    only `torch.nn.functional.scaled_dot_product_attention` on query, key and value of one shape (B, H, N, D), without a
+    mask, dropout or causality, has a sparse form. Returns (B, H, N, D), never the storage of a cache.
     """
     if layer is None:
         return function(*args, **kwargs)

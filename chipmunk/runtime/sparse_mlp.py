@@ -41,11 +41,11 @@ def mlp(block: nn.Module, module: Any, x: Tensor) -> Tensor:
     return _updated_output(state, delta, second.weight).clone()
 
 
-def split_linear(block: nn.Module, linear: Any, x: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+def split_linear(block: nn.Module, linear: Any, x: Tensor, sizes: list[int]) -> Sequence[Tensor]:
     """`torch.split(linear(x), sizes, dim=-1)`, or its sparse form, for the first linear of a single block.
 
-    x: (B, N, C). sizes: columns of [attention, MLP]. On a sparse step the second tensor holds how the chosen activations
-    changed, (B, N, K), and only `cat_linear` can use it.
+    x: (B, N, C). sizes: columns of [attention, MLP]. On a sparse step the second tensor holds how the chosen
+    activations changed, (B, N, K), and only `cat_linear` can use it.
     """
     state = state_of(block)
     if state is None:
@@ -76,7 +76,7 @@ def cat_linear(
 ) -> Tensor:
     """`linear(torch.cat((attended, activation(mlp)), dim=-1))`, or its sparse form, for the second linear.
 
-    attended: (B, N, C), the attention's output. mlp: what `split_linear` gave. Returns (B, N, C), never a cache's storage.
+    attended: (B, N, C), the attention's output. mlp: what `split_linear` gave. Returns (B, N, C), never a cache.
     """
     state = state_of(block)
     if state is None or state.single_mlp == "dense":

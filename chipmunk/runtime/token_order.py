@@ -37,8 +37,9 @@ class TokenOrder:
 def find_grid(ids: Tensor) -> tuple[int, int] | str:
     """Height and width of the first image's grid, from its positions; or why there is none.
 
-    ids: (L, axes) or (B, L, axes) with at least three axes: image, row, column. The first image ends where a later row equals
-    the first one again, or where column 0 differs. Its tokens must stand row by row, one apart. Reads values on the host.
+    ids: (L, axes) or (B, L, axes) with at least three axes: image, row, column. The first image ends where a later row
+    equals the first one again, or where column 0 differs. Its tokens must stand row by row, one apart. Reads values on
+    the host.
     """
     if ids.dim() not in (2, 3) or ids.shape[-1] < 3 or ids.shape[-2] < 2:
         return "the ids are not (tokens, axes) with three axes or more"

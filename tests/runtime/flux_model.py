@@ -138,7 +138,7 @@ def denoise(model: Any, steps: int = 12, each: Any = None, **given: Tensor) -> l
     """A sampling loop with one model call a step; returns every prediction. `each(step)` runs before each call."""
     times = torch.linspace(1, 0, steps + 1).tolist()
     img, predictions = given.pop("img"), []
-    for step, (t_curr, t_prev) in enumerate(chipmunk.steps(model, zip(times[:-1], times[1:], strict=False))):
+    for step, (t_curr, t_prev) in enumerate(chipmunk.steps(model, zip(times[:-1], times[1:]))):  # noqa: B905, RUF007
         if each is not None:
             each(step)
         pred = model(img=img, timesteps=torch.full((img.shape[0],), t_curr), **given)
