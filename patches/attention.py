@@ -16,6 +16,7 @@ import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.minimal import ATTENTION, DOUBLE, SINGLE, variant
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.repository import Class, External, Function
 from chipmunk.rewrite.roles import Block, Model
@@ -246,4 +247,47 @@ def _hand_down(context: Context, hop: _Hop, *, first: bool) -> bool:
     return True
 
 
-EXAMPLES: tuple[Example, ...] = ()
+_IMPORT = ("import torch\n", "import chipmunk\nimport torch\n")
+_LAYER = ("attend(q, k, v, rotation)", "attend(q, k, v, rotation, **chipmunk.layer(self))")
+_CALL = "torch.nn.functional.scaled_dot_product_attention("
+_INLINE = variant(DOUBLE, ("attend(q, k, v, rotation)", f"{_CALL}q, k, v).transpose(1, 2).flatten(2)"))
+
+EXAMPLES = (
+    Example(
+        "attention of the image alone, beside the joint one",
+        "flow/double.py",
+        variant(DOUBLE, ("attend(q, k, v, rotation)", "attend(image_q, image_k, image_v, rotation)")),
+        None,
+    ),
+    Example(
+        "cross-attention to something that is no stream",
+        "flow/double.py",
+        variant(
+            DOUBLE, ("text_q, text_k, text_v = self.split(self.text_qkv(text))", "text_q = text_k = text_v = rotation")
+        ),
+        None,
+    ),
+    Example(
+        "the attention call",
+        "flow/attention.py",
+        ATTENTION,
+        variant(
+            ATTENTION,
+            _IMPORT,
+            ("v, rotation):", "v, rotation, chipmunk_layer=None):"),
+            (f"{_CALL}q", f"chipmunk.attention(chipmunk_layer, {_CALL[:-1]}, q"),
+        ),
+    ),
+    Example("a double block", "flow/double.py", DOUBLE, variant(DOUBLE, _IMPORT, _LAYER)),
+    Example("a single block", "flow/single.py", SINGLE, variant(SINGLE, _IMPORT, _LAYER)),
+    Example(
+        "the call in the block itself",
+        "flow/double.py",
+        _INLINE,
+        variant(
+            _INLINE,
+            _IMPORT,
+            (f"{_CALL}q", f'chipmunk.attention(chipmunk.layer(self).get("chipmunk_layer"), {_CALL[:-1]}, q'),
+        ),
+    ),
+)

@@ -13,6 +13,7 @@ import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.minimal import COMMAND, variant
 from chipmunk.rewrite.flow import Binding, Scope, Step
 from chipmunk.rewrite.repository import External, Function
 from chipmunk.rewrite.syntax import dotted, elements, last_name, parameters, walk
@@ -299,4 +300,48 @@ def _add_arguments(context: Context, used: set[str]) -> None:
             context.patched(source, call, "the parser of the command line that loads the model")
 
 
-EXAMPLES: tuple[Example, ...] = ()
+_IMPORT = ("import torch\n", "import chipmunk\nimport torch\n")
+_LOAD = "    model = load_painter(name)\n"
+_ENABLE = (_LOAD, _LOAD + "    chipmunk.enable(model, chipmunk_config)\n")
+_ARGPARSE = variant(
+    COMMAND,
+    ("from fire import Fire", "from argparse import ArgumentParser"),
+    ('def main(name: str = "small", steps: int = 4):\n', "def main(args):\n    name, steps = args.name, args.steps\n"),
+    (
+        "    Fire(main)\n",
+        '    parser = ArgumentParser()\n    parser.add_argument("--name")\n'
+        '    parser.add_argument("--steps", type=int)\n    main(parser.parse_args())\n',
+    ),
+)
+
+EXAMPLES = (
+    Example(
+        "a function that no command line runs", "flow/command.py", variant(COMMAND, ("Fire(main)", "main()")), None
+    ),
+    Example(
+        "a command that loads no model",
+        "flow/command.py",
+        variant(COMMAND, ("load_painter(name)", "print(name)")),
+        None,
+    ),
+    Example(
+        "a function run by Fire",
+        "flow/command.py",
+        COMMAND,
+        variant(COMMAND, _IMPORT, _ENABLE, ("steps: int = 4)", "steps: int = 4, chipmunk_config: str | None = None)")),
+    ),
+    Example(
+        "argparse",
+        "flow/command.py",
+        _ARGPARSE,
+        variant(
+            _ARGPARSE,
+            _IMPORT,
+            (_LOAD, _LOAD + "    chipmunk.enable(model, args.chipmunk_config)\n"),
+            (
+                "    main(parser",
+                f'    parser.add_argument("--chipmunk-config", default=None, help="{HELP}")\n    main(parser',
+            ),
+        ),
+    ),
+)

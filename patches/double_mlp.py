@@ -11,6 +11,7 @@ import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.minimal import DOUBLE, variant
 from chipmunk.rewrite.flow import Scope, Step, value_names
 from chipmunk.rewrite.repository import Class, Repository
 from chipmunk.rewrite.roles import Block
@@ -153,4 +154,29 @@ def is_tanh_gelu(value: cst.CSTNode) -> bool:
     return is_call(value, "GELU") and text_of_string(argument(value, 0, "approximate")) == "tanh"
 
 
-EXAMPLES: tuple[Example, ...] = ()
+_CALL = "self.image_mlp(self.image_norm(image))"
+
+EXAMPLES = (
+    Example(
+        "an MLP with another activation",
+        "flow/double.py",
+        variant(DOUBLE, ('nn.GELU(approximate="tanh")', "nn.SiLU()")),
+        None,
+    ),
+    Example(
+        "an MLP that sees only some of the tokens",
+        "flow/double.py",
+        variant(DOUBLE, (_CALL, "self.image_mlp(self.image_norm(image)[:, ::2]).repeat_interleave(2, dim=1)")),
+        None,
+    ),
+    Example(
+        "the MLP of the image stream; that of the text stays dense",
+        "flow/double.py",
+        DOUBLE,
+        variant(
+            DOUBLE,
+            ("import torch\nfrom", "import chipmunk\nimport torch\nfrom"),
+            (_CALL, "chipmunk.mlp(self, self.image_mlp, self.image_norm(image))"),
+        ),
+    ),
+)

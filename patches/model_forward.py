@@ -12,6 +12,7 @@ import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.minimal import MODEL, variant
 from chipmunk.rewrite.roles import Model
 
 NAME = "model-forward"
@@ -58,4 +59,48 @@ def _longest_line(text: bytes) -> int:
     return min(120, max(len(line) for line in text.split(b"\n")))
 
 
-EXAMPLES: tuple[Example, ...] = ()
+_SLICE = "        x = x[:, text.shape[1] :]\n"
+_IMPORT = ("import torch\n", "import chipmunk\nimport torch\n")
+_FORWARD = "    def forward(self, image, image_ids, text, text_ids, time):\n"
+_MARK = """\
+    @chipmunk.model_forward(
+        double="pairs", single="joints", image="image", ids="image_ids"
+    )
+"""
+_RESIDUAL = variant(
+    MODEL,
+    ("text_ids, time):", "text_ids, time, control):"),
+    (
+        "image, text = block(image, text, rotation)",
+        "image, text = block(image, text, rotation)\n            image = image + control",
+    ),
+)
+
+EXAMPLES = (
+    Example(
+        "both kinds of block, but no image stream sliced off: a ControlNet",
+        "flow/model.py",
+        variant(MODEL, (_SLICE, "")),
+        None,
+    ),
+    Example(
+        "one list of blocks only",
+        "flow/model.py",
+        variant(MODEL, ("        for block in self.joints:\n            x = block(x, rotation)\n", "")),
+        None,
+    ),
+    Example("a model", "flow/model.py", MODEL, variant(MODEL, _IMPORT, (_FORWARD, _MARK + _FORWARD))),
+    Example(
+        "a residual with one row for each image token: image tokens keep their order",
+        "flow/model.py",
+        _RESIDUAL,
+        variant(
+            _RESIDUAL,
+            _IMPORT,
+            (
+                "    def forward(",
+                '    @chipmunk.model_forward(double="pairs", single="joints", image="image")\n    def forward(',
+            ),
+        ),
+    ),
+)

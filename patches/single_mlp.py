@@ -13,6 +13,7 @@ import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.minimal import SINGLE, variant
 from chipmunk.rewrite.flow import Scope, Step
 from chipmunk.rewrite.repository import Class, Repository
 from chipmunk.rewrite.roles import CONCATENATIONS, Block
@@ -250,4 +251,47 @@ def _is_gelu(repository: Repository, owner: Class, attribute: str) -> bool:
     )
 
 
-EXAMPLES: tuple[Example, ...] = ()
+_SPLIT = "torch.split(self.enter(x), [3 * self.width, 4 * self.width], dim=-1)"
+_JOIN = "self.leave(torch.cat((mixed, self.act(hidden)), 2))"
+_METHOD = variant(SINGLE, (_SPLIT, "self.enter(x).split((3 * self.width, 4 * self.width), dim=2)"))
+_IMPORT = ("import torch\nfrom", "import chipmunk\nimport torch\nfrom")
+
+EXAMPLES = (
+    Example(
+        "the MLP's input is used in another place too",
+        "flow/single.py",
+        variant(SINGLE, (_JOIN, f"{_JOIN} + hidden.mean()")),
+        None,
+    ),
+    Example(
+        "another activation", "flow/single.py", variant(SINGLE, ('nn.GELU(approximate="tanh")', "nn.GELU()")), None
+    ),
+    Example(
+        "the two parts the other way round", "flow/single.py", variant(SINGLE, ("qkv, hidden =", "hidden, qkv =")), None
+    ),
+    Example(
+        "both linears",
+        "flow/single.py",
+        SINGLE,
+        variant(
+            SINGLE,
+            _IMPORT,
+            (_SPLIT, "chipmunk.split_linear(self, self.enter, x, [3 * self.width, 4 * self.width])"),
+            (_JOIN, "chipmunk.cat_linear(self, self.leave, mixed, self.act, hidden)"),
+        ),
+    ),
+    Example(
+        "split as a method of the tensor",
+        "flow/single.py",
+        _METHOD,
+        variant(
+            _METHOD,
+            _IMPORT,
+            (
+                "self.enter(x).split((3 * self.width, 4 * self.width), dim=2)",
+                "chipmunk.split_linear(self, self.enter, x, (3 * self.width, 4 * self.width))",
+            ),
+            (_JOIN, "chipmunk.cat_linear(self, self.leave, mixed, self.act, hidden)"),
+        ),
+    ),
+)

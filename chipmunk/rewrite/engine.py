@@ -11,7 +11,7 @@ from chipmunk.registry import Registry
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.plan import BlockFacts, FileChange, ModelFacts, Plan, Site, SiteStatus
 from chipmunk.rewrite.repository import Module, Repository
-from chipmunk.rewrite.roles import Block, Model, find_roles
+from chipmunk.rewrite.roles import Block, Model, find_roles, may_hold_model
 from chipmunk.rewrite.source import OverlapError, Source, SourceError
 
 ALIASES = {"mlp": ("double-mlp", "single-mlp")}
@@ -166,10 +166,13 @@ def _refuse(site: Site, reason: str) -> Site:
 
 def _refused(repository: Repository, context: Context) -> list[Site]:
     """Files that could not be parsed: only those that the model or its loops may need have been tried."""
-    return [
-        Site(path, error.line, error.step, SiteStatus.REFUSED, path, f"the file is left as it is: {error.reason}")
-        for path, error in repository.unreadable.items()
-    ]
+    sites: list[Site] = []
+    for path, error in repository.unreadable.items():
+        reason = f"the file is left as it is: {error.reason}"
+        if may_hold_model(repository.files[path]):
+            reason += "; it may hold the model, which cannot be patched then"
+        sites.append(Site(path, error.line, error.step, SiteStatus.REFUSED, path, reason))
+    return sites
 
 
 def _facts(model: Model, index: int, context: Context) -> ModelFacts:

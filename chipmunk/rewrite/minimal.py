@@ -162,3 +162,12 @@ FILES: dict[str, str] = {
     "flow/command.py": COMMAND,
 }
 """Path → text."""
+
+
+def variant(text: str, *changes: tuple[str, str]) -> str:
+    """`text` with each first string, which must occur, replaced by the second."""
+    for old, new in changes:
+        if old not in text:
+            raise ValueError(f"the example's text does not hold {old!r}")
+        text = text.replace(old, new)
+    return text

@@ -82,11 +82,47 @@ class Values:
         self._known |= self._pending_names
         while self._pending_names:
             self._read_files()
-            self._changed = True
-            while self._changed:
-                self._changed = False
-                for place in self.places:
-                    self._visit(place)
+            self._settle()
+            if not self._pending_names:
+                self._recognise_calls()
+
+    def _settle(self) -> None:
+        self._changed = True
+        while self._changed:
+            self._changed = False
+            for place in self.places:
+                self._visit(place)
+
+    def _recognise_calls(self) -> None:
+        """A parameter that a loop calls with the model's own keywords is the model, though nothing says so."""
+        for index, model in enumerate(self.models):
+            known = set(model.forward.scope.parameters)
+            wanted = {name for name in (model.image, model.ids) if name is not None}
+            patterns = [re.compile(rb"\b" + name.encode() + rb"\s*=") for name in sorted(wanted)]
+            read = {place.module.path for place in self.places}
+            for path in sorted(self.repository.files):
+                content = self.repository.files[path]
+                if b"for " not in content or not all(pattern.search(content) for pattern in patterns):
+                    continue
+                module = self.repository.module(path)
+                if module is None:
+                    continue
+                for function in module.all_functions():
+                    for call, step in function.scope.calls:
+                        keywords = {arg.keyword.value for arg in call.args if arg.keyword is not None}
+                        name = dotted(call.func)
+                        if not step.loops or name not in function.scope.parameters or len(keywords) < 3:
+                            continue
+                        if wanted <= keywords <= known and name not in function.scope.bindings:
+                            self._give(self.arguments, (id(function), name), frozenset({label_of(index)}))
+                            if path not in read:
+                                read.add(path)
+                                self._add_places(module)
+        self._settle()
+
+    def _add_places(self, module: Module) -> None:
+        self.places.append(Place(module, None))
+        self.places += [Place(module, function) for function in module.all_functions()]
 
     def _subclasses(self, model: Model) -> list[Class]:
         return [c for c in model.owner.module.classes.values() if model.owner in self.repository.bases(c)]
@@ -103,8 +139,7 @@ class Values:
                 continue
             module = self.repository.module(path)
             if module is not None:
-                self.places.append(Place(module, None))
-                self.places += [Place(module, function) for function in module.all_functions()]
+                self._add_places(module)
 
     def _visit(self, place: Place) -> None:
         scope, function = place.scope, place.function
@@ -154,9 +189,7 @@ class Values:
                 self._give(self.arguments, (id(callee), parameter), labels)
         # The callee's file may not have been read for names yet.
         if callee.module.path not in {p.module.path for p in self.places}:
-            module = callee.module
-            self.places.append(Place(module, None))
-            self.places += [Place(module, function) for function in module.all_functions()]
+            self._add_places(callee.module)
             self._changed = True
 
     def callee(self, call: cst.Call, step: Step, place: Place) -> Function | None:
