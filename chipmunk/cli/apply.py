@@ -13,13 +13,16 @@ from chipmunk.cli.options import Json
 
 @command
 def apply(
-    patch_file: Annotated[Path, typer.Argument(help="What `chipmunk diff --output` wrote.", metavar="FILE")],
-    repo: Annotated[Path, typer.Argument(help="The copy of the repository.", metavar="[REPO]")] = Path("."),
+    patch_file: Annotated[Path, typer.Argument(help="What `chipmunk diff --output` wrote.")],
+    repo: Annotated[Path, typer.Argument(help="The copy of the repository.")] = Path("."),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and write nothing.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if there is work to do.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Apply a saved patch file to another copy of the repository."""
+    """Apply a saved patch to another copy.
+
+    The lines may have moved; each must be there exactly, or nothing is written. `chipmunk revert` undoes it.
+    """
     from chipmunk.apply import carry_out, plan_patch_file, recover
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.plan_view import plan_object, show_sites, size_of

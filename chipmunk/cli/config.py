@@ -18,17 +18,17 @@ app = typer.Typer(help="Write, check and show a chipmunk-config.yml.", no_args_i
 
 Place = Annotated[
     Path | None,
-    typer.Argument(help="The file, or its folder; left out, the one that applies here.", metavar="[FILE]"),
+    typer.Argument(help="The file, or its folder; left out, the one that applies here."),
 ]
 
 
 @app.command()
 @command
 def init(
-    place: Annotated[Path, typer.Argument(help="Where to write it: a folder or a file.", metavar="[PATH]")] = Path("."),
+    place: Annotated[Path, typer.Argument(help="Where to write it: a folder or a file.")] = Path("."),
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
-    """Write the default configuration, with a comment on each key."""
+    """Write the default configuration, commented."""
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.terminal import clean, screen
     from chipmunk.config import FILE_NAME
@@ -52,7 +52,7 @@ def init(
 @app.command()
 @command
 def check(place: Place = None, as_json: Json = False) -> None:
-    """Check a configuration: every error with its line, and keys without effect."""
+    """Check a file: each error with its line."""
     from chipmunk.cli.failure import explain, report
     from chipmunk.cli.terminal import print_json, screen, sentence
     from chipmunk.config import ConfigError, load, notes
@@ -83,7 +83,7 @@ def check(place: Place = None, as_json: Json = False) -> None:
 @app.command()
 @command
 def show(place: Place = None, as_json: Json = False) -> None:
-    """Show the configuration that applies, with every default filled in."""
+    """Show what applies, defaults filled in."""
     import yaml
 
     from chipmunk.cli.terminal import clean, print_json, screen
@@ -98,7 +98,7 @@ def show(place: Place = None, as_json: Json = False) -> None:
     source = f"{clean(str(path))}" if path is not None else "no file applies here: these are the defaults"
     out = screen()
     out.print(f"# {source}", soft_wrap=True)
-    out.print(yaml.safe_dump(values, sort_keys=False, default_flow_style=None).rstrip(), soft_wrap=True)
+    out.print(yaml.safe_dump(values, sort_keys=False, default_flow_style=False).rstrip(), soft_wrap=True)
 
 
 @app.command()
@@ -108,7 +108,7 @@ def schema(
         Path | None, typer.Option("--output", "-o", help="Write it to a file instead.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Print the JSON schema, with which an editor completes and checks the file."""
+    """Print the JSON schema, for editors."""
     from chipmunk.cli.terminal import print_json, screen
     from chipmunk.config import json_schema
 

@@ -16,9 +16,12 @@ from chipmunk.cli.failure import Failure, command
 
 @command
 def demo(
-    folder: Annotated[Path, typer.Argument(help="A folder to make, for the starter repository.", metavar="DIR")],
+    folder: Annotated[Path, typer.Argument(help="A folder to make, for the starter repository.")],
 ) -> None:
-    """Write a small FLUX repository and walk through all of it."""
+    """Write a small FLUX repository and try it all.
+
+    Every step is a command that you could type: patch, diff, status, verify, revert, and patch again.
+    """
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.terminal import screen
     from chipmunk.registry import data_path

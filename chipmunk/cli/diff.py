@@ -25,7 +25,11 @@ def diff(
     plugins: Plugins = None,
     as_json: Json = False,
 ) -> None:
-    """Show what patch would change, or what it did change."""
+    """Show what patch would change, or did change.
+
+    In a terminal the diff is coloured, and side by side from 160 columns on. In a pipe or a file it is a patch that
+    `git apply` takes, to the byte.
+    """
     from chipmunk.apply import Store, locate, unified
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.diff_view import show_diff

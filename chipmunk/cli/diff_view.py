@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
+from rich.cells import chop_cells
 from rich.console import Console
 from rich.text import Text
 
@@ -73,24 +75,30 @@ def _beside(hunk: Hunk, columns: int) -> Iterator[Text]:
     added: list[Text] = []
     for sign, text in [*hunk.rows, ("", "")]:
         if sign == "-":
-            removed.append(_cell(old, sign, text, width))
+            removed += _cell(old, sign, text, width)
             old += 1
         elif sign == "+":
-            added.append(_cell(new, sign, text, width))
+            added += _cell(new, sign, text, width)
             new += 1
         elif sign != "\\":
-            for row in range(max(len(removed), len(added))):
-                left = removed[row] if row < len(removed) else Text(" " * width)
-                yield Text.assemble(left, (_GAP, "dim"), added[row] if row < len(added) else "")
+            yield from _rows(removed, added, width)
             removed, added = [], []
         if sign == " ":
-            yield Text.assemble(_cell(old, sign, text, width), (_GAP, "dim"), _cell(new, sign, text, width))
+            yield from _rows(_cell(old, sign, text, width), _cell(new, sign, text, width), width)
             old, new = old + 1, new + 1
 
 
-def _cell(number: int, sign: str, code: str, width: int) -> Text:
-    """One line of one side, cut or filled to `width` columns."""
-    cell = Text.assemble((f"{number:>5} ", "dim"), (f"{sign} {code}", _STYLES[sign]))
-    cell.expand_tabs(4)
-    cell.truncate(width, overflow="ellipsis", pad=True)
-    return cell
+def _rows(left: list[Text], right: list[Text], width: int) -> Iterator[Text]:
+    for before, after in zip_longest(left, right):
+        yield Text.assemble(before if before is not None else " " * width, (_GAP, "dim"), after or "")
+
+
+def _cell(number: int, sign: str, code: str, width: int) -> list[Text]:
+    """One line of one side, on as many rows as it needs; each is filled to `width` columns."""
+    parts = chop_cells(code.expandtabs(4), width - 8) or [""]
+    rows = []
+    for part in parts:
+        row = Text.assemble((f"{number:>5} " if not rows else " " * 6, "dim"), (f"{sign} {part}", _STYLES[sign]))
+        row.pad_right(width - row.cell_len)
+        rows.append(row)
+    return rows

@@ -36,12 +36,16 @@ class Finding:
 @command
 def doctor(
     repo: Annotated[
-        Path | None, typer.Argument(help="A FLUX repository: is it the one that would be imported?", metavar="[REPO]")
+        Path | None, typer.Argument(help="A FLUX repository: is it the one that would be imported?")
     ] = None,
     python: Python = None,
     as_json: Json = False,
 ) -> None:
-    """Say what will run here and what will not, and what to install where."""
+    """Say what will run here, and what is missing.
+
+    Looks at Python, torch, Triton and the GPU, and at what `import chipmunk` and the repository's own package would
+    load. Exits with 1 if something stands in the way.
+    """
     from chipmunk.cli.environment import inspect, packages_of
     from chipmunk.cli.terminal import Waiting, print_json, screen
 

@@ -84,7 +84,7 @@ def explain(error: BaseException) -> Failure:
         )
         return Failure("the configuration cannot be used", places, "chipmunk config check FILE")
     if isinstance(error, SelectionError):
-        return Failure(str(error), next_command="chipmunk patches list   (and: chipmunk targets)")
+        return Failure(str(error), next_command=f"chipmunk {'targets' if 'target' in str(error) else 'patches'} list")
     if isinstance(error, RegistryError):
         return Failure(str(error), next_command="chipmunk patches list")
     if isinstance(error, KeyboardInterrupt):

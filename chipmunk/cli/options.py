@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-Repo = Annotated[Path, typer.Argument(help="The FLUX repository: the folder that holds its code.", metavar="REPO")]
+Repo = Annotated[Path, typer.Argument(help="The FLUX repository: the folder that holds its code.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Only = Annotated[
     list[str] | None,

@@ -30,7 +30,11 @@ def patch(
     python: Python = None,
     as_json: Json = False,
 ) -> None:
-    """Make a FLUX repository run through Chipmunk."""
+    """Make a FLUX repository run through Chipmunk.
+
+    The repository is read, never imported or run. The plan is shown site by site and then carried out: all files are
+    changed or none, and `chipmunk revert` gives every byte back.
+    """
     from chipmunk import apply
     from chipmunk.cli.plan_view import plan_object, show_plan, size_of, tally
     from chipmunk.cli.terminal import print_json, screen
@@ -42,7 +46,6 @@ def patch(
         out = screen()
         _say_recovered(out, recovery)
         show_plan(out, update.plan)
-        out.print()
     planning.refuse_if_nothing_fits(update)
     if writes:
         apply.carry_out(update)
@@ -52,7 +55,7 @@ def patch(
         print_json(plan_object(status, update.plan.target, update.changes, update.plan.sites))
     elif not as_json:
         with suppress(BrokenPipeError):  # the files are written: nothing that happens now changes that
-            out.print(f"{tally(update.plan.sites)}.", soft_wrap=True)
+            out.print(f"\n{tally(update.plan.sites)}.", soft_wrap=True)
             if not work:
                 out.print("Nothing to do: everything that can be patched is.")
             else:

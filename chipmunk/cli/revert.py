@@ -16,7 +16,11 @@ def revert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be restored and write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Undo what patch did: to the byte, or around your own later edits."""
+    """Undo what patch did.
+
+    A file that was not touched since gets its bytes back; from a file that you went on editing only Chipmunk's lines
+    are taken out. Where the two overlap nothing is written, and the places are named.
+    """
     from chipmunk import apply
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.plan_view import plan_object

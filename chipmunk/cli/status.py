@@ -30,7 +30,11 @@ _NEXT = {
 
 @command
 def status(repo: Repo, as_json: Json = False) -> None:
-    """Tell where a repository stands: unpatched, patched, edited since, interrupted."""
+    """Tell where a repository stands, site by site.
+
+    Unpatched, patched, patched and edited since, interrupted half-way, or a journal that is damaged or gone. Changes
+    nothing.
+    """
     from chipmunk import apply
     from chipmunk.cli.plan_view import site_object
     from chipmunk.cli.terminal import print_json, screen

@@ -36,7 +36,11 @@ def verify(
     python: Python = None,
     as_json: Json = False,
 ) -> None:
-    """Prove that the patched repository computes what it did before."""
+    """Prove that the patched code computes the same.
+
+    The original, rebuilt from the journal, and the patched code run in processes of their own, with the repository's
+    own classes at a small size and the same random weights. Your code is run.
+    """
     verify_repository(
         repo, weights=weights, factory=factory, device=device, seed=seed, target=target, plugins=plugins,
         python=python, as_json=as_json,

@@ -1,0 +1,117 @@
+"""The command line as its users meet it: real processes, in a pipe or in a terminal of a given width."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import shutil
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from chipmunk.registry import data_path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The process's environment without what would change how output looks or which Python is found."""
+    dropped = {"COLUMNS", "FORCE_COLOR", "NO_COLOR", "CHIPMUNK_CONFIG", "VIRTUAL_ENV", "CONDA_PREFIX", "TERM"}
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return {**kept, "PYTHONPATH": path, "PATH": tools, "TERM": "xterm", **more}
+
+
+def chipmunk(*words: str | Path, cwd: Path | None = None, **more: str) -> Done:
+    """Run `chipmunk` in a process whose output is a pipe."""
+    done = subprocess.run(
+        [sys.executable, "-m", "chipmunk.cli", *map(str, words)],
+        capture_output=True,
+        cwd=cwd,
+        env=environment(**more),
+        check=False,
+    )
+    return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def in_terminal(*words: str | Path, columns: int, cwd: Path | None = None) -> Done:
+    """Run `chipmunk` in a terminal; `out` is everything that it wrote there."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "chipmunk.cli", *map(str, words)],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        cwd=cwd,
+        env=environment(),
+    )
+    os.close(follower)
+    written = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:  # Linux: the other end was closed
+            break
+        if not part:
+            break
+        written += part
+    os.close(leader)
+    return Done(process.wait(), written.decode().replace("\r\n", "\n"), "")
+
+
+@pytest.fixture(scope="session")
+def _starters(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The starter repository, as it is and patched."""
+    folder = tmp_path_factory.mktemp("starters")
+    plain, patched = folder / "plain", folder / "patched"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(data_path("templates") / "flux-starter", plain, ignore=ignored)
+    shutil.copytree(plain, patched)
+    assert chipmunk("patch", patched).code == 0
+    return plain, patched
+
+
+@pytest.fixture
+def starter(_starters: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the starter repository, unpatched."""
+    return Path(shutil.copytree(_starters[0], tmp_path / "starter"))
+
+
+@pytest.fixture
+def patched(_starters: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A copy of the starter repository, patched."""
+    return Path(shutil.copytree(_starters[1], tmp_path / "patched"))
+
+
+@pytest.fixture
+def snapshot() -> Callable[[Path], dict[str, bytes]]:
+    """Every file below a folder with its bytes."""
+
+    def take(folder: Path) -> dict[str, bytes]:
+        return {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+
+    return take
