@@ -108,11 +108,11 @@ def steps_at_most(iterable: object) -> int | None:
     Looks into `zip`, `enumerate`, `reversed` and Python's own iterators; asks everything else for its `len`.
     """
     if type(iterable) is zip:
-        pieces: tuple[Any, ...] = iterable.__reduce__()[1]
-        known = [count for count in map(steps_at_most, pieces) if count is not None]
+        state: tuple[Any, ...] = tuple(iterable.__reduce__())
+        known = [count for count in map(steps_at_most, state[1]) if count is not None]
         return min(known, default=None)
     if type(iterable) is enumerate:
-        return steps_at_most(iterable.__reduce__()[1][0])  # type: ignore[index]
+        return steps_at_most(iterable.__reduce__()[1][0])
     if type(iterable) in _EXACT_ITERATORS:
         return length_hint(iterable)
     try:
