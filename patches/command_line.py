@@ -7,8 +7,6 @@ is loaded: functions handed to Fire, commands of typer and click, and code that 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import libcst as cst
 
 from chipmunk.registry import Example
@@ -27,14 +25,6 @@ OPTION = "chipmunk_config"
 HELP = "Chipmunk configuration file; without one, the model runs as before"
 
 
-@dataclass(frozen=True)
-class _Load:
-    """Where the model gets its name: `model = load_flow_model(...)`."""
-
-    binding: Binding
-    model: int
-
-
 def rule(context: Context) -> None:
     commands = _commands(context)
     used: set[str] = set()
@@ -44,7 +34,7 @@ def rule(context: Context) -> None:
             continue
         source = place.module.source
         kind = commands.get(id(place.function.node)) if place.function is not None else None
-        arguments = _arguments_name(context, place, loads[0].binding.step)
+        arguments = _arguments_name(context, place, loads[0].step)
         if kind is not None and place.function is not None:
             done = _add_option(context, place.function, kind)
             _enable(context, place, loads, OPTION, done, f"the command line runs {place.name}, which loads the model")
@@ -58,24 +48,25 @@ def rule(context: Context) -> None:
                 True,
                 f"{place.name} loads the model and has the parsed arguments",
             )
-        elif not _hands_on(context, place, loads[0]):
+        elif not _hands_on(context, place):
             reason = "the command line's options do not reach this place: set CHIPMUNK_CONFIG instead"
-            context.left_dense(source, loads[0].binding.step.node, reason)
+            context.left_dense(source, loads[0].step.node, reason)
     _add_arguments(context, used)
 
 
 # Finding
 
 
-def _loads(context: Context, place: Place) -> list[_Load]:
-    """The first assignment of each name that gets the model from a call: a constructor, or a function that returns one."""
-    found: dict[str, _Load] = {}
-    for name, bindings in place.scope.bindings.items():
-        for binding in bindings:
-            model = context.values.model_of(context.values.bound(binding, place))
-            if model is not None and isinstance(binding.value, cst.Call) and not _same_name(binding):
-                found.setdefault(name, _Load(binding, model))
-    return list(found.values())
+def _loads(context: Context, place: Place) -> list[Binding]:
+    """Assignments that get the model from a call: of its constructor, or of a function that returns one."""
+    return [
+        binding
+        for bindings in place.scope.bindings.values()
+        for binding in bindings
+        if isinstance(binding.value, cst.Call)
+        and not _same_name(binding)
+        and context.values.model_of(context.values.bound(binding, place)) is not None
+    ]
 
 
 def _same_name(binding: Binding) -> bool:
@@ -83,7 +74,7 @@ def _same_name(binding: Binding) -> bool:
     return binding.value is not None and any(dotted(node) == binding.name for node in walk(binding.value))
 
 
-def _hands_on(context: Context, place: Place, load: _Load) -> bool:
+def _hands_on(context: Context, place: Place) -> bool:
     """Whether the function returns the model: then its callers are the ones to enable it."""
     return place.function is not None and id(place.function) in context.values.returns
 
@@ -167,21 +158,31 @@ def _arguments_name(context: Context, place: Place, step: Step) -> tuple[str, fr
 # Changing
 
 
-def _enable(context: Context, place: Place, loads: list[_Load], option: str, option_done: bool, reason: str) -> None:
-    source, scope = place.module.source, place.scope
-    for load in loads:
-        step, name = load.binding.step, load.binding.name
-        if _is_enabled(context, place, name):
+def _enable(context: Context, place: Place, loads: list[Binding], option: str, option_done: bool, reason: str) -> None:
+    source = place.module.source
+    after: dict[cst.CSTNode, Binding] = {_after_branches(context, place, load): load for load in reversed(loads)}
+    for statement, load in after.items():
+        if _is_enabled(context, place, load.name):
             if option_done:
-                context.already(source, step.node, "Chipmunk is enabled on the model after it is loaded")
+                context.already(source, load.step.node, "Chipmunk is enabled on the model after it is loaded")
             else:
-                context.patched(source, step.node, reason)
+                context.patched(source, load.step.node, reason)
             continue
-        statement = _after_branches(scope, load.binding)
         indentation = source.indentation(statement)
         at = _end_of(source.text, source.span(statement)[1])
-        context.edit(source, at, at, f"\n{indentation}{context.runtime(source)}.enable({name}, {option})")
-        context.patched(source, step.node, reason)
+        context.edit(source, at, at, f"\n{indentation}{context.runtime(source)}.enable({load.name}, {option})")
+        others = "; where another branch puts an engine in its place, no patched code runs"
+        context.patched(source, load.step.node, reason + (others if _has_other(context, place, load) else ""))
+
+
+def _has_other(context: Context, place: Place, load: Binding) -> bool:
+    """Whether another branch gives the name something that is no model."""
+    return any(
+        other is node and branch != other_branch and context.values.model_of(context.values.bound(b, place)) is None
+        for b in place.scope.bindings.get(load.name, ())
+        for other, other_branch in b.step.chain
+        for node, branch in load.step.chain
+    )
 
 
 def _end_of(text: bytes, end: int) -> int:
@@ -202,31 +203,26 @@ def _is_enabled(context: Context, place: Place, name: str) -> bool:
     )
 
 
-def _after_branches(scope: Scope, binding: Binding) -> cst.CSTNode:
-    """The statement after which the model is there: the assignment, or the outermost `if` all of whose branches assign it."""
+def _after_branches(context: Context, place: Place, binding: Binding) -> cst.CSTNode:
+    """The statement after which the model is there: the assignment, or an `if` whose every branch loads the model."""
     statement: cst.CSTNode = binding.step.statement
-    chain = list(binding.step.chain)
-    while chain and isinstance(chain[-1][0], cst.If):
-        node = chain[-1][0]
-        assert isinstance(node, cst.If)
-        if not _assigned_in_all(scope, node, binding.name):
+    for node, _ in reversed(binding.step.chain):
+        if not isinstance(node, cst.If):
             break
-        statement = node
-        chain.pop()
-        # An `elif` is an `if` in the other branch of the one that matters.
-        while (
-            chain and chain[-1][1] == "orelse" and isinstance(chain[-1][0], cst.If) and chain[-1][0].orelse is statement
-        ):
-            statement = chain.pop()[0]
+        if _loads_in_all(context, place, node, binding.name):
+            statement = node
     return statement
 
 
-def _assigned_in_all(scope: Scope, node: cst.If, name: str) -> bool:
-    """Whether each branch of the `if` assigns the name, or it had a value before."""
-    head = next(step for step in scope.steps if step.node is node)
-    before = [b for b in scope.bindings.get(name, ()) if b.step.index < head.index]
-    branches = {branch for b in scope.bindings.get(name, ()) for other, branch in b.step.chain if other is node}
-    return bool(before) or branches >= {"body", "orelse"}
+def _loads_in_all(context: Context, place: Place, node: cst.If, name: str) -> bool:
+    """Whether each branch of the `if` gives the name a model, and none gives it anything else (a TensorRT engine, say)."""
+    inside = [b for b in place.scope.bindings.get(name, ()) if any(other is node for other, _ in b.step.chain)]
+    if any(context.values.model_of(context.values.bound(b, place)) is None for b in inside):
+        return False
+    branches = {branch for b in inside for other, branch in b.step.chain if other is node}
+    if branches < {"body", "orelse"}:
+        return False
+    return not isinstance(node.orelse, cst.If) or _loads_in_all(context, place, node.orelse, name)
 
 
 def _add_option(context: Context, function: Function, kind: str) -> bool:
