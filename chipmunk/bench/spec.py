@@ -1,0 +1,54 @@
+"""What the parent process tells a benchmark worker."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chipmunk.rewrite.plan import ModelFacts
+from chipmunk.verify.spec import facts_from_json
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One worker's order."""
+
+    side: str
+    """`original` or `patched`."""
+    root: Path
+    facts: ModelFacts
+    target: Path
+    """The target's file."""
+    out: Path
+    """Where the `Run`s are written, one JSON object a line."""
+    sizes: tuple[tuple[int, int], ...]
+    """Width and height of each picture, pixels."""
+    steps: int = 50
+    batch: int = 1
+    images: int = 4
+    text_tokens: int = 512
+    dtype: str = "bfloat16"
+    device: str = "cuda"
+    compile: bool = True
+    seed: int = 0
+    config: Path | None = None
+    """`chipmunk-config.yml` of the patched side; the defaults without one."""
+    weights: Path | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Constructor arguments that replace those of the full size, `{"depth": 2}` say."""
+    match_seconds: dict[str, float] = field(default_factory=dict)
+    """By size, the time that a run of fewer dense steps has to fit into."""
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), default=str, indent=1))
+
+    @staticmethod
+    def read(path: Path) -> Spec:
+        data = json.loads(path.read_text())
+        for name in ("root", "target", "out", "config", "weights"):
+            data[name] = None if data[name] is None else Path(data[name])
+        data["sizes"] = tuple((width, height) for width, height in data["sizes"])
+        data["facts"] = facts_from_json(data["facts"])
+        return Spec(**data)
