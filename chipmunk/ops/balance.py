@@ -88,3 +88,21 @@ def arrive(arrivals, tile, whole, expected):
     tl.debug_barrier()  # every thread's part is written before one thread says so
     before = tl.atomic_add(arrivals + (tile - whole), 1, sem="acq_rel", scope="gpu")
     return before == expected - 1
+
+
+@triton.jit
+def split_columns(acc, split: tl.constexpr):
+    """`acc` (rows, columns) as a tuple of `split` (1, 2 or 4) blocks of columns: an epilogue then needs few registers."""
+    rows: tl.constexpr = acc.shape[0]
+    columns: tl.constexpr = acc.shape[1]
+    if split == 1:
+        blocks = (acc,)
+    else:
+        low, high = acc.reshape(rows, 2, columns // 2).permute(0, 2, 1).split()
+        if split == 2:
+            blocks = (low, high)
+        else:
+            first, second = low.reshape(rows, 2, columns // 4).permute(0, 2, 1).split()
+            third, fourth = high.reshape(rows, 2, columns // 4).permute(0, 2, 1).split()
+            blocks = (first, second, third, fourth)
+    return blocks

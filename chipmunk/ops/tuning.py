@@ -62,7 +62,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Programs that a persistent grid has: one for each multiprocessor; a few in the interpreter, to share work there too."""
+    """How many multiprocessors share the work of a persistent grid; a few in the interpreter, to share it there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
@@ -81,7 +81,7 @@ def parameters(
     """The launch parameters for `operator` on inputs of `shape_class`.
 
     candidates: parameters with the bytes of shared memory they take, best guess first. trial: runs the operator once on
-    scratch copies of the inputs; it is called only where nothing is known about this GPU and no graph is being captured.
+    scratch copies of what it mutates; called only where nothing is known of this GPU and no graph is being captured.
     """
     if operator in override:
         return override[operator]

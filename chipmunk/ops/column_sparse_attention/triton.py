@@ -2,8 +2,8 @@
 
 A program owns `rows` query rows of one group of one head and walks the group's list, `keys` at a time; the indices of
 the next tile are loaded one step ahead of its keys. With `ahead`, the scores of a tile are started before the previous
-tile's softmax, so that the tensor cores work during the exponentials. What `keys` does not divide is a last, narrower
-tile, the only one with a mask.
+tile's softmax, so that the tensor cores work during the exponentials. What `keys` does not divide is a narrower
+tile, the only one with a mask; it comes first, for behind the loop it would make ptxas serialize the loop's products.
 """
 
 from __future__ import annotations
@@ -172,6 +172,15 @@ def _kernel(
     largest = tl.full((rows,), float("-inf"), tl.float32)
     total = tl.zeros((rows,), tl.float32)
     acc = tl.zeros((rows, width), tl.float32)
+    if rest:
+        last = full * keys + tl.arange(0, rest)
+        inside = last < kept
+        last_key = tl.load(chosen + last, mask=inside, other=0)[:, None]
+        last_scores = tl.dot(queries, tl.load(k + (last_key * stride_kn + channel[None, :])).T)
+        last_values = tl.load(v + (last_key * stride_vn + channel[None, :]))
+        last_scores = tl.where(inside[None, :], last_scores, float("-inf"))
+        acc, largest, total = _attend(last_scores, last_values, acc, largest, total, scale)
+
     lane = tl.arange(0, keys)
     key = tl.load(chosen + lane, mask=lane < kept, other=0)
     if ahead:
@@ -180,7 +189,8 @@ def _kernel(
         for step in range(1, full):
             next_scores = tl.dot(queries, tl.load(k + (next_key[:, None] * stride_kn + channel[None, :])).T)
             values = tl.load(v + (key[:, None] * stride_vn + channel[None, :]))
-            key = next_key
+            # both lists are read again, one step ahead: handing `next_key` on would keep the loop from being pipelined
+            key = tl.load(chosen + step * keys + lane)
             next_key = tl.load(chosen + (step + 1) * keys + lane, mask=lane < kept - (step + 1) * keys, other=0)
             acc, largest, total = _attend(scores, values, acc, largest, total, scale)
             scores = next_scores
@@ -192,15 +202,6 @@ def _kernel(
             values = tl.load(v + (key[:, None] * stride_vn + channel[None, :]))
             key = tl.load(chosen + (step + 1) * keys + lane, mask=lane < kept - (step + 1) * keys, other=0)
             acc, largest, total = _attend(tl.dot(queries, key_rows.T), values, acc, largest, total, scale)
-    if rest:
-        last = full * keys + tl.arange(0, rest)
-        inside = last < kept
-        key = tl.load(chosen + last, mask=inside, other=0)
-        key_rows = tl.load(k + (key[:, None] * stride_kn + channel[None, :]))
-        values = tl.load(v + (key[:, None] * stride_vn + channel[None, :]))
-        scores = tl.where(inside[None, :], tl.dot(queries, key_rows.T), float("-inf"))
-        acc, largest, total = _attend(scores, values, acc, largest, total, scale)
-
     acc = acc / total[:, None]
     if negate:
         acc = -acc

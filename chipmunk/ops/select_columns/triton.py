@@ -1,8 +1,8 @@
 """Selection in one Triton kernel, a program a row: no sort, no host synchronisation.
 
-The k-th largest score is found bit by bit (32 counts over the row, held in registers) on the scores' bits, mapped so that
-unsigned integers are ordered as the floats are. A running count then says for each column how many chosen ones come
-before it: that is its place in the result, which is ascending for nothing, and it settles ties in favour of lower columns.
+The k-th largest score is found bit by bit (32 counts over the row, held in registers) on the scores' bits, mapped so
+that unsigned integers are ordered as the floats are. A running count then says for each column how many chosen ones
+come before it: that is its place in the result, which is ascending for nothing, and ties go to the lower column.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _mix(h):
 
 @triton.jit
 def _kth_largest(ordered, wanted):
-    """The `wanted`-th largest of unsigned 32-bit integers: the largest threshold that at least `wanted` of them reach."""
+    """The `wanted`-th largest of unsigned 32-bit integers: the largest threshold that `wanted` of them reach."""
     threshold = tl.full((), 0, tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(32):

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk.ops import balance, tuning
-from chipmunk.ops.balance import arrive, contributors, piece, pieces, slot
+from chipmunk.ops.balance import arrive, contributors, piece, pieces, slot, split_columns
 from chipmunk.ops.dispatch import groups_of
 
 _CANDIDATES = [
@@ -33,7 +33,10 @@ def unsupported(
         return f"x in {x.dtype}, weight in {weight.dtype}"
     if x.numel() == 0:
         return "an empty input"
-    if max(x.shape[1] * x.stride(1), *(size * step for size, step in zip(weight.shape, weight.stride()))) >= 2**31:
+    if (
+        max(x.shape[1] * x.stride(1), *(size * step for size, step in zip(weight.shape, weight.stride(), strict=True)))
+        >= 2**31
+    ):
         return "offsets past 32 bits"
     return tuning.device_reason(x)
 
@@ -69,7 +72,8 @@ def _run(
     groups, parts = groups_of(tokens, group), groups_of(group, rows)
     tiles = batch * groups * parts * triton.cdiv(kept, neurons)
     steps = triton.cdiv(width, depth)
-    share = balance.share(tiles, steps, tuning.multiprocessors(x.device), bool(parameters.get("balanced", 1)))
+    programs = tuning.multiprocessors(x.device) * parameters.get("per_sm", 1)
+    share = balance.share(tiles, steps, programs, bool(parameters.get("balanced", 1)))
     partial_sums, arrivals = share.workspace(tiles, rows * neurons, x.device)
     _kernel[(share.programs,)](
         x,
@@ -118,19 +122,16 @@ def _activation(h, tanh: tl.constexpr):
 def _finish(
     acc,
     first_row,
-    tokens,
+    limit,
     first_column,
     kept,
-    batch,
     bias,
     chosen,
     cache,
     delta,
     stride_bias,
-    stride_cb,
     stride_cn,
     stride_cf,
-    limit,
     rows: tl.constexpr,
     columns: tl.constexpr,
     has_bias: tl.constexpr,
@@ -144,12 +145,11 @@ def _finish(
         acc += tl.load(bias + neuron * stride_bias)[None, :].to(tl.float32)
     new = _activation(acc, tanh)
     mask = (row < limit)[:, None] & (column < kept)[None, :]
-    place = cache + batch.to(tl.int64) * stride_cb
-    place += row.to(tl.int64)[:, None] * stride_cn + neuron.to(tl.int64)[None, :] * stride_cf
+    place = cache + (row[:, None] * stride_cn + neuron[None, :] * stride_cf)
     old = tl.load(place, mask=mask, other=0.0)
     new = new.to(old.dtype)
     tl.store(place, new, mask=mask)
-    out = delta + (batch.to(tl.int64) * tokens + row.to(tl.int64))[:, None] * kept + column[None, :]
+    out = delta + (row[:, None] * kept + column[None, :])
     tl.store(out, (new.to(tl.float32) - old.to(tl.float32)).to(delta.dtype.element_ty), mask=mask)
 
 
@@ -203,6 +203,8 @@ def _kernel(
         first_row = group_index * group + (row_tile % parts) * rows
         limit = tl.minimum(tokens, (group_index + 1) * group)
         chosen = indices + (row_tile // parts).to(tl.int64) * kept
+        cached = cache + batch.to(tl.int64) * stride_cb
+        out = delta + batch.to(tl.int64) * tokens * kept
 
         row = tl.minimum(first_row + tl.arange(0, rows), tokens - 1)  # rows past the end are computed, never stored
         column = first_column + tl.arange(0, neurons)
@@ -227,38 +229,20 @@ def _kernel(
 
         part: tl.constexpr = neurons // split
         if (first == 0) & (last == steps):
-            if split == 4:
-                halves = acc.reshape(rows, 2, neurons // 2).permute(0, 2, 1)
-                low, high = halves.split()
-                acc0, acc1 = low.reshape(rows, 2, part).permute(0, 2, 1).split()
-                acc2, acc3 = high.reshape(rows, 2, part).permute(0, 2, 1).split()
-                _finish(acc0, first_row, tokens, first_column, kept, batch, bias, chosen, cache, delta, stride_bias,
-                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
-                _finish(acc1, first_row, tokens, first_column + part, kept, batch, bias, chosen, cache, delta, stride_bias,
-                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
-                _finish(acc2, first_row, tokens, first_column + 2 * part, kept, batch, bias, chosen, cache, delta, stride_bias,
-                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
-                _finish(acc3, first_row, tokens, first_column + 3 * part, kept, batch, bias, chosen, cache, delta, stride_bias,
-                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
-            elif split == 2:
-                low, high = acc.reshape(rows, 2, part).permute(0, 2, 1).split()
-                _finish(low, first_row, tokens, first_column, kept, batch, bias, chosen, cache, delta, stride_bias,
-                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
-                _finish(high, first_row, tokens, first_column + part, kept, batch, bias, chosen, cache, delta, stride_bias,
-                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
-            else:
-                _finish(acc, first_row, tokens, first_column, kept, batch, bias, chosen, cache, delta, stride_bias,
-                        stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
+            blocks = split_columns(acc, split)
+            for index in tl.static_range(split):
+                _finish(blocks[index], first_row, limit, first_column + index * part, kept, bias, chosen, cached, out,
+                        stride_bias, stride_cn, stride_cf, rows, part, has_bias, tanh)  # fmt: skip
         else:
             at = tl.arange(0, rows)[:, None] * neurons + tl.arange(0, neurons)[None, :]
             tl.store(partial_sums + slot(tile, program, steps, whole, run).to(tl.int64) * (rows * neurons) + at, acc)
             first_part, end_part = contributors(tile, steps, whole, run)
             if arrive(arrivals, tile, whole, end_part - first_part):
-                for piece_of in range(split):
-                    at = tl.arange(0, rows)[:, None] * neurons + (piece_of * part + tl.arange(0, part))[None, :]
+                for index in range(split):
+                    spot = tl.arange(0, rows)[:, None] * neurons + (index * part + tl.arange(0, part))[None, :]
                     total = tl.zeros((rows, part), dtype=tl.float32)
                     for other in range(first_part, end_part):
                         from_slot = slot(tile, other, steps, whole, run).to(tl.int64) * (rows * neurons)
-                        total += tl.load(partial_sums + from_slot + at, cache_modifier=".cg")
-                    _finish(total, first_row, tokens, first_column + piece_of * part, kept, batch, bias, chosen, cache,
-                            delta, stride_bias, stride_cb, stride_cn, stride_cf, limit, rows, part, has_bias, tanh)  # fmt: skip
+                        total += tl.load(partial_sums + from_slot + spot, cache_modifier=".cg")
+                    _finish(total, first_row, limit, first_column + index * part, kept, bias, chosen, cached, out,
+                            stride_bias, stride_cn, stride_cf, rows, part, has_bias, tanh)  # fmt: skip

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk.ops import balance, tuning
-from chipmunk.ops.balance import arrive, contributors, piece, pieces, slot
+from chipmunk.ops.balance import arrive, contributors, piece, pieces, slot, split_columns
 from chipmunk.ops.dispatch import groups_of
 
 _CANDIDATES = [
@@ -32,7 +32,12 @@ def unsupported(delta: Tensor, weight: Tensor, indices: Tensor, out_cache: Tenso
         return f"delta in {delta.dtype}, weight in {weight.dtype}"
     if delta.numel() == 0:
         return "an empty input"
-    if max(delta.shape[1] * delta.stride(1), *(n * step for n, step in zip(weight.shape, weight.stride()))) >= 2**31:
+    if (
+        max(
+            delta.shape[1] * delta.stride(1), *(n * step for n, step in zip(weight.shape, weight.stride(), strict=True))
+        )
+        >= 2**31
+    ):
         return "offsets past 32 bits"
     return tuning.device_reason(delta)
 
@@ -62,7 +67,8 @@ def _run(
     groups, parts = groups_of(tokens, group), groups_of(group, rows)
     tiles = batch * groups * parts * triton.cdiv(width, columns)
     steps = triton.cdiv(kept, depth)
-    share = balance.share(tiles, steps, tuning.multiprocessors(delta.device), bool(parameters.get("balanced", 1)))
+    programs = tuning.multiprocessors(delta.device) * parameters.get("per_sm", 1)
+    share = balance.share(tiles, steps, programs, bool(parameters.get("balanced", 1)))
     partial_sums, arrivals = share.workspace(tiles, rows * columns, delta.device)
     _kernel[(share.programs,)](
         delta,
@@ -179,30 +185,20 @@ def _kernel(
 
         part: tl.constexpr = columns // split
         if (first == 0) & (last == steps):
-            if split == 4:
-                low, high = acc.reshape(rows, 2, columns // 2).permute(0, 2, 1).split()
-                acc0, acc1 = low.reshape(rows, 2, part).permute(0, 2, 1).split()
-                acc2, acc3 = high.reshape(rows, 2, part).permute(0, 2, 1).split()
-                _finish(acc0, out, first_row, first_column, limit, width, stride_on, stride_oc, rows, part)
-                _finish(acc1, out, first_row, first_column + part, limit, width, stride_on, stride_oc, rows, part)
-                _finish(acc2, out, first_row, first_column + 2 * part, limit, width, stride_on, stride_oc, rows, part)
-                _finish(acc3, out, first_row, first_column + 3 * part, limit, width, stride_on, stride_oc, rows, part)
-            elif split == 2:
-                low, high = acc.reshape(rows, 2, part).permute(0, 2, 1).split()
-                _finish(low, out, first_row, first_column, limit, width, stride_on, stride_oc, rows, part)
-                _finish(high, out, first_row, first_column + part, limit, width, stride_on, stride_oc, rows, part)
-            else:
-                _finish(acc, out, first_row, first_column, limit, width, stride_on, stride_oc, rows, part)
+            blocks = split_columns(acc, split)
+            for index in tl.static_range(split):
+                block_column = first_column + index * part
+                _finish(blocks[index], out, first_row, block_column, limit, width, stride_on, stride_oc, rows, part)
         else:
             at = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
             tl.store(partial_sums + slot(tile, program, steps, whole, run).to(tl.int64) * (rows * columns) + at, acc)
             first_part, end_part = contributors(tile, steps, whole, run)
             if arrive(arrivals, tile, whole, end_part - first_part):
-                for piece_of in range(split):
-                    at = tl.arange(0, rows)[:, None] * columns + (piece_of * part + tl.arange(0, part))[None, :]
+                for index in range(split):
+                    spot = tl.arange(0, rows)[:, None] * columns + (index * part + tl.arange(0, part))[None, :]
                     total = tl.zeros((rows, part), dtype=tl.float32)
                     for other in range(first_part, end_part):
                         from_slot = slot(tile, other, steps, whole, run).to(tl.int64) * (rows * columns)
-                        total += tl.load(partial_sums + from_slot + at, cache_modifier=".cg")
-                    _finish(total, out, first_row, first_column + piece_of * part, limit, width, stride_on, stride_oc,
-                            rows, part)  # fmt: skip
+                        total += tl.load(partial_sums + from_slot + spot, cache_modifier=".cg")
+                    block_column = first_column + index * part
+                    _finish(total, out, first_row, block_column, limit, width, stride_on, stride_oc, rows, part)

@@ -1,0 +1,522 @@
+"""Operators on a GPU: `python -m chipmunk.bench.ops` checks each against float64, then times it against dense PyTorch.
+
+    python -m chipmunk.bench.ops                        # check and time
+    python -m chipmunk.bench.ops --only check
+    python -m chipmunk.bench.ops --only time --variants all --json result.json
+
+Errors are ‖out − exact‖ / ‖exact‖; the bound is twice that of PyTorch's own operators in the same dtype on the
+same numbers. Uninitialised memory, outputs and workspaces alike, is filled with NaN first, and each call is repeated and
+must give the same bits. Times are medians of graph replays over several sets of inputs, so that no set stays in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from chipmunk import ops
+from chipmunk.ops import tuning
+
+Run = Callable[[], Any]
+HEADS, WIDTH, HIDDEN, NEURONS = 24, 128, 3072, 12288  # FLUX.1-dev
+INPUT_SETS = 3
+
+
+# --------------------------------------------------------------------------------------------------------- inputs
+def _columns(batch: Sequence[int], columns: int, kept: int, device: str = "cuda") -> Tensor:
+    """Random lists of `kept` of `columns`, ascending: (…, kept) int32."""
+    scores = torch.rand(*batch, columns, device=device)
+    return scores.topk(kept, dim=-1).indices.sort(dim=-1).values.int()
+
+
+def _qkv(
+    tokens: int, heads: int = HEADS, width: int = WIDTH, batch: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """q, k, v (B, H, N, D) as views of one packed projection, which is how a model produces them."""
+    packed = torch.randn(batch, tokens, 3, heads, width, device="cuda", dtype=dtype)
+    return packed.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+@dataclass
+class Mlp:
+    """One MLP's tensors; the second weight's transpose is contiguous, as the runtime keeps it on a GPU."""
+
+    x: Tensor
+    weight_in: Tensor
+    bias: Tensor
+    weight_out: Tensor
+    indices: Tensor
+    act_cache: Tensor
+    out_cache: Tensor
+
+
+def _mlp(
+    tokens: int,
+    kept: int,
+    group: int = 128,
+    width: int = HIDDEN,
+    neurons: int = NEURONS,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    transposed_cache: bool = True,
+    transposed_weight: bool = True,
+) -> Mlp:
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+    cache = random(batch, tokens, neurons)
+    weight_out = random(width, neurons, scale=neurons**-0.5)
+    return Mlp(
+        random(batch, tokens, width),
+        random(neurons, width, scale=width**-0.5),
+        random(neurons),
+        weight_out.T.contiguous().T if transposed_weight else weight_out,
+        _columns((batch, -(-tokens // group)), neurons, kept),
+        cache.transpose(1, 2).contiguous().transpose(1, 2) if transposed_cache else cache,
+        random(batch, tokens, width),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- checks
+@dataclass
+class Check:
+    name: str
+    error: float
+    bound: float
+    repeatable: bool
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound and self.repeatable
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory holds NaN, or the largest integer."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    before, mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=mode)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    """‖out − exact‖ / ‖exact‖ in float64; NaN anywhere gives infinity."""
+    difference = float((out.double() - exact).norm() / exact.norm())
+    return difference if difference == difference else float("inf")
+
+
+def _twice(run: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], bool]:
+    with poisoned():
+        first, second = run(), run()
+    return first, all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def check_attention(
+    tokens: int, kept: int, group: int, width: int, dtype: torch.dtype, batch: int = 1
+) -> Iterator[Check]:
+    heads, scale = 3, width**-0.5
+    q, k, v = _qkv(tokens, heads, width, batch, dtype)
+    label = f"N={tokens} K={kept} group={group} D={width} B={batch} {str(dtype)[6:]}"
+    exact_q, exact_k, exact_v = q.double(), k.double(), v.double()
+    exact_out, exact_sums = ops.attention_with_column_sums(exact_q, exact_k, exact_v, group, scale, "reference")
+    dense = functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    bound = 2 * error(dense, exact_out)
+    (out, sums), same = _twice(lambda: ops.attention_with_column_sums(q, k, v, group, scale, "triton"))
+    yield Check(f"attention_with_column_sums, output, {label}", error(out, exact_out), bound, same)
+    yield Check(f"attention_with_column_sums, sums, {label}", error(sums, exact_sums), bound, same)
+    indices = _columns((batch, heads, -(-tokens // group)), tokens, kept)
+    addend = torch.randn(batch, tokens, heads, width, device="cuda", dtype=dtype).transpose(1, 2)
+    for added, subtract in ((None, False), (addend, False), (addend, True)):
+        wanted = ops.column_sparse_attention(
+            exact_q,
+            exact_k,
+            exact_v,
+            indices,
+            None if added is None else added.double(),
+            group,
+            scale,
+            subtract,
+            "reference",
+        )
+        args = (q, k, v, indices, added, group, scale, subtract)
+        (out,), same = _twice(lambda args=args: (ops.column_sparse_attention(*args, "triton"),))
+        sign = "" if added is None else ("−" if subtract else "+")
+        yield Check(f"column_sparse_attention {sign} {label}", error(out, wanted), bound, same)
+
+
+def check_mlp(
+    tokens: int, kept: int, group: int, activation: str, dtype: torch.dtype, **options: Any
+) -> Iterator[Check]:
+    m = _mlp(tokens, kept, group, dtype=dtype, **options)
+    label = f"M={tokens} K={kept} group={group} {activation} {str(dtype)[6:]} {options or ''}"
+    exact_cache, exact_out = m.act_cache.double(), m.out_cache.double()
+    bias = m.bias.double()
+    wanted = ops.sparse_mlp_in(
+        m.x.double(), m.weight_in.double(), bias, m.indices, exact_cache, group, activation, "reference"
+    )
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    rows = torch.arange(tokens, device="cuda") // group
+    chosen = m.indices[:, rows].long()
+    dense = functional.gelu(functional.linear(m.x, m.weight_in, m.bias), approximate=approximate).gather(-1, chosen)
+    cached = m.act_cache.gather(-1, chosen)
+
+    def run_in() -> tuple[Tensor, Tensor]:
+        cache = m.act_cache.clone(memory_format=torch.preserve_format)
+        return ops.sparse_mlp_in(m.x, m.weight_in, m.bias, m.indices, cache, group, activation, "triton"), cache
+
+    (delta, cache), same = _twice(run_in)
+    yield Check(f"sparse_mlp_in, delta, {label}", error(delta, wanted), 2 * error(dense - cached, wanted), same)
+    exact_new = exact_cache.gather(-1, chosen)
+    yield Check(
+        f"sparse_mlp_in, cache, {label}", error(cache.gather(-1, chosen), exact_new), 2 * error(dense, exact_new), same
+    )
+    untouched = torch.ones_like(cache, dtype=torch.bool).scatter_(-1, chosen, False)
+    kept_rest = bool((cache == m.act_cache)[untouched].all())
+    yield Check(f"sparse_mlp_in, rest of the cache, {label}", 0.0 if kept_rest else 1.0, 0.5, True)
+
+    ops.sparse_mlp_out(delta.double(), m.weight_out.double(), m.indices, exact_out, group, "reference")
+    spread = torch.zeros_like(cache).scatter_(-1, chosen, delta)
+    dense_out = m.out_cache + functional.linear(spread, m.weight_out)
+
+    def run_out() -> tuple[Tensor]:
+        out = m.out_cache.clone()
+        ops.sparse_mlp_out(delta, m.weight_out, m.indices, out, group, "triton")
+        return (out,)
+
+    (out,), same = _twice(run_out)
+    yield Check(f"sparse_mlp_out, {label}", error(out, exact_out), 2 * error(dense_out, exact_out), same)
+
+
+def check_selection(shape: tuple[int, ...], keep: int, random: int) -> Iterator[Check]:
+    scores = torch.rand(shape, device="cuda")
+    seed = torch.randint(0, 1000, (3,), device="cuda")
+    for name, values in (("", scores), (" with ties", (scores * 50).round()), (" all equal", torch.zeros_like(scores))):
+        (out,), same = _twice(lambda values=values: (ops.select_columns(values, seed, keep, random, "triton"),))
+        wanted = ops.select_columns(values, seed, keep, random, "reference")
+        equal = torch.equal(out, wanted)
+        yield Check(f"select_columns {shape} {keep} + {random}{name}", 0.0 if equal else 1.0, 0.5, same)
+
+
+def checks() -> Iterator[Check]:
+    bf16, fp16 = torch.bfloat16, torch.float16
+    yield from check_attention(4352, 672, 128, 128, bf16)
+    yield from check_attention(1091, 163, 192, 128, bf16, batch=2)
+    yield from check_attention(777, 320, 128, 64, fp16)
+    yield from check_attention(300, 300, 64, 64, bf16, batch=2)
+    yield from check_attention(515, 16, 256, 128, fp16)
+    yield from check_mlp(4352, 4352, 128, "gelu_tanh", bf16)
+    yield from check_mlp(1000, 700, 128, "gelu", fp16, width=320, neurons=1280, batch=2)
+    yield from check_mlp(333, 96, 64, "gelu_tanh", bf16, width=136, neurons=500, transposed_cache=False)
+    yield from check_mlp(700, 512, 192, "gelu_tanh", bf16, width=256, neurons=1024, batch=2, transposed_weight=False)
+    yield from check_selection((1, HEADS, 34, 4352), 672, 0)
+    yield from check_selection((2, 34, NEURONS), 3738, 614)
+    yield from check_selection((1, 3, 133, 16896), 2800, 100)
+    yield from check_selection((1, 2, 3, 1), 1, 0)
+    yield from check_selection((3, 5, 1000), 0, 7)
+
+
+# --------------------------------------------------------------------------------------------------------- timing
+def milliseconds(runs: Sequence[Run], budget: float = 0.25) -> float:
+    """Milliseconds a run: median of replays of a graph that holds each of `runs` in turn, for about `budget` seconds."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for run in runs:
+            run()
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
+            run()
+    times: list[float] = []
+    graph.replay()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    while len(times) < 5 or (time.perf_counter() - started < budget and len(times) < 400):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / len(runs))
+    return median(times)
+
+
+@dataclass
+class Case:
+    """One line of the table. `dense` names the case it is compared with; `flops` are useful ones."""
+
+    name: str
+    build: Callable[[], list[Run]]
+    dense: str = ""
+    flops: float = 0.0
+    operator: str = ""
+    parameters: tuning.Parameters | None = None
+
+
+def _dense_attention(tokens: int) -> list[Run]:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+            return functional.scaled_dot_product_attention(q, k, v)
+
+    return [partial(run, *_qkv(tokens)) for _ in range(INPUT_SETS)]
+
+
+def _sparse_attention(tokens: int, kept: int, group: int) -> list[Run]:
+    runs: list[Run] = []
+    for _ in range(INPUT_SETS):
+        q, k, v = _qkv(tokens)
+        addend = torch.randn(1, tokens, HEADS, WIDTH, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+        indices = _columns((1, HEADS, -(-tokens // group)), tokens, kept)
+        args = (q, k, v, indices, addend, group, WIDTH**-0.5, False, "triton")
+        runs.append(partial(ops.column_sparse_attention, *args))
+    return runs
+
+
+def _selecting_attention(tokens: int, group: int) -> list[Run]:
+    sets = [_qkv(tokens) for _ in range(INPUT_SETS)]
+    return [partial(ops.attention_with_column_sums, *s, group, WIDTH**-0.5, "triton") for s in sets]
+
+
+def _select(shape: tuple[int, ...], keep: int, random: int) -> list[Run]:
+    seed = torch.tensor([3, 4, 0], device="cuda")
+    sets = [torch.rand(shape, device="cuda") for _ in range(INPUT_SETS)]
+    return [partial(ops.select_columns, s, seed, keep, random, "triton") for s in sets]
+
+
+def _dense_mlp(tokens: int) -> list[Run]:
+    @torch.compile
+    def run(m: Mlp, weight_out: Tensor, bias_out: Tensor) -> Tensor:
+        hidden = functional.gelu(functional.linear(m.x, m.weight_in, m.bias), approximate="tanh")
+        return functional.linear(hidden, weight_out, bias_out)
+
+    sets = [_mlp(tokens, 64) for _ in range(INPUT_SETS)]
+    return [partial(run, m, m.weight_out.contiguous(), m.bias[:HIDDEN]) for m in sets]
+
+
+def _sparse_mlp(tokens: int, kept: int, part: str, transposed_cache: bool = True) -> list[Run]:
+    def run(m: Mlp, delta: Tensor) -> None:
+        if part in ("in", "both"):
+            delta = ops.sparse_mlp_in(m.x, m.weight_in, m.bias, m.indices, m.act_cache, 128, "gelu_tanh", "triton")
+        if part in ("out", "both"):
+            ops.sparse_mlp_out(delta, m.weight_out, m.indices, m.out_cache, 128, "triton")
+
+    sets = [_mlp(tokens, kept, transposed_cache=transposed_cache) for _ in range(INPUT_SETS)]
+    return [partial(run, m, torch.randn(1, tokens, kept, device="cuda").bfloat16()) for m in sets]
+
+
+def _scores(tokens: int) -> list[Run]:
+    """What comes before an MLP's selection: group means, fc1, distance to the cached means."""
+
+    @torch.compile
+    def run(m: Mlp, cached: Tensor) -> Tensor:
+        means = m.x.view(1, -1, 128, HIDDEN).float().mean(2).to(m.x.dtype)
+        return (functional.linear(means, m.weight_in, m.bias).float() - cached.float()).abs()
+
+    sets = [_mlp(tokens, 64) for _ in range(INPUT_SETS)]
+    return [partial(run, m, torch.randn(1, tokens // 128, NEURONS, device="cuda").bfloat16()) for m in sets]
+
+
+def _grid(**columns: str) -> list[tuning.Parameters]:
+    """Parameters from columns of numbers."""
+    values = {name: [int(v) for v in text.split()] for name, text in columns.items()}
+    return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+
+
+VARIANTS: dict[str, list[tuning.Parameters]] = {
+    "column_sparse_attention": _grid(
+        rows="128 128 128 128 128 64 64 128 128 64",
+        keys=" 64  64  32 128  64 64 32  64  32 64",
+        warps=" 8   8   8   8   8  4  4   4   4  4",
+        stages="3   2   3   2   3  2  3   2   3  3",
+        ahead=" 0   0   0   0   1  0  0   0   0  0",
+        registers="0 128 128 0  0  0  0   0   0  0",
+    ),
+    "attention_with_column_sums": _grid(
+        queries="128 128 128 128 128 128 256 256",
+        tile="   128 128  64  64 128 128 128 128",
+        warps="    8   8   4   4   8   8   8   8",
+        stages="   3   2   3   2   2   2   2   2",
+        splits="   2   2   2   2   4   2   2   2",
+        sampled="  0   0   0   0   0  64  64  32",
+    ),
+    "sparse_mlp_in": _grid(
+        rows="    128 128 128 128 128 128 128",
+        neurons=" 256 256 256 256 128 128 256",
+        depth="    64  64  64 128  64  64  32",
+        warps="     8   8   8   8   8   4   8",
+        stages="    3   4   3   2   4   3   5",
+        split="     4   4   4   4   2   2   4",
+        balanced="  1   1   0   1   1   1   1",
+        per_sm="    1   1   1   1   1   2   1",
+    ),
+    "sparse_mlp_out": _grid(
+        rows="    128 128 128 128 128 128 128",
+        columns=" 256 256 256 256 128 128 256",
+        depth="    64  64  64 128  64  64  32",
+        warps="     8   8   8   8   8   4   8",
+        stages="    3   4   3   2   4   3   5",
+        split="     4   4   4   4   2   2   4",
+        balanced="  1   1   0   1   1   1   1",
+        per_sm="    1   1   1   1   1   2   1",
+    ),
+}
+
+
+def cases(variants: str) -> Iterator[Case]:
+    def named(operator: str) -> list[tuple[str, tuning.Parameters | None]]:
+        found = VARIANTS.get(operator, []) if variants == "all" else []
+        return [("", None), *((" " + " ".join(f"{k[:2]}{v}" for k, v in p.items()), p) for p in found)]
+
+    for tokens, counts in ((4352, (672, 1344)), (16896, (896, 2800))):
+        dense = f"dense attention N={tokens}"
+        full = 4.0 * HEADS * WIDTH * tokens
+        yield Case(dense, partial(_dense_attention, tokens), flops=full * tokens)
+        for kept in counts:
+            for label, p in named("column_sparse_attention"):
+                build = partial(_sparse_attention, tokens, kept, 128)
+                name = f"sparse attention N={tokens} K={kept} ({kept / tokens:.1%}){label}"
+                yield Case(name, build, dense, full * kept, "column_sparse_attention", p)
+        build = partial(_sparse_attention, tokens, counts[0], 192)
+        yield Case(f"sparse attention N={tokens} K={counts[0]} group=192", build, dense, full * counts[0])
+        for label, p in named("attention_with_column_sums"):
+            build = partial(_selecting_attention, tokens, 128)
+            yield Case(
+                f"selecting attention N={tokens}{label}", build, dense, full * tokens, "attention_with_column_sums", p
+            )
+        yield Case(f"selecting attention N={tokens} group=192", partial(_selecting_attention, tokens, 192), dense)
+    yield Case("select keys", partial(_select, (1, HEADS, 34, 4352), 672, 0))
+    yield Case("select neurons", partial(_select, (1, 34, NEURONS), 3738, 614))
+    yield Case("select keys N=16896", partial(_select, (1, HEADS, 132, 16896), 2800, 0))
+    for tokens in (4352,):
+        dense = f"dense MLP M={tokens}"
+        yield Case(dense, partial(_dense_mlp, tokens), flops=4.0 * tokens * HIDDEN * NEURONS)
+        yield Case(f"MLP scores M={tokens}", partial(_scores, tokens))
+        for kept in (4352, 3584):
+            flops = 2.0 * tokens * HIDDEN * kept
+            share = f"M={tokens} K={kept} ({kept / NEURONS:.1%})"
+            for label, p in named("sparse_mlp_in"):
+                build = partial(_sparse_mlp, tokens, kept, "in")
+                yield Case(f"fc1 {share}{label}", build, "", flops, "sparse_mlp_in", p)
+            yield Case(f"fc1 {share} row-major cache", partial(_sparse_mlp, tokens, kept, "in", False), "", flops)
+            for label, p in named("sparse_mlp_out"):
+                build = partial(_sparse_mlp, tokens, kept, "out")
+                yield Case(f"fc2 {share}{label}", build, "", flops, "sparse_mlp_out", p)
+            yield Case(f"sparse MLP {share}", partial(_sparse_mlp, tokens, kept, "both"), dense, 2 * flops)
+
+
+def _prepare(wanted: tuple[str, str]) -> None:
+    """In a process of its own: compile what one case needs into Triton's cache on disk."""
+    name, variants = wanted
+    case = next(c for c in cases(variants) if c.name == name)
+    with _using(case):
+        try:
+            case.build()[0]()
+            torch.cuda.synchronize()
+        except Exception as failure:
+            print(f"{name}: {type(failure).__name__}: {str(failure)[:300]}", flush=True)
+
+
+@contextmanager
+def _using(case: Case) -> Iterator[None]:
+    tuning.override.clear()
+    if case.parameters is not None:
+        tuning.override[case.operator] = case.parameters
+    yield
+    tuning.override.clear()
+
+
+def time_cases(variants: str, pattern: str, repeats: int, workers: int) -> list[dict[str, Any]]:
+    listed = [case for case in cases(variants) if not pattern or any(p in case.name for p in pattern.split(","))]
+    if workers:
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(_prepare, [(case.name, variants) for case in listed]))
+    results: list[dict[str, Any]] = []
+    times: dict[str, float] = {}
+    for case in listed:
+        try:
+            with _using(case):
+                runs = case.build()
+                measured = [milliseconds(runs) for _ in range(repeats)]
+        except Exception as failure:  # one variant that this GPU cannot build must not cost the others
+            print(f"{case.name}: {type(failure).__name__}: {str(failure)[:300]}", flush=True)
+            continue
+        finally:
+            runs = []
+            torch.cuda.empty_cache()
+        times[case.name] = median(measured)
+        line = {"name": case.name, "ms": median(measured), "spread_ms": max(measured) - min(measured)}
+        if case.flops:
+            line["tflops"] = case.flops / median(measured) / 1e9
+        if case.dense in times:
+            line["ratio"] = times[case.dense] / median(measured)
+        results.append(line)
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m chipmunk.bench.ops", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=("check", "time"))
+    parser.add_argument(
+        "--variants", choices=("tuned", "all"), default="tuned", help="all: every design that was tried"
+    )
+    parser.add_argument("--match", default="", help="time only cases whose name contains one of these, comma-separated")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=0, help="processes that compile ahead")
+    parser.add_argument("--json", default=os.path.join(os.environ["OUT"], "ops.json") if "OUT" in os.environ else "")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print(
+            "chipmunk.bench.ops needs a CUDA GPU (compute capability 8.0 or newer); none is visible.", file=sys.stderr
+        )
+        return 2
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "capability": torch.cuda.get_device_capability(),
+        "torch": torch.__version__,
+    }
+    failed = 0
+    if options.only != "time":
+        report["checks"] = []
+        for check in checks():
+            report["checks"].append(asdict(check) | {"ok": check.ok})
+            failed += not check.ok
+            mark = "ok  " if check.ok else "FAIL"
+            print(
+                f"{mark} {check.error:.2e} (≤ {check.bound:.2e}{'' if check.repeatable else ', NOT REPEATABLE'}) {check.name}"
+            )
+        print(f"{len(report['checks']) - failed} of {len(report['checks'])} checks passed", flush=True)
+    if options.only != "check":
+        report["times"] = time_cases(options.variants, options.match, options.repeats, options.workers)
+        for line in report["times"]:
+            ratio = f"{line['ratio']:5.2f}×" if "ratio" in line else "      "
+            rate = f"{line['tflops']:4.0f}" if "tflops" in line else "    "
+            print(f"{line['ms']:8.4f} ±{line['spread_ms']:.4f} ms {rate} TFLOP/s {ratio} {line['name']}")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
