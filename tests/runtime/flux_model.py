@@ -145,3 +145,29 @@ def denoise(model: Any, steps: int = 12, each: Any = None, **given: Tensor) -> l
         img = img + (t_prev - t_curr) * pred
         predictions.append(pred)
     return predictions
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "mlp": {"bm": 16, "mbm": 16, "counts_multiple_of": 8, "first_n_dense_layers": 1},
+    "attn": {"mbm": 16, "counts_multiple_of": 8, "first_n_dense_layers": 1},
+}
+"""A configuration with groups and counts small enough for the model: five of its six layers are sparse."""
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    """`SMALL` with keys changed: `small(mlp__top_keys=0.5, min_steps=2)`."""
+    config: dict[str, Any] = {section: dict(values) for section, values in SMALL.items()}
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (config.setdefault(section, {}) if section else config)[key] = value
+    return config
+
+
+def error(got: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest relative L2 error of a run's predictions."""
+    assert len(got) == len(expected)
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True))
+
+
+def same(got: list[Tensor], expected: list[Tensor]) -> bool:
+    return len(got) == len(expected) and all(map(torch.equal, got, expected))
