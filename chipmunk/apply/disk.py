@@ -27,9 +27,12 @@ _BINARY = getattr(os, "O_BINARY", 0)
 
 def write_new(path: Path, data: bytes, like: Path | None = None) -> None:
     """Write and synchronise a new file; with `like`, give it that file's mode, owner and extended attributes."""
-    with contextlib.suppress(FileNotFoundError):
+    flags, mode = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BINARY, 0o644 if like is None else 0o600
+    try:
+        fd = os.open(path, flags, mode)
+    except FileExistsError:  # left over from a run that was killed
         os.unlink(path)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BINARY, 0o644 if like is None else 0o600)
+        fd = os.open(path, flags, mode)
     try:
         rest = memoryview(data)
         while rest:
@@ -101,9 +104,9 @@ def exclusive(lock: Path, root: Path) -> Iterator[None]:
     while True:
         with contextlib.suppress(FileExistsError):
             os.mkdir(lock.parent)
-        if lock.parent.is_symlink() or not lock.parent.is_dir():
-            raise Refused(f"{lock.parent.name} must be a folder, not a link or a file", file=lock.parent.name)
         try:
+            if not stat.S_ISDIR(os.lstat(lock.parent).st_mode):
+                raise Refused(f"{lock.parent.name} must be a folder, not a link or a file", file=lock.parent.name)
             fd = os.open(lock, os.O_RDWR | os.O_CREAT | _NO_FOLLOW | _BINARY, 0o644)
         except FileNotFoundError:
             continue  # another run has just tidied the folder away

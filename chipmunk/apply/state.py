@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -12,7 +11,7 @@ from chipmunk.apply import disk
 from chipmunk.apply.errors import Busy, Interrupted, JournalDamaged, Place, quoted
 from chipmunk.apply.journal import Journal, JournalFile, Store
 from chipmunk.apply.merge import merge_python
-from chipmunk.apply.repository import Repository, locate, read
+from chipmunk.apply.repository import locate, read
 
 _CALLS_CHIPMUNK = re.compile(rb"^[ \t]*import chipmunk\b", re.MULTILINE)
 
@@ -74,6 +73,7 @@ def status(root: Path) -> RepositoryStatus:
         return RepositoryStatus(root, State.BUSY, message=disk.busy(root).message)
     try:
         journal = store.load()
+        callers = calls_without_journal(root) if journal is None else []
     except Busy as error:
         return RepositoryStatus(root, State.BUSY, message=error.message)
     except Interrupted as error:
@@ -81,7 +81,6 @@ def status(root: Path) -> RepositoryStatus:
     except JournalDamaged as error:
         return RepositoryStatus(root, State.DAMAGED, message=error.message, next_command=error.next_command)
     if journal is None:
-        callers = list(calls_without_journal(read(root)))
         if not callers:
             return RepositoryStatus(root, State.UNPATCHED)
         return RepositoryStatus(
@@ -140,14 +139,24 @@ def _with_new_name(file: FileStatus, entry: JournalFile | None, elsewhere: dict[
     return FileStatus(file.path, file.state, None, None, (place,))
 
 
-def calls_without_journal(repository: Repository) -> Iterator[Place]:
-    """Files that import Chipmunk in a repository that has no journal, each with the line of its first import."""
-    for path, data in repository.files.items():
-        if found := _CALLS_CHIPMUNK.search(data):
-            line = data.count(b"\n", 0, found.start()) + 1
-            yield Place(
-                path, line, "calls Chipmunk (patched by hand, or on another machine, or the journal was deleted)"
-            )
+def calls_without_journal(root: Path) -> list[Place]:
+    """Files that import Chipmunk in a repository that has no journal, each with the line of its first import.
+
+    Raises `Busy` if that is only so because another run is just patching or reverting.
+    """
+    places = _calls(root)
+    if places and (Store(root).load() is not None or _calls(root) != places):
+        raise disk.busy(root)
+    return places
+
+
+def _calls(root: Path) -> list[Place]:
+    reason = "calls Chipmunk (patched by hand, or on another machine, or the journal was deleted)"
+    return [
+        Place(path, data.count(b"\n", 0, found.start()) + 1, reason)
+        for path, data in read(root).files.items()
+        if (found := _CALLS_CHIPMUNK.search(data))
+    ]
 
 
 def undo_by_git(root: Path, places: list[Place]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from chipmunk.apply.errors import Conflict, JournalMissing, Place, quoted
 from chipmunk.apply.journal import Journal, Store
 from chipmunk.apply.merge import split_lines
-from chipmunk.apply.repository import locate, read
+from chipmunk.apply.repository import locate
 from chipmunk.apply.state import FileState, calls_without_journal, examine, undo_by_git
 from chipmunk.apply.transaction import Recovery, commit, recover
 from chipmunk.rewrite.plan import FileChange
@@ -42,7 +42,7 @@ def plan_revert(root: Path) -> Reverted:
     root = locate(root)
     journal = Store(root).load()
     if journal is None:
-        callers = list(calls_without_journal(read(root)))
+        callers = calls_without_journal(root)
         if callers:
             raise JournalMissing(
                 "there is no journal to revert from, but these files call Chipmunk; nothing was changed",
