@@ -26,7 +26,7 @@ def apply(
     from chipmunk.apply import carry_out, plan_patch_file, recover
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.plan_view import plan_object, show_sites, size_of
-    from chipmunk.cli.terminal import print_json, screen
+    from chipmunk.cli.terminal import next_commands, print_json, say, screen
 
     patch = patch_file.read_bytes()
     writes = not (dry_run or check)
@@ -45,8 +45,9 @@ def apply(
         if not work:
             out.print("\nNothing to do: the change is there already.")
         else:
-            out.print(f"\n{'Patched' if writes else 'Would change'} {size_of(update.changes)}.", soft_wrap=True)
+            say(out, f"\n{'Patched' if writes else 'Would change'} {size_of(update.changes)}.")
         if work and writes:
-            out.print(f"\nNext\n  chipmunk verify {quoted(repo)}\n  chipmunk revert {quoted(repo)}", soft_wrap=True)
+            root = quoted(repo)
+            next_commands(out, [(f"chipmunk verify {root}", "prove it"), (f"chipmunk revert {root}", "undo it")])
     if check and work:
         raise typer.Exit(UNMET)

@@ -12,7 +12,7 @@ from rich.text import Text
 from chipmunk.apply import unified
 from chipmunk.cli.diff_view import show_diff
 from chipmunk.cli.failure import Failure
-from chipmunk.cli.terminal import clean, hanging, screen
+from chipmunk.cli.terminal import clean, exact, hanging, next_commands, say, screen
 from chipmunk.registry import Example, Patch, Target
 from chipmunk.rewrite import FileChange
 
@@ -26,7 +26,7 @@ def show_list(known: Mapping[str, Patch] | Mapping[str, Target], kind: str) -> N
     for name, item in known.items():
         hanging(out, Text(f"{name.ljust(width)}  ", "bold"), Text(clean(item.summary)))
         hanging(out, Text(" " * (width + 2)), Text(clean(item.origin), "dim"))
-    out.print(f"\nNext\n  chipmunk {kind} show {next(iter(known), 'NAME')}", soft_wrap=True)
+    next_commands(out, [(f"chipmunk {kind} show {next(iter(known), 'NAME')}", "")])
 
 
 def find(name: str, known: Mapping[str, Item], kind: str) -> Item:
@@ -42,12 +42,12 @@ def explain(title: str, origin: str, documentation: str) -> Console:
     """Print a title and a docstring: paragraphs are filled, lists and indented blocks stay as they are."""
     out = screen()
     out.print(Text.assemble((clean(title), "bold"), (f"   {clean(origin)}", "dim")), soft_wrap=True)
-    for paragraph in clean(documentation).split("\n\n"):
+    for paragraph in documentation.split("\n\n"):
         out.print()
         if paragraph.startswith((" ", "- ", "|")):
-            out.print(Text(paragraph), soft_wrap=True)
+            exact(out, paragraph)
         else:
-            hanging(out, Text(""), Text(" ".join(paragraph.split())))
+            say(out, " ".join(paragraph.split()))
     return out
 
 
@@ -57,6 +57,6 @@ def show_example(out: Console, example: Example) -> None:
     title = example.title if example.after is not None else f"{example.title}: left alone"
     out.print(Text.assemble((clean(title), "bold"), (f"   {clean(example.path)}", "dim")), soft_wrap=True)
     if example.after is None:
-        out.print(Text(clean(example.before.rstrip("\n"))), soft_wrap=True)
+        exact(out, example.before.rstrip("\n"))
     else:
         show_diff(out, unified([FileChange(example.path, example.before.encode(), example.after.encode())]))

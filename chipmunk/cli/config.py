@@ -30,7 +30,7 @@ def init(
 ) -> None:
     """Write the default configuration, commented."""
     from chipmunk.apply.errors import quoted
-    from chipmunk.cli.terminal import clean, screen
+    from chipmunk.cli.terminal import next_commands, say, screen
     from chipmunk.config import FILE_NAME
     from chipmunk.registry import data_path
 
@@ -45,8 +45,8 @@ def init(
             next_command=f"chipmunk config check {quoted(path)}   (or: chipmunk config init --force {quoted(place)})",
         ) from None
     out = screen()
-    out.print(f"Wrote {clean(str(path))}, the default configuration.", soft_wrap=True)
-    out.print(f"\nNext\n  edit it, then: chipmunk config check {quoted(path)}", soft_wrap=True)
+    say(out, f"Wrote {path}, the default configuration.")
+    next_commands(out, [(f"chipmunk config check {quoted(path)}", "once you have edited it")])
 
 
 @app.command()
@@ -86,7 +86,7 @@ def show(place: Place = None, as_json: Json = False) -> None:
     """Show what applies, defaults filled in."""
     import yaml
 
-    from chipmunk.cli.terminal import clean, print_json, screen
+    from chipmunk.cli.terminal import exact, print_json, screen
     from chipmunk.config import Config, find, load
 
     path = _path(place) if place is not None else find()
@@ -95,10 +95,10 @@ def show(place: Place = None, as_json: Json = False) -> None:
     if as_json:
         print_json({"file": None if path is None else str(path), "config": values})
         return
-    source = f"{clean(str(path))}" if path is not None else "no file applies here: these are the defaults"
+    source = str(path) if path is not None else "no file applies here: these are the defaults"
     out = screen()
-    out.print(f"# {source}", soft_wrap=True)
-    out.print(yaml.safe_dump(values, sort_keys=False, default_flow_style=False).rstrip(), soft_wrap=True)
+    exact(out, f"# {source}")
+    exact(out, yaml.safe_dump(values, sort_keys=False).rstrip())
 
 
 @app.command()
@@ -109,7 +109,7 @@ def schema(
     ] = None,
 ) -> None:
     """Print the JSON schema, for editors."""
-    from chipmunk.cli.terminal import print_json, screen
+    from chipmunk.cli.terminal import exact, print_json, screen
     from chipmunk.config import json_schema
 
     if output is None:
@@ -117,7 +117,7 @@ def schema(
         return
     output.write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
     line = f"# yaml-language-server: $schema={output}"
-    screen().print(f"Wrote {output}. As the first line of your chipmunk-config.yml:\n  {line}", soft_wrap=True)
+    exact(screen(), f"Wrote {output}. As the first line of your chipmunk-config.yml:\n  {line}")
 
 
 def _path(place: Path | None) -> Path:

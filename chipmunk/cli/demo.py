@@ -23,7 +23,7 @@ def demo(
     Every step is a command that you could type: patch, diff, status, verify, revert, and patch again.
     """
     from chipmunk.apply.errors import quoted
-    from chipmunk.cli.terminal import screen
+    from chipmunk.cli.terminal import exact, say, screen
     from chipmunk.registry import data_path
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -33,7 +33,7 @@ def demo(
     out = screen()
     root = str(folder)
     count = sum(1 for path in folder.rglob("*.py"))
-    out.print(f"A small FLUX repository with random weights, {count} Python files, is in {root}.", soft_wrap=True)
+    say(out, f"A small FLUX repository with random weights, {count} Python files, is in {root}.")
     for title, words in (
         ("Patch it: the plan, site by site, then the change", ["patch", root]),
         ("Look at the change", ["diff", root]),
@@ -45,10 +45,9 @@ def demo(
     ):
         _step(title, words)
     _heading("Your turn")
-    out.print(
-        f"  cd {quoted(folder)}\n  {quoted(Path(sys.executable))} -m flux --num-steps 12 --seed 1", soft_wrap=True
-    )
-    out.print("  edit chipmunk-config.yml and run it again; move the file away to compare", soft_wrap=True)
+    python = quoted(Path(sys.executable))
+    exact(out, f"  cd {quoted(folder)}\n  {python} -m flux --num-steps 12 --seed 1")
+    say(out, "Edit chipmunk-config.yml and run it again; move that file away to compare with the dense model.")
 
 
 def _step(title: str, words: list[str]) -> None:

@@ -34,7 +34,7 @@ def diff(
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.diff_view import show_diff
     from chipmunk.cli.plan_view import plan_object, size_of
-    from chipmunk.cli.terminal import print_json, screen, write_bytes
+    from chipmunk.cli.terminal import print_json, say, screen, write_bytes
 
     root = locate(repo)
     journal = Store(root).load()
@@ -53,13 +53,13 @@ def diff(
     if as_json:
         print_json({**plan_object(status, name, changes, sites), "diff": data.decode("utf-8", "surrogateescape")})
     elif output is not None:
-        screen(stderr=True).print(f"{output}: {size_of(changes)}", soft_wrap=True)
+        say(screen(stderr=True), f"{output}: {size_of(changes)}")
     elif not sys.stdout.isatty():
         write_bytes(data)
     else:
         out = screen()
         show_diff(out, data)
         did = "Changed" if status == "patched" else "Would change"
-        out.print(f"{did} {size_of(changes)}." if changes else "Nothing to do.", soft_wrap=True)
+        say(out, f"{did} {size_of(changes)}." if changes else "Nothing to do.")
     if check and changes:
         raise typer.Exit(UNMET)

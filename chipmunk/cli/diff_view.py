@@ -10,7 +10,7 @@ from rich.cells import chop_cells
 from rich.console import Console
 from rich.text import Text
 
-from chipmunk.cli.terminal import clean
+from chipmunk.cli.terminal import clean, exact
 
 WIDE = 160
 """Columns from which on the two sides stand beside each other."""
@@ -35,9 +35,9 @@ class Hunk:
 def show_diff(out: Console, diff: bytes) -> None:
     """Print a diff as `chipmunk.apply.unified` writes it."""
     for title, hunks in parse(diff):
-        out.print(Text(title, style="bold"), soft_wrap=True)
+        exact(out, title, "bold")
         for hunk in hunks:
-            out.print(Text(hunk.header, style="cyan"), soft_wrap=True)
+            exact(out, hunk.header, "cyan")
             for line in _beside(hunk, out.width) if out.width >= WIDE else _below(hunk):
                 out.print(line, soft_wrap=True)
         out.print()
@@ -96,7 +96,7 @@ def _rows(left: list[Text], right: list[Text], width: int) -> Iterator[Text]:
 def _cell(number: int, sign: str, code: str, width: int) -> list[Text]:
     """One line of one side, on as many rows as it needs; each is filled to `width` columns."""
     parts = chop_cells(code.expandtabs(4), width - 8) or [""]
-    rows = []
+    rows: list[Text] = []
     for part in parts:
         row = Text.assemble((f"{number:>5} " if not rows else " " * 6, "dim"), (f"{sign} {part}", _STYLES[sign]))
         row.pad_right(width - row.cell_len)

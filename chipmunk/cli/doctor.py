@@ -178,7 +178,7 @@ def _repository(root: Path, packages: dict[str, Path], found: Environment) -> li
 def _show(out: Console, findings: list[Finding]) -> None:
     from rich.text import Text
 
-    from chipmunk.cli.terminal import clean, hanging
+    from chipmunk.cli.terminal import clean, exact, hanging
 
     styles = {"ok": "green", "note": "yellow", "problem": "bold red"}
     width = max(len(finding.subject) for finding in findings)
@@ -186,7 +186,7 @@ def _show(out: Console, findings: list[Finding]) -> None:
         head = Text.assemble((finding.level.ljust(9), styles[finding.level]), f"{finding.subject.ljust(width)}  ")
         hanging(out, head, Text(clean(finding.says)))
         if finding.next_command is not None:
-            out.print(" " * (width + 11) + finding.next_command, style="bold", soft_wrap=True)
+            exact(out, " " * (width + 11) + finding.next_command, "bold")
 
 
 def _gpu(device: dict[str, Any]) -> str:

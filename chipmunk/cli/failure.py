@@ -100,7 +100,7 @@ def explain(error: BaseException) -> Failure:
 
 def report(failure: Failure, *, as_json: bool) -> None:
     """Write the block to stderr and, for `as_json`, the object to stdout."""
-    from chipmunk.cli.terminal import clean, print_json, screen, sentence
+    from chipmunk.cli.terminal import exact, print_json, screen, sentence
 
     if as_json:
         print_json(failure_object(failure))
@@ -108,13 +108,13 @@ def report(failure: Failure, *, as_json: bool) -> None:
     first, _, rest = failure.message.partition("\n\n")
     sentence(out, first, label="Error", style="bold red", indent=0)
     if rest:
-        out.print(f"\n{clean(rest)}", soft_wrap=True)
+        exact(out, f"\n{rest}")
     for place in failure.places:
         sentence(
             out, str(place) if place.reason == failure.message else f"{place}: {place.reason}", label="at", indent=0
         )
     if failure.next_command is not None:
-        out.print(f"Next   {clean(failure.next_command)}", style="bold", soft_wrap=True)
+        exact(out, f"Next   {failure.next_command}", "bold")
 
 
 def failure_object(failure: Failure) -> dict[str, Any]:

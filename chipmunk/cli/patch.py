@@ -37,7 +37,7 @@ def patch(
     """
     from chipmunk import apply
     from chipmunk.cli.plan_view import plan_object, show_plan, size_of, tally
-    from chipmunk.cli.terminal import print_json, screen
+    from chipmunk.cli.terminal import print_json, say, screen
 
     writes = not (dry_run or check)
     recovery = apply.recover(repo) if writes else apply.Recovery.NOTHING
@@ -55,11 +55,11 @@ def patch(
         print_json(plan_object(status, update.plan.target, update.changes, update.plan.sites))
     elif not as_json:
         with suppress(BrokenPipeError):  # the files are written: nothing that happens now changes that
-            out.print(f"\n{tally(update.plan.sites)}.", soft_wrap=True)
+            say(out, f"\n{tally(update.plan.sites)}.")
             if not work:
-                out.print("Nothing to do: everything that can be patched is.")
+                say(out, "Nothing to do: everything that can be patched is.")
             else:
-                out.print(f"{'Patched' if writes else 'Would change'} {size_of(update.changes)}.", soft_wrap=True)
+                say(out, f"{'Patched' if writes else 'Would change'} {size_of(update.changes)}.")
                 _say_next(out, repo, update, python, written=writes, verifying=verify)
             out.file.flush()
     if check and work:
@@ -74,14 +74,16 @@ def patch(
 
 def _say_recovered(out: Console, recovery: Recovery) -> None:
     from chipmunk.apply import Recovery
+    from chipmunk.cli.terminal import say
 
     if recovery is not Recovery.NOTHING:
-        out.print(f"An earlier run had been stopped half-way; it was {recovery.value} first.\n", soft_wrap=True)
+        say(out, f"An earlier run had been stopped half-way; it was {recovery.value} first.\n")
 
 
 def _say_next(out: Console, repo: Path, update: Update, python: str | None, *, written: bool, verifying: bool) -> None:
     """Name the next commands, and what to install where if the runtime is missing."""
     from chipmunk.apply.errors import quoted
+    from chipmunk.cli.terminal import next_commands
 
     root = quoted(repo)
     if not written:
@@ -95,10 +97,7 @@ def _say_next(out: Console, repo: Path, update: Update, python: str | None, *, w
         ]
         if verifying:
             del lines[1]
-    out.print("\nNext", style="bold")
-    width = max(len(line) for line, _ in lines) + 3
-    for line, what in lines:
-        out.print(f"  {line.ljust(width)}{what}", soft_wrap=True)
+    next_commands(out, lines)
     if written:
         _say_runtime(out, update.repository.root, python)
 
@@ -106,7 +105,7 @@ def _say_next(out: Console, repo: Path, update: Update, python: str | None, *, w
 def _say_runtime(out: Console, root: Path, python: str | None) -> None:
     """Say what the Python that runs the repository still needs, if it needs anything."""
     from chipmunk.cli.environment import inspect, install_command
-    from chipmunk.cli.terminal import sentence
+    from chipmunk.cli.terminal import exact, sentence
 
     try:
         found = inspect(root, python)
@@ -132,4 +131,4 @@ def _say_runtime(out: Console, root: Path, python: str | None) -> None:
             label="Note",
             style="bold yellow",
         )
-    out.print(f"         {install_command(found.executable)}", soft_wrap=True)
+    exact(out, f"         {install_command(found.executable)}")

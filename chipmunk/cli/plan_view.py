@@ -13,7 +13,7 @@ from rich.text import Text
 
 from chipmunk.apply import changed_lines
 from chipmunk.apply.merge import edits, split_lines
-from chipmunk.cli.terminal import clean, cropped, hanging
+from chipmunk.cli.terminal import clean, cropped, exact, hanging
 from chipmunk.rewrite import FileChange, Site, SiteStatus
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def show_plan(out: Console, plan: Plan) -> None:
 def show_sites(out: Console, sites: Iterable[Site], *, past: bool = False) -> None:
     """Print sites, file by file; `past`: what was planned has been done."""
     for file, group in groupby(sorted(sites, key=lambda s: (s.file, s.line, s.patch)), key=lambda site: site.file):
-        out.print(Text(clean(file), style="bold"), soft_wrap=True)
+        exact(out, file, "bold")
         for site in group:
             _show_site(out, site, past)
 

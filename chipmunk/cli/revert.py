@@ -24,7 +24,7 @@ def revert(
     from chipmunk import apply
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.plan_view import plan_object
-    from chipmunk.cli.terminal import clean, print_json, screen, sentence
+    from chipmunk.cli.terminal import next_commands, print_json, say, screen, sentence
 
     before = apply.status(repo)
     target = before.journal.target if before.journal else None
@@ -40,14 +40,14 @@ def revert(
         return
     out = screen()
     if done.recovery is not apply.Recovery.NOTHING:
-        out.print(f"An earlier run had been stopped half-way; it was {done.recovery.value}.", soft_wrap=True)
+        say(out, f"An earlier run had been stopped half-way; it was {done.recovery.value}.")
     for change in done.changes:
         how = "without Chipmunk's lines; your edits stay" if change.path in done.merged else "to the byte"
         verb = "would be restored" if dry_run else "restored"
-        out.print(f"{clean(change.path)}: {verb}, {how}", soft_wrap=True)
+        say(out, f"{change.path}: {verb}, {how}")
     for place in done.leftovers:
         sentence(out, str(place), label="Note", style="yellow", indent=0)
     if not patched:
-        out.print("Nothing to do: the repository is not patched.")
+        say(out, "Nothing to do: the repository is not patched.")
     elif not dry_run:
-        out.print(f"The repository is as it was. To patch it again: chipmunk patch {quoted(repo)}", soft_wrap=True)
+        next_commands(out, [(f"chipmunk patch {quoted(repo)}", "patch it again")])

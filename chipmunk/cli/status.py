@@ -65,7 +65,7 @@ def _show(out: Console, repo: str, found: RepositoryStatus, sites: list[Site]) -
     from chipmunk.apply import FileState
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.plan_view import show_sites, tally
-    from chipmunk.cli.terminal import clean, sentence
+    from chipmunk.cli.terminal import clean, next_commands, say, sentence
 
     good = {"unpatched": "bold", "patched": "bold green"}
     out.print(
@@ -77,25 +77,20 @@ def _show(out: Console, repo: str, found: RepositoryStatus, sites: list[Site]) -
     if found.journal is not None and found.files:
         journal = found.journal
         when = f"{journal.created}, by chipmunk {journal.tool}, target: {journal.target or 'none'}"
-        out.print(clean(when), style="dim", soft_wrap=True)
+        say(out, when, "dim")
         out.print()
         show_sites(out, sites, past=True)
-        out.print(f"\n{tally(sites, past=True)}.", soft_wrap=True)
+        say(out, f"\n{tally(sites, past=True)}.")
         for file in found.files:
             if file.state is not FileState.PATCHED:
                 sentence(out, f"{file.path}: {file.state.value}", label="Note", style="yellow", indent=0)
             for place in file.places:
                 sentence(out, str(place), label="at", style="dim")
-    steps = (
-        [(found.next_command, "")]
-        if found.next_command
-        else [(f"{line} {quoted(Path(repo))}", what) for line, what in _NEXT.get(found.state.value, ())]
-    )
-    if steps:
-        out.print("\nNext", style="bold")
-    width = max((len(line or "") for line, _ in steps), default=0) + 3
-    for line, what in steps:
-        out.print(f"  {(line or '').ljust(width)}{what}".rstrip(), soft_wrap=True)
+    if found.next_command is not None:
+        next_commands(out, [(found.next_command, "")])
+    else:
+        steps = _NEXT.get(found.state.value, ())
+        next_commands(out, [(f"{command} {quoted(Path(repo))}", what) for command, what in steps])
 
 
 def _sites_on_disk(found: RepositoryStatus) -> list[Site]:

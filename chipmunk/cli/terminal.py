@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +40,24 @@ def sentence(out: Console, body: str, *, label: str = "", style: str = "", inden
     """Print a label and a text that hangs beside it."""
     head = Text(" " * indent + label.ljust(LABEL - 1) + " ", style=style)
     hanging(out, head, Text(clean(body)))
+
+
+def say(out: Console, text: str, style: str = "") -> None:
+    """Print a text, wrapped where the width is known."""
+    hanging(out, Text(""), Text(clean(text), style=style))
+
+
+def exact(out: Console, text: str, style: str = "") -> None:
+    """Print text whose lines are to stay whole: code, paths, commands."""
+    out.print(Text(clean(text), style=style), soft_wrap=True)
+
+
+def next_commands(out: Console, commands: Sequence[tuple[str, str]]) -> None:
+    """Print commands to run next, each with what it does."""
+    exact(out, "\nNext", "bold")
+    width = max((len(command) for command, _ in commands), default=0) + 3
+    for command, what in commands:
+        exact(out, f"  {command.ljust(width)}{what}".rstrip())
 
 
 def hanging(out: Console, head: Text, body: Text) -> None:

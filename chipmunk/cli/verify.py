@@ -87,10 +87,10 @@ def show_report(out: Console, report: VerifyReport) -> None:
     from rich.text import Text
 
     from chipmunk.apply.errors import quoted
-    from chipmunk.cli.terminal import clean, hanging, sentence
+    from chipmunk.cli.terminal import clean, hanging, next_commands, say, sentence
 
     where = ", ".join(f"{name} {value}" for name, value in report.environment.items())
-    out.print(clean(f"Verified {report.root} in {report.seconds:.0f} s ({where})"), soft_wrap=True)
+    say(out, f"Verified {report.root} in {report.seconds:.0f} s ({where})")
     width = max((len(check.name) for check in report.checks), default=0)
     for check in report.checks:
         word, style = ("holds", "green") if check.holds else ("FAILS", "bold red")
@@ -103,7 +103,9 @@ def show_report(out: Console, report: VerifyReport) -> None:
         failed = sum(not check.holds for check in report.checks)
         out.print(f"{failed} of {len(report.checks)} checks fail: do not use the patched code.", style="bold red")
         root = quoted(report.root)
-        out.print(f"\nNext\n  chipmunk verify --json {root}   all figures\n  chipmunk revert {root}", soft_wrap=True)
+        next_commands(
+            out, [(f"chipmunk verify --json {root}", "all figures"), (f"chipmunk revert {root}", "undo the change")]
+        )
 
 
 def _python(repo: Path, python: str | None) -> str:

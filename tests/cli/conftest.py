@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from chipmunk.cli.app import app
 from chipmunk.registry import data_path
 
+DROPPED = ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "CHIPMUNK_CONFIG", "VIRTUAL_ENV", "CONDA_PREFIX", "TERM")
 ROOT = Path(__file__).parents[2]
 
 
@@ -34,14 +37,19 @@ class Done:
 
 def environment(**more: str) -> dict[str, str]:
     """The process's environment without what would change how output looks or which Python is found."""
-    dropped = {"COLUMNS", "FORCE_COLOR", "NO_COLOR", "CHIPMUNK_CONFIG", "VIRTUAL_ENV", "CONDA_PREFIX", "TERM"}
-    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    kept = {name: value for name, value in os.environ.items() if name not in DROPPED}
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return {**kept, "PYTHONPATH": path, "PATH": tools, "TERM": "xterm", **more}
 
 
-def chipmunk(*words: str | Path, cwd: Path | None = None, **more: str) -> Done:
+def chipmunk(*words: str | Path) -> Done:
+    """Run `chipmunk` in this process, which saves a second each time; its output is no terminal."""
+    done = CliRunner(env=dict.fromkeys(DROPPED)).invoke(app, [*map(str, words)], prog_name="chipmunk")
+    return Done(done.exit_code, done.stdout, done.stderr)
+
+
+def process(*words: str | Path, cwd: Path | None = None, **more: str) -> Done:
     """Run `chipmunk` in a process whose output is a pipe."""
     done = subprocess.run(
         [sys.executable, "-m", "chipmunk.cli", *map(str, words)],

@@ -1,0 +1,73 @@
+"""Starting: quick, without torch, with help as plain text."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, chipmunk, environment
+
+from chipmunk import __version__
+
+COMMANDS = ["patch", "diff", "status", "revert", "apply", "verify", "doctor", "demo", "patches", "targets", "config"]
+
+
+def test_help_names_every_command() -> None:
+    done = chipmunk("--help")
+    assert done.code == 0
+    listed = done.out.split("Commands:")[1].split("\n\n")[0]
+    assert [line.split()[0] for line in listed.strip().splitlines()] == COMMANDS
+
+
+def test_help_comes_in_less_than_half_a_second() -> None:
+    def seconds() -> float:
+        """Processor time, which does not depend on what else the machine is doing."""
+        process = subprocess.Popen([sys.executable, "-m", "chipmunk.cli", "--help"], env=environment())
+        _, code, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(code)
+        assert process.returncode == 0
+        return used.ru_utime + used.ru_stime
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "without"),
+    [
+        (["--help"], {"torch", "triton", "libcst", "rich"}),
+        (["patch", "--help"], {"torch", "triton", "libcst", "rich"}),
+        (["config", "show"], {"torch", "triton"}),
+        (["patch", "templates/flux-starter", "--dry-run"], {"torch", "triton"}),
+        (["diff", "templates/flux-starter"], {"torch", "triton"}),
+        (["status", "templates/flux-starter"], {"torch", "triton"}),
+        (["doctor", "--python", sys.executable], {"torch", "triton"}),
+        (["patches", "list"], {"torch", "triton"}),
+        (["targets", "show", "flux"], {"torch", "triton"}),
+    ],
+)
+def test_commands_import_no_more_than_they_need(words: list[str], without: set[str]) -> None:
+    code = (
+        "import sys, atexit\n"
+        "atexit.register(lambda: print('IMPORTED', *sorted(sys.modules), file=sys.stderr))\n"
+        f"sys.argv = ['chipmunk', *{words!r}]\n"
+        "from chipmunk.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    imported = done.stderr.rpartition("IMPORTED")[2].split()
+    assert "chipmunk.cli.app" in imported
+    assert without & set(imported) == set()
+
+
+def test_version() -> None:
+    assert chipmunk("--version").out == f"chipmunk-flux {__version__}\n"
+
+
+@pytest.mark.parametrize("words", ["nonsense", "patch", "patch . --nonsense", "verify . --seed x"])
+def test_usage_errors_are_code_2_and_leave_stdout_alone(words: str) -> None:
+    done = chipmunk(*words.split())
+    assert (done.code, done.out) == (2, "")
+    assert "Error" in done.err
