@@ -100,17 +100,22 @@ def merge_python(base: bytes, ours: bytes, theirs: bytes) -> Merged:
 
 
 def map_line(old: bytes, new: bytes, line: int) -> int:
-    """The line of `new` (1-based) that corresponds to a line of `old`; for a changed line, the change's first."""
+    """The line of `new` (1-based) that corresponds to a line of `old`; for a changed line, the one most like it."""
     index = line - 1
     shift = 0
-    new_lines = split_lines(new)
-    for edit in edits(split_lines(old), new_lines):
+    old_lines, new_lines = split_lines(old), split_lines(new)
+    for edit in edits(old_lines, new_lines):
         if index < edit.start:
             break
         if index < edit.stop:
-            return min(edit.new_start, max(len(new_lines) - 1, 0)) + 1
+            changed = range(edit.new_start, edit.new_stop) or [min(edit.new_start, max(len(new_lines) - 1, 0))]
+            return max(changed, key=lambda at: _likeness(old_lines[index], new_lines[at : at + 1])) + 1
         shift = edit.new_stop - edit.stop
     return index + shift + 1
+
+
+def _likeness(line: bytes, others: Lines) -> float:
+    return max((difflib.SequenceMatcher(None, line, other).ratio() for other in others), default=0.0)
 
 
 def _clusters(mine: list[Edit], yours: list[Edit]) -> list[tuple[int, int, list[Edit], list[Edit]]]:

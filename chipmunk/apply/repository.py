@@ -87,7 +87,7 @@ def read(root: Path) -> Repository:
             with os.scandir(root / folder) as listing:
                 entries = list(listing)
         except OSError as error:
-            left_out(folder or ".", f"the folder cannot be read: {error.strerror}")
+            left_out(folder.rstrip("/") or ".", f"the folder cannot be read: {error.strerror}")
             continue
         if folder and any(entry.name in _ENVIRONMENT for entry in entries):
             continue
@@ -104,7 +104,7 @@ def read(root: Path) -> Repository:
                     folders.append(path + "/")
             elif entry.is_symlink():
                 target = _link_target(root, path)
-                if entry.is_dir():
+                if os.path.isdir(entry.path):
                     if target is None and _holds_python(entry.path):
                         left_out(path, "the link leads to a folder outside the repository, which is not touched")
                     elif target == "." or (target is not None and (path + "/").startswith(target + "/")):

@@ -13,7 +13,7 @@ from chipmunk.apply.journal import Journal, JournalFile, Store
 from chipmunk.apply.merge import merge_python
 from chipmunk.apply.repository import locate, read
 
-_CALLS_CHIPMUNK = re.compile(rb"^[ \t]*import chipmunk\b", re.MULTILINE)
+_CALLS_CHIPMUNK = re.compile(rb"^(?:\xef\xbb\xbf)?[ \t]*import chipmunk\b", re.MULTILINE)
 
 
 class State(str, Enum):

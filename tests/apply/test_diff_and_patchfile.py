@@ -80,6 +80,7 @@ def test_edits_lead_from_one_text_to_the_other(old: bytes, new: bytes) -> None:
 
 def test_a_line_is_followed_through_a_change() -> None:
     assert [map_line(b"a\nb\nc\n", b"x\na\nB\nc\n", n) for n in (1, 2, 3)] == [2, 3, 4]
+    assert map_line(b"x = 1\ny = f(x)", b"import a\nx = 1 \ny = a.f(x)", 2) == 3
     assert map_line(b"a\n", b"", 1) == 1
 
 

@@ -7,9 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -127,16 +126,6 @@ def _broken(name: str) -> None:
 
 def _interrupt(name: str) -> None:
     raise KeyboardInterrupt
-
-
-@pytest.fixture
-def tmp_path(tmp_path: Path) -> Iterator[Path]:
-    """In memory where possible: a thousand runs, each of which waits for the disk twenty times, take minutes."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        yield Path(folder).resolve()
 
 
 @pytest.fixture(scope="module")
