@@ -5,8 +5,8 @@
     python -m chipmunk.bench.ops --only time --variants all --json result.json
 
 Errors are ‖out − exact‖ / ‖exact‖; the bound is twice that of PyTorch's own operators in the same dtype on the
-same numbers. Uninitialised memory, outputs and workspaces alike, is filled with NaN first, and each call is repeated and
-must give the same bits. Times are medians of graph replays over several sets of inputs, so that no set stays in the L2 cache.
+same numbers. Uninitialised memory, outputs and workspaces alike, is filled with NaN first; each call is repeated and
+must give the same bits. Times are medians of graph replays over several sets of inputs, so that none stays in L2.
 """
 
 from __future__ import annotations
@@ -238,6 +238,7 @@ def checks() -> Iterator[Check]:
 # --------------------------------------------------------------------------------------------------------- timing
 def milliseconds(runs: Sequence[Run], budget: float = 0.25) -> float:
     """Milliseconds a run: median of replays of a graph that holds each of `runs` in turn, for about `budget` seconds."""
+    torch.cuda.synchronize()  # the inputs were made on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for run in runs:
@@ -393,7 +394,7 @@ def cases(variants: str) -> Iterator[Case]:
         full = 4.0 * HEADS * WIDTH * tokens
         yield Case(dense, partial(_dense_attention, tokens), flops=full * tokens)
         for kept in counts:
-            for label, p in named("column_sparse_attention"):
+            for label, p in named("column_sparse_attention") if kept != 1344 else [("", None)]:
                 build = partial(_sparse_attention, tokens, kept, 128)
                 name = f"sparse attention N={tokens} K={kept} ({kept / tokens:.1%}){label}"
                 yield Case(name, build, dense, full * kept, "column_sparse_attention", p)
@@ -446,14 +447,20 @@ def _using(case: Case) -> Iterator[None]:
     tuning.override.clear()
 
 
-def time_cases(variants: str, pattern: str, repeats: int, workers: int) -> list[dict[str, Any]]:
-    listed = [case for case in cases(variants) if not pattern or any(p in case.name for p in pattern.split(","))]
-    if workers:
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(_prepare, [(case.name, variants) for case in listed]))
+def _listed(variants: str, pattern: str) -> list[Case]:
+    return [case for case in cases(variants) if not pattern or any(p in case.name for p in pattern.split(","))]
+
+
+def prepare(variants: str, pattern: str, workers: int) -> None:
+    """Compile what the cases need, `workers` at a time."""
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_prepare, [(case.name, variants) for case in _listed(variants, pattern)]))
+
+
+def time_cases(variants: str, pattern: str, repeats: int) -> list[dict[str, Any]]:
     results: list[dict[str, Any]] = []
     times: dict[str, float] = {}
-    for case in listed:
+    for case in _listed(variants, pattern):
         try:
             with _using(case):
                 runs = case.build()
@@ -471,18 +478,25 @@ def time_cases(variants: str, pattern: str, repeats: int, workers: int) -> list[
         if case.dense in times:
             line["ratio"] = times[case.dense] / median(measured)
         results.append(line)
+        print(_show(line), flush=True)
     return results
+
+
+def _show(line: dict[str, Any]) -> str:
+    ratio = f"{line['ratio']:5.2f}×" if "ratio" in line else "      "
+    rate = f"{line['tflops']:4.0f}" if "tflops" in line else "    "
+    return f"{line['ms']:8.4f} ±{line['spread_ms']:.4f} ms {rate} TFLOP/s {ratio} {line['name']}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m chipmunk.bench.ops", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("check", "time"))
+    parser.add_argument("--only", choices=("check", "prepare", "time"))
     parser.add_argument(
         "--variants", choices=("tuned", "all"), default="tuned", help="all: every design that was tried"
     )
     parser.add_argument("--match", default="", help="time only cases whose name contains one of these, comma-separated")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=0, help="processes that compile ahead")
+    parser.add_argument("--workers", type=int, default=8, help="processes of `--only prepare`, which compiles ahead")
     parser.add_argument("--json", default=os.path.join(os.environ["OUT"], "ops.json") if "OUT" in os.environ else "")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -490,6 +504,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "chipmunk.bench.ops needs a CUDA GPU (compute capability 8.0 or newer); none is visible.", file=sys.stderr
         )
         return 2
+    if options.only == "prepare":
+        prepare(options.variants, options.match, options.workers)
+        return 0
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "capability": torch.cuda.get_device_capability(),
@@ -507,11 +524,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         print(f"{len(report['checks']) - failed} of {len(report['checks'])} checks passed", flush=True)
     if options.only != "check":
-        report["times"] = time_cases(options.variants, options.match, options.repeats, options.workers)
-        for line in report["times"]:
-            ratio = f"{line['ratio']:5.2f}×" if "ratio" in line else "      "
-            rate = f"{line['tflops']:4.0f}" if "tflops" in line else "    "
-            print(f"{line['ms']:8.4f} ±{line['spread_ms']:.4f} ms {rate} TFLOP/s {ratio} {line['name']}")
+        report["times"] = time_cases(options.variants, options.match, options.repeats)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(report, file, indent=1)
