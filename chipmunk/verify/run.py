@@ -20,6 +20,9 @@ from chipmunk.verify.process import Progress, run_workers
 from chipmunk.verify.report import Check, VerifyError, VerifyReport
 from chipmunk.verify.spec import Spec
 
+ATTEMPTS = 3
+"""Runs of a scenario in which rounding may have decided a selection: a fault fails all of them."""
+
 
 @dataclass(frozen=True)
 class VerifyOptions:
@@ -146,7 +149,24 @@ def _pair(
             raise _refusal(error, theirs, ours)
         says = f"the patched code does not run: {error['message']}"
         return [Check("runs", False, says, {"trace": error["trace"]})], {}
-    return Comparison(theirs.facts, theirs.out, ours.out, results).checks(), results[1]
+    comparison = Comparison(theirs.facts, theirs.out, ours.out, results)
+    for attempt in range(1, ATTEMPTS):
+        undecided = tuple(comparison.undecided())
+        if not undecided:
+            break
+        results[1]["notes"].append(
+            f"{', '.join(undecided)}: two scores were so close that rounding chose between them; run again with other "
+            f"weights and inputs"
+        )
+        again = [
+            replace(spec, out=Path(f"{spec.out}-{attempt}"), seed=spec.seed + attempt, only=undecided)
+            for spec in (theirs, ours)
+        ]
+        repeated = run_workers(again, options.python, progress, options.timeout)
+        if any("error" in result for result in repeated):
+            break
+        comparison.decide(Comparison(theirs.facts, again[0].out, again[1].out, repeated))
+    return comparison.checks(), results[1]
 
 
 def _refusal(error: dict[str, Any], theirs: Spec, ours: Spec) -> VerifyError:

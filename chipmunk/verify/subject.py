@@ -168,8 +168,8 @@ class Subject:
                 found.append(Scenario(name, model, images, "default", index, variant))
         if not found:
             found.append(Scenario(OWN_LOOP, "model", IMAGES, "default"))
-        small = Image(1, 9, 10, 19, 14)
-        found.append(Scenario(TWO_SLOTS, "model", (small,), "other"))
+        # two of one size, so that the second would notice caches of the first
+        found.append(Scenario(TWO_SLOTS, "model", (Image(1, 9, 10, 19, 14), Image(1, 9, 10, 19, 8)), "other"))
         found += [Scenario(c.__name__, c.__name__, IMAGES[1:], "default") for c in self.subclasses]
         return [scenario for scenario in found if not self.spec.only or scenario.name in self.spec.only]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import chipmunk
+from chipmunk.runtime.session import statistics
 from chipmunk.verify.checkout import CheckoutError
 from chipmunk.verify.placeholders import PlaceholderUsed
 from chipmunk.verify.spec import CONFIGS, PROGRESS, Scenario, Spec
@@ -37,7 +38,7 @@ class Worker:
         self.labels: dict[str, list[tuple[int, str]]] = {}
         """Step and slot of each model call, by scenario and image."""
         self.done = 0
-        self.total = len(self.scenarios) * (4 if spec.side == "patched" else 1 if spec.weights else 2)
+        self.total = len(self.scenarios) * (3 if spec.side == "patched" else 1 if spec.weights else 2)
 
     def run(self) -> dict[str, Any]:
         figures = self.original() if self.spec.side == "original" else self.patched()
@@ -85,15 +86,17 @@ class Worker:
         for scenario in self.scenarios:
             self.run_scenario("off", scenario)
         for scenario in self.scenarios:
-            self.enabled("kept", scenario, "kept")
-        coverage = {scenario.name: self.enabled("sparse", scenario, scenario.config) for scenario in self.scenarios}
+            self.enable(scenario.model, "kept")
+            self.run_scenario("kept", scenario)
+            self.disable(scenario.model)
+        coverage = {scenario.name: self.sparse(scenario) for scenario in self.scenarios}
         # enabled, with caches made and dropped: nothing of that may show in the state_dict
         self.enable("model", "default")
         state = self.state()
         loading = strict_loading(self.subject, state)
         self.disable("model")
-        for scenario in self.scenarios:
-            self.run_scenario("off again", scenario)
+        for scenario in {scenario.model: scenario for scenario in reversed(self.scenarios)}.values():
+            self.draw("off again", scenario, 0)
         save_tensors(state, self.spec.out / "parameters.safetensors")
         return {"parameters": list(state), "loading": loading, "coverage": coverage, "found_configuration": natural}
 
@@ -102,14 +105,14 @@ class Worker:
             self.draw(job, scenario, index)
         self.progress(f"{scenario.name}: {job}")
 
-    def enabled(self, job: str, scenario: Scenario, config: str) -> dict[str, Any]:
-        """Run a scenario with Chipmunk on; what ran, by the runtime's statistics and by the operators called."""
-        model = self.enable(scenario.model, config)
+    def sparse(self, scenario: Scenario) -> dict[str, Any]:
+        """Run a scenario sparse; what ran, by the runtime's statistics and by the operators called."""
+        model = self.enable(scenario.model, scenario.config)
         with CountOperators() as counter:
-            self.run_scenario(job, scenario)
-        statistics = asdict(chipmunk.statistics(model))
+            self.run_scenario("sparse", scenario)
+        counted = asdict(statistics(model))
         self.disable(scenario.model)
-        return {"statistics": statistics, "operators": dict(counter.calls)}
+        return {"statistics": counted, "operators": dict(counter.calls)}
 
     def enable(self, name: str, config: str) -> torch.nn.Module:
         model = self.subject.model(name)
@@ -141,11 +144,11 @@ class Worker:
         print(f"{PROGRESS}{json.dumps([self.done, self.total, what])}", flush=True)
 
 
-class CountOperators(TorchDispatchMode):
+class CountOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the calls that reach Chipmunk's operators, whatever the runtime says about them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -162,7 +165,7 @@ def chipmunk_is_off(worker: Worker) -> bool:
     """Run once as a user does who configures nothing; False if a configuration was found all the same."""
     scenario = worker.scenarios[0]
     worker.draw("untouched", scenario, 0)
-    enabled = bool(chipmunk.statistics(worker.subject.model(scenario.model)).enabled)
+    enabled = statistics(worker.subject.model(scenario.model)).enabled
     for name in {scenario.model for scenario in worker.scenarios}:
         worker.disable(name)
     return enabled
