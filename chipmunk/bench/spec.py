@@ -1,4 +1,4 @@
-"""What the parent process tells a benchmark worker."""
+"""What the parent process tells a benchmark worker, and what the worker says while it runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from chipmunk.rewrite.plan import ModelFacts
-from chipmunk.verify.spec import facts_from_json
+from chipmunk.verify.spec import PROGRESS, facts_from_json
+
+Event = dict[str, Any]
+"""A line of a worker's output that starts with `PROGRESS`, as an object. Its `event` is one of
+
+    build                                   the model is being built
+    begin    size, steps, index             a picture begins
+    image    size, steps, index, seconds    it is drawn
+    error    kind, message, next, trace     why the worker ends without a result
+
+and `side` and `config` are added to each by the parent.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,15 +42,17 @@ class Spec:
     text_tokens: int = 512
     dtype: str = "bfloat16"
     device: str = "cuda"
+    """On a CPU the model is the target's small one."""
     compile: bool = True
+    """Whether the original's blocks are compiled; for the patched side its configuration says."""
     seed: int = 0
     config: Path | None = None
     """`chipmunk-config.yml` of the patched side; the defaults without one."""
     weights: Path | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     """Constructor arguments that replace those of the full size, `{"depth": 2}` say."""
-    match_seconds: dict[str, float] = field(default_factory=dict)
-    """By size, the time that a run of fewer dense steps has to fit into."""
+    match_seconds: dict[str, list[float]] = field(default_factory=dict)
+    """By size, the times that runs of fewer dense steps have to fit into."""
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), default=str, indent=1))
@@ -52,3 +65,6 @@ class Spec:
         data["sizes"] = tuple((width, height) for width, height in data["sizes"])
         data["facts"] = facts_from_json(data["facts"])
         return Spec(**data)
+
+
+__all__ = ["PROGRESS", "Event", "Spec"]

@@ -64,7 +64,7 @@ def verify_repository(
     from chipmunk.verify import VerifyOptions, run
 
     options = VerifyOptions(
-        python=_python(repo, python),
+        python=python_of(repo, python),
         device=device,
         target=target,
         plugins=tuple(plugins or ()),
@@ -108,7 +108,7 @@ def show_report(out: Console, report: VerifyReport) -> None:
         )
 
 
-def _python(repo: Path, python: str | None) -> str:
+def python_of(repo: Path, python: str | None) -> str:
     """The Python that was named; else the repository's, if Chipmunk is installed there; else this one."""
     import os
     import shutil

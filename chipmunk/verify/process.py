@@ -47,7 +47,7 @@ def run_workers(specs: Sequence[Spec], python: str, progress: Progress | None, t
                 worker = subprocess.Popen(
                     [python, "-m", "chipmunk.verify.worker", str(spec.out / "spec.json")],
                     cwd=spec.out,
-                    env=_environment(python),
+                    env=environment(python),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.PIPE,
                     stderr=errors,
@@ -90,7 +90,7 @@ def _result(spec: Spec, python: str, code: int) -> dict[str, Any]:
     raise VerifyError(f"the process that runs the {spec.side} code ended without a result: {last}")
 
 
-def _environment(python: str) -> dict[str, str]:
+def environment(python: str) -> dict[str, str]:
     """The user's, less what would switch Chipmunk on or write beside the user's files."""
     found = {name: value for name, value in os.environ.items() if name != "CHIPMUNK_CONFIG"}
     found["PYTHONDONTWRITEBYTECODE"] = "1"

@@ -55,7 +55,7 @@ def run(root: Path, options: VerifyOptions | None = None, progress: Progress | N
     started = time.perf_counter()
     state = patched_repository(root)
     originals = {file.path: file.unpatched for file in state.files if file.unpatched is not None}
-    plan = _plan(state, originals, options)
+    plan = original_plan(state, originals, target=options.target, plugins=options.plugins)
     with tempfile.TemporaryDirectory(prefix="chipmunk-verify-") as folder:
         work = Path(folder).resolve()
         original = rebuild(state.root, originals, work / "original-repository")
@@ -81,13 +81,15 @@ def patched_repository(root: Path) -> RepositoryStatus:
     return state
 
 
-def _plan(state: RepositoryStatus, originals: dict[str, bytes], options: VerifyOptions) -> Plan:
+def original_plan(
+    state: RepositoryStatus, originals: dict[str, bytes], *, target: str | None, plugins: tuple[Path, ...]
+) -> Plan:
     """What the rules find in the original: the models and loops to run, and the target that knows how."""
     assert state.journal is not None
     files = {**read(state.root).files, **originals}
-    found = registry.load(options.plugins)
+    found = registry.load(plugins)
     only = [name for name in state.journal.patches if name in found.patches] or None
-    target = options.target or (state.journal.target if state.journal.target in found.targets else None)
+    target = target or (state.journal.target if state.journal.target in found.targets else None)
     plan = plan_repository(files, found, only=only, target=target)
     if not plan.models:
         raise VerifyError(f"no FLUX model was found in {state.root}, although it is patched")
