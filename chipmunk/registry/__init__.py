@@ -127,7 +127,7 @@ def _modules(plugins: Sequence[Path]) -> Iterator[tuple[str, ModuleType]]:
             origin = f"entry point {point.name} = {point.value}{package}"
             try:
                 module = point.load()
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise RegistryError(f"{origin} cannot be loaded: {type(error).__name__}: {error}") from error
             yield origin, module
     for root in plugins:
@@ -160,7 +160,7 @@ def _import_file(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise RegistryError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
     return module

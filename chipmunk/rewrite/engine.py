@@ -12,7 +12,7 @@ from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.plan import BlockFacts, FileChange, ModelFacts, Plan, Site, SiteStatus
 from chipmunk.rewrite.repository import Module, Repository
 from chipmunk.rewrite.roles import Block, Model, find_roles, may_hold_model
-from chipmunk.rewrite.source import OverlapError, Source, SourceError
+from chipmunk.rewrite.source import OverlapError, SourceError
 
 ALIASES = {"mlp": ("double-mlp", "single-mlp")}
 # A block's sparse state comes from the model's forward: these patches do nothing without that one.
@@ -77,12 +77,11 @@ def plan_repository(
     parsed: dict[str, Module | SourceError] = {}
     while True:
         repository, context = _run(files, registry, chosen, parsed, progress)
-        broken = [path for path in context.edits if not _source(repository, path).survives()]
-        if not broken:
+        unfit = {path: error for path in context.edits if (error := _unfit(repository, path)) is not None}
+        if not unfit:
             break
         # Such a file is treated as one that cannot be parsed, and the rest goes on without it.
-        error = SourceError("parse", "it does not survive parsing and printing unchanged")
-        parsed = {**repository.parsed, **{path: error for path in broken}}
+        parsed = {**repository.parsed, **unfit}
     sites = [*context.sites.values(), *_refused(repository, context)]
     facts = tuple(_facts(model, index, context) for index, model in enumerate(context.models))
     try:
@@ -137,11 +136,7 @@ def _check(
 ) -> tuple[str, str] | None:
     """Why the result must not be written: it does not compile, or a second run would change it again."""
     for path, content in after.items():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the file's own, about escapes in its strings, say
-                compile(content, path, "exec", dont_inherit=True)
-        except (SyntaxError, ValueError) as error:
+        if (error := _compile_error(path, content)) is not None:
             return "chipmunk", f"the changed {path} would not compile ({error})"
     if not after:
         return None
@@ -154,10 +149,25 @@ def _check(
     return None
 
 
-def _source(repository: Repository, path: str) -> Source:
+def _unfit(repository: Repository, path: str) -> SourceError | None:
+    """Why a file must not be edited, though it could be parsed."""
     module = repository.module(path)
     assert module is not None
-    return module.source
+    if not module.source.survives():
+        return SourceError("parse", "it does not survive parsing and printing unchanged")
+    if (error := _compile_error(path, module.source.content)) is not None:
+        return SourceError("parse", f"this Python does not compile it as it is ({error})")
+    return None
+
+
+def _compile_error(path: str, content: bytes) -> str | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the file's own, about escapes in its strings, say
+            compile(content, path, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def _refuse(site: Site, reason: str) -> Site:

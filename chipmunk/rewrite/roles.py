@@ -258,9 +258,10 @@ def _with_roles(
     for found, streams in ((double, roles), (single, {name: "joint" for name in _joint_names(single, scope, joint)})):
         classes = repository.classes_in(owner, found.attribute)
         if not classes:
-            return Lookalike(
-                owner, method.node.name, f"the class of the blocks in self.{found.attribute} was not found"
-            )
+            reason = f"the class of the blocks in self.{found.attribute} was not found"
+            if repository.unreadable:
+                reason += f"; it may be in a file that could not be read: {', '.join(sorted(repository.unreadable))}"
+            return Lookalike(owner, method.node.name, reason)
         if len(classes) > 1:
             names = " and ".join(c.name for c in classes)
             return Lookalike(

@@ -105,9 +105,9 @@ class Source:
             end = self.span(node.value)[1]
         if isinstance(node, cst.Param):
             end = self.span(node.default or node.annotation or node.name)[1]
-        if getattr(node, "lpar", None):
-            start = self._spans[node.lpar[0]].start  # type: ignore[attr-defined]
-            last = self._spans[node.rpar[-1]]  # type: ignore[attr-defined]
+        if isinstance(node, cst.BaseExpression) and node.lpar:
+            start = self._spans[node.lpar[0]].start
+            last = self._spans[node.rpar[-1]]
             end = last.start + last.length
         return start, end
 
