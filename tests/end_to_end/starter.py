@@ -64,10 +64,16 @@ class Repository:
         return model
 
 
+def copy_starter(folder: Path) -> Path:
+    """Write a copy of the starter into `folder` and return its root."""
+    root = folder / "flux-starter"
+    shutil.copytree(STARTER, root, ignore=shutil.ignore_patterns("__pycache__"))
+    return root
+
+
 def patch(folder: Path) -> Path:
     """Write a patched copy of the starter into `folder`, without a journal, and return its root."""
-    root = folder / "patched"
-    shutil.copytree(STARTER, root)
+    root = copy_starter(folder)
     files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.py")}
     plan = plan_repository(files, registry.load())
     assert {change.path for change in plan.changes} >= {f"flux/{name}.py" for name in ("math", "model", "sampling")}

@@ -1,0 +1,14 @@
+"""Neurons are chosen once after each full step, and never anew."""
+
+from typing import Any
+
+from chipmunk.runtime import model_call
+
+
+def mlp_step(config: Any, count: int, selected_since_full: bool) -> tuple[str, bool]:
+    kind, select = original(config, count, selected_since_full)
+    return kind, select and not selected_since_full
+
+
+original = model_call.mlp_step
+model_call.mlp_step = mlp_step
