@@ -26,7 +26,8 @@ _BINARY = getattr(os, "O_BINARY", 0)
 
 
 def write_new(path: Path, data: bytes, like: Path | None = None) -> None:
-    """Write and synchronise a new file; with `like`, give it that file's mode, owner and extended attributes."""
+    """Write and synchronise a new file. With `like`, it gets that file's mode, owner and extended attributes;
+    otherwise the owner of its folder."""
     flags, mode = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW | _BINARY, 0o644 if like is None else 0o600
     try:
         fd = os.open(path, flags, mode)
@@ -37,25 +38,33 @@ def write_new(path: Path, data: bytes, like: Path | None = None) -> None:
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(fd, rest) :]
-        if like is not None:
-            _copy_metadata(like, path, fd)
+        if like is None:
+            _give(fd, path.parent)
+        else:
+            _copy_metadata(like, fd)
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def _copy_metadata(like: Path, path: Path, fd: int) -> None:
+def _copy_metadata(like: Path, fd: int) -> None:
     """Mode always; owner and extended attributes (access lists, security labels) where this user may set them."""
-    wanted, current = os.stat(like), os.fstat(fd)
+    _give(fd, like)
     if sys.platform != "win32":
-        if (wanted.st_uid, wanted.st_gid) != (current.st_uid, current.st_gid):
-            with contextlib.suppress(PermissionError):
-                os.fchown(fd, wanted.st_uid, wanted.st_gid)
-        os.fchmod(fd, stat.S_IMODE(wanted.st_mode))
+        os.fchmod(fd, stat.S_IMODE(os.stat(like).st_mode))
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             for name in os.listxattr(like):
                 os.setxattr(fd, name, os.getxattr(like, name))
+
+
+def _give(fd: int, like: Path) -> None:
+    """Hand a file or folder to the owner of another, where this user may: root in a container may."""
+    if sys.platform != "win32":
+        wanted, current = os.stat(like), os.fstat(fd)
+        if (wanted.st_uid, wanted.st_gid) != (current.st_uid, current.st_gid):
+            with contextlib.suppress(PermissionError):
+                os.fchown(fd, wanted.st_uid, wanted.st_gid)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -68,6 +77,18 @@ def remove(path: Path) -> None:
     """Remove a file if it is there."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, durably, for the owner of the folder that it is in. Raises FileExistsError."""
+    os.mkdir(folder)
+    if sys.platform != "win32":
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            _give(fd, folder.parent)
+        finally:
+            os.close(fd)
+    sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -103,7 +124,7 @@ def exclusive(lock: Path, root: Path) -> Iterator[None]:
     """
     while True:
         with contextlib.suppress(FileExistsError):
-            os.mkdir(lock.parent)
+            make_folder(lock.parent)
         try:
             if not stat.S_ISDIR(os.lstat(lock.parent).st_mode):
                 raise Refused(f"{lock.parent.name} must be a folder, not a link or a file", file=lock.parent.name)
@@ -115,12 +136,12 @@ def exclusive(lock: Path, root: Path) -> Iterator[None]:
                 os.rmdir(lock.parent)  # only if it is empty: if we made it
             raise
         try:
+            _give(fd, lock.parent)
             patience = time.monotonic() + _PATIENCE
             while not _try_lock(fd):
-                if time.monotonic() < patience:
-                    time.sleep(_PATIENCE / 20)
-                    continue
-                raise busy(root)
+                if time.monotonic() > patience:
+                    raise busy(root)
+                time.sleep(_PATIENCE / 20)
             if not _is_named(fd, lock):
                 continue
             yield
@@ -144,6 +165,8 @@ def is_locked(lock: Path) -> bool:
         return False
     try:
         return not _try_lock(fd)
+    except Refused:
+        return False
     finally:
         os.close(fd)
 
@@ -175,4 +198,10 @@ else:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            raise Refused(
+                f"this file system cannot lock files ({error.strerror}), so two runs at once could not be told apart; "
+                "nothing was changed",
+                next_command="cp -r REPOSITORY /tmp/   (any folder on a local disk)",
+            ) from error
         return True

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,7 @@ from chipmunk.apply.repository import FOLDER
 from chipmunk.rewrite.plan import FileChange, Site, SiteStatus
 
 FORMAT = 1
+_OBJECT = re.compile(r"[0-9a-f]{64}(\.tmp)?")
 README = (
     b"Chipmunk's journal: the original bytes of the files that `chipmunk patch` changed. `chipmunk revert` needs it, "
     b"and removes it; `git apply -R .chipmunk/changes-*.diff`, run in the folder above, undoes the same by hand.\n"
@@ -109,11 +111,19 @@ class Store:
         return self.folder / "underway.json"
 
     @property
+    def objects(self) -> Path:
+        return self.folder / "objects"
+
+    @property
     def lock(self) -> Path:
         return self.folder / "lock"
 
     def object(self, digest: str) -> Path:
-        return self.folder / "objects" / digest
+        return self.objects / digest
+
+    def object_names(self) -> list[str]:
+        """Objects, and beginnings of objects that a killed run left."""
+        return sorted(path.name for path in self.objects.glob("*") if _OBJECT.fullmatch(path.name))
 
     def diff(self, id: str) -> Path:
         return self.folder / f"changes-{id}.diff"
@@ -146,9 +156,11 @@ class Store:
         return str(self._document(self.journal)["id"]) if self.journal.exists() else None
 
     def read_journal(self) -> Journal | None:
+        if self.objects.is_symlink():
+            raise self.damaged("objects is a link")
         if not self.journal.exists():
             unfinished = self.planned.exists() or self.underway.exists()
-            if not unfinished and (self.folder / "objects").exists():
+            if not unfinished and self.object_names():
                 raise self.damaged("journal.json is missing")
             return None
         body = self._document(self.journal)
@@ -180,7 +192,7 @@ class Store:
 
     def content(self, digest: str) -> bytes:
         """Bytes of an object, checked against its name."""
-        if len(digest) != 64 or not set(digest) <= set("0123456789abcdef"):
+        if not (isinstance(digest, str) and len(digest) == 64 and _OBJECT.fullmatch(digest)):
             raise self.damaged("an object's name is not a SHA-256")
         try:
             data = self.object(digest).read_bytes()
@@ -192,7 +204,11 @@ class Store:
 
     def safe_path(self, path: str) -> str:
         """A path from a document, if it stays inside the tree: a journal may have come from a stranger."""
-        if not isinstance(path, str) or not is_inside(path):
+        try:
+            inside = is_inside(path) and (self.root / path).parent.resolve().is_relative_to(self.root)
+        except (OSError, RuntimeError, TypeError):
+            inside = False
+        if not inside:
             raise self.damaged(f"it names a path outside the repository, {path!r}")
         return path
 

@@ -60,7 +60,7 @@ def locate(root: Path) -> Path:
 
 def has_journal(folder: Path) -> bool:
     """Whether the folder is the root of a patched repository, or was about to become one."""
-    return any(os.path.lexists(folder / FOLDER / name) for name in ("journal.json", "underway.json", "objects"))
+    return any(os.path.lexists(folder / FOLDER / name) for name in ("journal.json", "underway.json"))
 
 
 def read(root: Path) -> Repository:

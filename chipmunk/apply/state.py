@@ -9,7 +9,7 @@ from pathlib import Path
 
 from chipmunk.apply import disk
 from chipmunk.apply.errors import Busy, Interrupted, JournalDamaged, Place, quoted
-from chipmunk.apply.journal import Journal, JournalFile, Store
+from chipmunk.apply.journal import Journal, JournalFile, Store, sha256
 from chipmunk.apply.merge import merge_python
 from chipmunk.apply.repository import locate, read
 
@@ -36,6 +36,8 @@ class FileState(str, Enum):
     EDITED = "edited since"
     OVERLAPPING = "edited since, in the lines that Chipmunk changed"
     MISSING = "deleted or renamed since"
+    REPLACED = "changed by the interrupted run"
+    WAITING = "not yet changed by the interrupted run"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def status(root: Path) -> RepositoryStatus:
     except Busy as error:
         return RepositoryStatus(root, State.BUSY, message=error.message)
     except Interrupted as error:
-        return RepositoryStatus(root, State.INTERRUPTED, message=error.message, next_command=error.next_command)
+        files = _half_done(store)
+        return RepositoryStatus(root, State.INTERRUPTED, files, message=error.message, next_command=error.next_command)
     except JournalDamaged as error:
         return RepositoryStatus(root, State.DAMAGED, message=error.message, next_command=error.next_command)
     if journal is None:
@@ -98,6 +101,20 @@ def status(root: Path) -> RepositoryStatus:
     else:
         state = State.EDITED
     return RepositoryStatus(root, state, files, journal)
+
+
+def _half_done(store: Store) -> tuple[FileStatus, ...]:
+    """How far the interrupted run came."""
+    found = []
+    for path, before, after in store.read_transaction(store.underway).files:
+        try:
+            current = (store.root / path).read_bytes()
+        except OSError:
+            found.append(FileStatus(path, FileState.MISSING, None, None))
+            continue
+        states = {before: FileState.WAITING, after: FileState.REPLACED}
+        found.append(FileStatus(path, states.get(sha256(current), FileState.EDITED), current, None))
+    return tuple(found)
 
 
 def examine(root: Path, journal: Journal) -> tuple[FileStatus, ...]:

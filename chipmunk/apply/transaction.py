@@ -165,13 +165,15 @@ def _carry_out(store: Store, changes: Sequence[FileChange], journal: Journal) ->
     try:
         _write(store.planned, transaction_document(journal.id, changes))
         with suppress(FileExistsError):
-            os.mkdir(store.folder / "objects")
-        contents = [data for c in changes for data in (c.before, c.after)]
-        contents += [data for file in journal.files for data in (file.original, file.patched)]
-        for digest, data in {sha256(data): data for data in contents}.items():
-            if not store.object(digest).exists():
-                _write(store.object(digest), data)
-        _write(store.diff(journal.id), unified(journal.changes))
+            disk.make_folder(store.objects)
+        contents = [(c.path, data) for c in changes for data in (c.before, c.after)]
+        contents += [(file.path, data) for file in journal.files for data in (file.original, file.patched)]
+        for path, data in contents:
+            if not store.object(sha256(data)).exists():
+                _write(store.object(sha256(data)), data, like=store.root / path)
+        files = [store.root / path for path, _ in contents if (store.root / path).exists()]
+        most_private = min(files, key=lambda path: stat.S_IMODE(path.stat().st_mode), default=None)
+        _write(store.diff(journal.id), unified(journal.changes), like=most_private)
         disk.write_new(next_journal, journal_document(journal))
         for number, change in enumerate(changes):
             target = store.root / change.path
@@ -259,17 +261,16 @@ def _tidy(store: Store) -> None:
     """Remove what no longer serves. Objects go before `planned.json`: objects without either document mean damage."""
     journal = store.read_journal()
     needed = {sha256(data) for file in journal.files for data in (file.original, file.patched)} if journal else set()
-    with suppress(FileNotFoundError):
-        for name in sorted(os.listdir(store.folder / "objects")):
-            if name not in needed:
-                disk.remove(store.folder / "objects" / name)
+    for name in store.object_names():
+        if name not in needed:
+            disk.remove(store.object(name))
     wanted = store.diff(journal.id) if journal and needed else None
     for path in sorted(store.folder.iterdir()):
         if path.suffix == ".tmp" or (path.name.startswith("changes-") and path != wanted):
             disk.remove(path)
     if not needed:
-        with suppress(FileNotFoundError):
-            os.rmdir(store.folder / "objects")
+        with suppress(OSError):  # somebody else's file in it, such as .DS_Store
+            os.rmdir(store.objects)
         disk.remove(store.journal)
 
 
@@ -281,7 +282,7 @@ def _describe_folder(store: Store) -> None:
 
 def _leave(store: Store) -> None:
     """Remove the folder if nothing in it matters; the lock goes last."""
-    if any((store.folder / name).exists() for name in ("journal.json", "planned.json", "underway.json", "objects")):
+    if store.object_names() or any(path.exists() for path in (store.journal, store.planned, store.underway)):
         return
     for name in ("README", ".gitignore", "README.tmp", ".gitignore.tmp", "lock"):
         with suppress(OSError):  # Windows keeps the lock's name while it is held
@@ -290,10 +291,10 @@ def _leave(store: Store) -> None:
         os.rmdir(store.folder)
 
 
-def _write(path: Path, data: bytes) -> None:
-    """Write a file of the journal; under its own name it is always whole."""
+def _write(path: Path, data: bytes, like: Path | None = None) -> None:
+    """Write a file of the journal; under its own name it is always whole. What is `like` a file is as private as it."""
     temporary = path.with_name(path.name + ".tmp")
-    disk.write_new(temporary, data)
+    disk.write_new(temporary, data, like if like is not None and like.exists() else None)
     disk.rename(temporary, path)
 
 

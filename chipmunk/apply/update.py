@@ -73,9 +73,12 @@ def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Upda
         if current is not None and wanted is not None and wanted != current:
             changes.append(FileChange(path, current, wanted))
     untouched = {path for path in files if _real(repository, path) not in {change.path for change in changes}}
-    sites = [_as_on_disk(site, repository, files, untouched) for site in plan.sites]
+    told_by_rules = plan.sites
+    sites = [_as_on_disk(site, repository, files, untouched) for site in told_by_rules]
     plan = replace(plan, changes=tuple(changes), sites=(*repository.problems, *sites))
-    after = Journal(tuple(entries), plan.target, dict(plan.patches), plan.sites) if changes else journal
+    # The journal tells the sites from the originals: a line number there means the same whatever is on the disk.
+    recorded = (*repository.problems, *told_by_rules)
+    after = Journal(tuple(entries), plan.target, dict(plan.patches), recorded) if changes else journal
     return Update(repository, plan, after, in_force.id if in_force else None)
 
 
@@ -96,7 +99,8 @@ def plan_patch_file(root: Path, patch: bytes) -> Update:
         if entry is not None:
             kept[change.path] = entry
     plan = Plan(journal.target, changes, sites, patches=dict(journal.patches))
-    after = Journal(tuple(kept[path] for path in sorted(kept)), journal.target, plan.patches, (*journal.sites, *sites))
+    recorded = (*journal.sites, *(_as_in_original(site, standing) for site in sites))
+    after = Journal(tuple(kept[path] for path in sorted(kept)), journal.target, plan.patches, recorded)
     return Update(repository, plan, after if changes else journal, in_force.id if in_force else None)
 
 
@@ -149,3 +153,11 @@ def _as_on_disk(site: Site, repository: Repository, planned_on: Mapping[str, byt
     if site.status is SiteStatus.PATCHED and site.file in untouched:
         return replace(site, line=line, status=SiteStatus.ALREADY, reason="Chipmunk patched it before")
     return replace(site, line=line)
+
+
+def _as_in_original(site: Site, standing: Mapping[str, FileStatus]) -> Site:
+    """A site of the file on the disk, told from the file as it would be without Chipmunk."""
+    file = standing.get(site.file)
+    if file is None or file.current is None or file.unpatched is None:
+        return site
+    return replace(site, line=map_line(file.current, file.unpatched, site.line))

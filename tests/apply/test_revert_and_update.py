@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -25,6 +27,7 @@ from chipmunk.apply import (
     State,
     Store,
     carry_out,
+    plan_patch_file,
     plan_revert,
     plan_update,
     recover,
@@ -163,6 +166,24 @@ def test_the_diff_in_the_journal_undoes_the_patch_without_chipmunk(patched: Path
     assert status(patched).state is State.UNPATCHED
     assert revert(patched).changes == ()
     assert not (patched / ".chipmunk").exists()
+
+
+def test_the_journal_is_as_private_as_the_files(patched: Path) -> None:
+    secret = {hashlib.sha256(data).hexdigest() for data in (LAYERS, (patched / "src/flux/layers.py").read_bytes())}
+    for path in (patched / ".chipmunk/objects").iterdir():
+        assert (path.stat().st_mode & 0o077 == 0) == (path.name in secret)
+    assert next((patched / ".chipmunk").glob("changes-*.diff")).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_root_writes_belongs_to_the_owner_of_the_repository(tmp_path: Path) -> None:
+    make(tmp_path)
+    for path in [tmp_path, *tmp_path.rglob("*")]:
+        os.chown(path, 1234, 1235)
+    patch(tmp_path)
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in tmp_path.rglob("*")} == {(1234, 1235)}
+    revert(tmp_path)
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in tmp_path.rglob("*")} == {(1234, 1235)}
 
 
 # --- edited since --------------------------------------------------------------------------------------------------
@@ -448,6 +469,22 @@ def test_code_that_only_mentions_chipmunk_is_not_taken_for_patched(tmp_path: Pat
     assert revert(tmp_path).changes == ()
 
 
+def test_somebody_else_s_file_in_the_folder_is_left_alone(patched: Path) -> None:
+    for folder in (".chipmunk", ".chipmunk/objects"):
+        (patched / folder / ".DS_Store").write_bytes(b"x")
+    revert(patched)
+    assert status(patched).state is State.UNPATCHED
+    assert sorted(str(p.relative_to(patched)) for p in (patched / ".chipmunk").rglob("*")) == [
+        ".chipmunk/.DS_Store",
+        ".chipmunk/objects",
+        ".chipmunk/objects/.DS_Store",
+    ]
+    patch(patched)
+    assert status(patched).state is State.PATCHED
+    revert(patched)
+    assert {path: (patched / path).read_bytes() for path in FILES} == FILES
+
+
 def test_a_newer_journal_is_refused(patched: Path) -> None:
     store = Store(patched)
     outer = json.loads(store.journal.read_text())
@@ -477,6 +514,46 @@ def test_a_stranger_s_journal_cannot_reach_outside(tmp_path: Path, path: str) ->
     store.underway.write_bytes(transaction_document("0" * 16, [FileChange(path, MATH, LAYERS)]))
     with pytest.raises(JournalDamaged, match="outside the repository"):
         recover(root)
+
+
+@pytest.mark.parametrize("through", ["a folder", "the objects"])
+def test_a_stranger_s_links_cannot_reach_outside(tmp_path: Path, through: str) -> None:
+    from chipmunk.apply.journal import transaction_document
+
+    root, outside = make(tmp_path / "root"), make(tmp_path / "outside", {"victim.py": MATH, "a" * 64: b"dear"})
+    patch(root)
+    before = snapshot(outside)
+    store = Store(root)
+    if through == "a folder":
+        (root / "link").symlink_to(outside)
+        store.underway.write_bytes(transaction_document("0" * 16, [FileChange("link/victim.py", LAYERS, MATH)]))
+        for data in (MATH, LAYERS):
+            store.object(hashlib.sha256(data).hexdigest()).write_bytes(data)
+    else:
+        shutil.rmtree(store.folder / "objects")
+        (store.folder / "objects").symlink_to(outside)
+    for action in (recover, revert, patch):
+        with pytest.raises(JournalDamaged):
+            action(root)
+    assert snapshot(outside) == before
+
+
+def test_sites_in_the_journal_are_told_from_the_originals(patched: Path) -> None:
+    first = Store(patched).load()
+    assert first is not None
+    carry_out(plan_update(patched, rules_2))
+    second = Store(patched).load()
+    assert second is not None
+    assert second.sites == first.sites
+    for site in second.sites:
+        assert b"sdpa(" in FILES[site.file].split(b"\n")[site.line - 1]
+    layers = (patched / "src/flux/layers.py").read_bytes()
+    saved = unified([FileChange("src/flux/layers.py", layers, layers.replace(b"class Block", b"class Blocks"))])
+    carry_out(plan_patch_file(patched, saved))
+    third = Store(patched).load()
+    assert third is not None
+    assert [site.line for site in third.sites if site.patch == "apply"] == [5]
+    assert LAYERS.split(b"\n")[4] == b"class Block:"
 
 
 # --- merging -------------------------------------------------------------------------------------------------------

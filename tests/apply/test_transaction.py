@@ -17,6 +17,7 @@ from apply_toys import FILES, LAYERS, copy, make, patch, rules, rules_2, snapsho
 from chipmunk.apply import (
     Busy,
     Conflict,
+    FileState,
     Interrupted,
     Journal,
     Recovery,
@@ -221,6 +222,45 @@ def test_every_way_to_the_disk_is_one_that_the_kills_stop_at(trees: dict[str, Pa
 
 
 @every_step
+def test_nothing_takes_its_name_before_it_is_on_the_disk(
+    trees: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str, action: Action
+) -> None:
+    """For a power failure: a file is synchronised after its last write and before its rename, its folder after it."""
+    work = copy(trees[start], tmp_path / "work")
+    unsynchronised: set[str] = set()
+    renamed_in: set[str] = set()
+    checked = 0
+    write, fsync, replace = os.write, os.fsync, os.replace
+
+    def path_of(fd: int) -> str:
+        return os.readlink(f"/proc/self/fd/{fd}")
+
+    def watched_write(fd: int, data: bytes) -> int:
+        unsynchronised.add(path_of(fd))
+        return write(fd, data)
+
+    def watched_fsync(fd: int) -> None:
+        unsynchronised.discard(path_of(fd))
+        renamed_in.discard(path_of(fd))
+        fsync(fd)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        nonlocal checked
+        assert str(source) not in unsynchronised
+        assert not renamed_in, "an earlier rename is not on the disk yet"
+        checked += 1
+        renamed_in.add(str(target.parent))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "write", watched_write)
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    action(work)
+    assert checked >= 5
+    assert not renamed_in
+
+
+@every_step
 def test_killed_again_while_recovering(trees: dict[str, Path], tmp_path: Path, start: str, action: Action) -> None:
     before = trees[start]
     journal = Store(before).load()
@@ -317,6 +357,16 @@ def half_patched(trees: dict[str, Path], tmp_path: Path) -> Path:
     assert b"chipmunk" in (work / "src/flux/layers.py").read_bytes()
     assert b"chipmunk" not in (work / "src/flux/math.py").read_bytes()
     return work
+
+
+def test_the_status_says_how_far_a_killed_run_came(half_patched: Path) -> None:
+    found = status(half_patched)
+    assert found.state is State.INTERRUPTED
+    assert {file.path: file.state for file in found.files} == {
+        "src/flux/layers.py": FileState.REPLACED,
+        "src/flux/math.py": FileState.WAITING,
+    }
+    assert found.next_command == f"chipmunk revert {half_patched}"
 
 
 def test_edits_made_after_the_kill_are_kept(half_patched: Path) -> None:
