@@ -137,7 +137,7 @@ class Scope:
         self.steps.append(step)
         for expression in expressions:
             for inner in walk(expression):
-                if isinstance(inner, cst.NamedExpr):
+                if type(inner) is cst.NamedExpr:
                     self._bind(inner.target, inner.value, step)
         return step
 
@@ -163,7 +163,7 @@ class Scope:
         found: list[tuple[cst.Call, Step]] = []
         for step in self.steps:
             for expression in step.expressions:
-                found += [(node, step) for node in walk(expression) if isinstance(node, cst.Call)]
+                found += [(node, step) for node in walk(expression) if type(node) is cst.Call]
         return found
 
     def reaching(self, name: str, step: Step) -> list[Binding]:

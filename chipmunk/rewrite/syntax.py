@@ -19,15 +19,21 @@ def _parts(kind: type[cst.CSTNode]) -> tuple[str, ...]:
     return tuple(name for name in names if not name.startswith(_FORMATTING) and name not in _PUNCTUATION)
 
 
+@cache
+def _is_node(kind: type) -> bool:
+    """Asked of each part's type: LibCST's classes are abstract ones, of which `isinstance` is slow."""
+    return issubclass(kind, cst.CSTNode)
+
+
 def children(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
     """The parts of `node` that carry meaning, in text order but for decorators and conditional expressions."""
     for name in _parts(type(node)):
         part = getattr(node, name)
-        if isinstance(part, cst.CSTNode):
+        if _is_node(type(part)):
             yield part
-        elif isinstance(part, (tuple, list)):
+        elif type(part) is tuple or type(part) is list:
             for item in part:
-                if isinstance(item, cst.CSTNode):
+                if _is_node(type(item)):
                     yield item
 
 

@@ -22,7 +22,14 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 def test_built_in() -> None:
     registry = load()
-    assert list(registry.patches) == ["attention", "command-line", "double-mlp", "model-forward", "single-mlp", "step-clock"]
+    assert list(registry.patches) == [
+        "attention",
+        "command-line",
+        "double-mlp",
+        "model-forward",
+        "single-mlp",
+        "step-clock",
+    ]
     assert "flux" in registry.targets
     assert registry.targets["flux"].origin == "targets/flux.py"
     for name, patch in registry.patches.items():
@@ -36,7 +43,11 @@ def test_a_folder_of_the_users(tmp_path: Path) -> None:
     write(tmp_path / "targets", "_helper.py", "raise RuntimeError('not a plug-in')\n")
     registry = load([tmp_path])
     patch, target = registry.patches["nothing"], registry.targets["lonely"]
-    assert (patch.summary, patch.version, patch.origin) == ("Do nothing at all", "3", str(tmp_path / "patches" / "nothing.py"))
+    assert (patch.summary, patch.version, patch.origin) == (
+        "Do nothing at all",
+        "3",
+        str(tmp_path / "patches" / "nothing.py"),
+    )
     assert target.recognise([], {"lonely": b""})
     assert "nothing" not in load().patches
 

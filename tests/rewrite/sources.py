@@ -35,52 +35,123 @@ class Rewrite:
 REWRITES = (
     # Imports
     Rewrite("flow/double.py", "from flow.attention import attend", "from .attention import attend"),
-    Rewrite("flow/single.py", "from flow.attention import attend\n", "from flow import attention as kernels\n\nattend = kernels.attend\n"),
-    Rewrite("flow/model.py", "from flow.double import PairBlock", "from .double import PairBlock as Pair\n\nPairBlock = Pair"),
+    Rewrite(
+        "flow/single.py",
+        "from flow.attention import attend\n",
+        "from flow import attention as kernels\n\nattend = kernels.attend\n",
+    ),
+    Rewrite(
+        "flow/model.py",
+        "from flow.double import PairBlock",
+        "from .double import PairBlock as Pair\n\nPairBlock = Pair",
+    ),
     Rewrite("flow/__init__.py", "", "from .model import Painter as Painter\n"),
-    Rewrite("flow/loading.py", "from flow.model import Painter\n\n\n", "import flow\n\nPainter = flow.model.Painter\n\n\n"),
+    Rewrite(
+        "flow/loading.py",
+        "from flow.model import Painter\n\n\n",
+        "import flow.model\n\nPainter = flow.model.Painter\n\n\n",
+    ),
     Rewrite("flow/attention.py", "import torch\n", "import torch\nimport torch.nn.functional as F\n"),
-    Rewrite("flow/sampling.py", "import torch\n\n", "try:\n    import torch\nexcept ImportError:\n    torch = None\n\n"),
-    Rewrite("flow/double.py", "import torch\n", '"""Blocks."""\nfrom __future__ import annotations\n\nimport math\n\nimport torch\n'),
+    Rewrite(
+        "flow/sampling.py", "import torch\n\n", "try:\n    import torch\nexcept ImportError:\n    torch = None\n\n"
+    ),
+    Rewrite(
+        "flow/double.py",
+        "import torch\n",
+        '"""Blocks."""\nfrom __future__ import annotations\n\nimport math\n\nimport torch\n',
+    ),
     # Layout
-    Rewrite("flow/double.py", "attend(q, k, v, rotation)", "attend(\n            q,\n            k,\n            v,  # as it is\n            rotation,\n        )"),
-    Rewrite("flow/single.py", "attend(q, k, v, rotation)", "attend(q,\n                       k, v,\n                       rotation=rotation)"),
-    Rewrite("flow/attention.py", "def attend(q, k, v, rotation):", "def attend(\n    q,\n    k,\n    v,\n    rotation,  # of the positions\n):"),
-    Rewrite("flow/attention.py", "def attend(q, k, v, rotation):", "def attend(q, k, v, rotation, *unused, scale=None, **others):"),
+    Rewrite(
+        "flow/double.py",
+        "attend(q, k, v, rotation)",
+        "attend(\n            q,\n            k,\n            v,  # as it is\n            rotation,\n        )",
+    ),
+    Rewrite(
+        "flow/single.py",
+        "attend(q, k, v, rotation)",
+        "attend(q,\n                       k, v,\n                       rotation=rotation)",
+    ),
+    Rewrite(
+        "flow/attention.py",
+        "def attend(q, k, v, rotation):",
+        "def attend(\n    q,\n    k,\n    v,\n    rotation,  # of the positions\n):",
+    ),
+    Rewrite(
+        "flow/attention.py",
+        "def attend(q, k, v, rotation):",
+        "def attend(q, k, v, rotation, *unused, scale=None, **others):",
+    ),
     Rewrite(
         "flow/attention.py",
         "torch.nn.functional.scaled_dot_product_attention(q, k, v)",
         "torch.nn.functional.scaled_dot_product_attention(\n        query=q,\n        key=k,\n        value=v\n    )",
     ),
-    Rewrite("flow/double.py", "self.image_mlp(self.image_norm(image))", "self.image_mlp(\n            self.image_norm(image)\n        )"),
+    Rewrite(
+        "flow/double.py",
+        "self.image_mlp(self.image_norm(image))",
+        "self.image_mlp(\n            self.image_norm(image)\n        )",
+    ),
     Rewrite("flow/sampling.py", "def sample(", "@torch.no_grad()\ndef sample("),
     Rewrite("flow/model.py", "    def forward(self", "    @torch.no_grad()\n    def forward(self"),
     Rewrite("flow/double.py", "        x = attend(", "        # mixing\t\n\n        x = attend("),
     # Order
-    Rewrite("flow/double.py", "        q = torch.cat((text_q, image_q), dim=2)\n        k = torch.cat((text_k, image_k), dim=2)\n",
-            "        k = torch.concat([text_k, image_k], dim=2)\n        q = torch.concat([text_q, image_q], dim=2)\n"),
+    Rewrite(
+        "flow/double.py",
+        "        q = torch.cat((text_q, image_q), dim=2)\n        k = torch.cat((text_k, image_k), dim=2)\n",
+        "        k = torch.concat([text_k, image_k], dim=2)\n        q = torch.concat([text_q, image_q], dim=2)\n",
+    ),
     Rewrite(
         "flow/double.py",
         "        image = image + self.image_mlp(self.image_norm(image))\n        text = text + self.text_out(text_x)\n",
         "        text = text + self.text_out(text_x)\n        image = image + self.image_mlp(self.image_norm(image))\n",
     ),
-    Rewrite("flow/double.py", "image = image + self.image_mlp(self.image_norm(image))", "image += self.image_mlp(self.image_norm(image))"),
+    Rewrite(
+        "flow/double.py",
+        "image = image + self.image_mlp(self.image_norm(image))",
+        "image += self.image_mlp(self.image_norm(image))",
+    ),
     # Branches and loops
     Rewrite("flow/model.py", "for block in self.pairs:", "for i, block in enumerate(self.pairs):"),
-    Rewrite("flow/model.py", "            x = block(x, rotation)\n", "            if block is not None:\n                x = block(x, rotation=rotation)\n"),
-    Rewrite("flow/model.py", "            x = block(x, rotation)\n", "            x = torch.utils.checkpoint.checkpoint(block, x, rotation)\n"),
+    Rewrite(
+        "flow/model.py",
+        "            x = block(x, rotation)\n",
+        "            if block is not None:\n                x = block(x, rotation=rotation)\n",
+    ),
+    Rewrite(
+        "flow/model.py",
+        "            x = block(x, rotation)\n",
+        "            x = torch.utils.checkpoint.checkpoint(block, x, rotation)\n",
+    ),
     Rewrite(
         "flow/model.py",
         "        self.joints = nn.ModuleList([JointBlock(width, heads) for _ in range(joints)])\n",
         "        self.joints = nn.ModuleList()\n        for _ in range(joints):\n            self.joints.append(JointBlock(width, heads))\n",
     ),
     Rewrite("flow/sampling.py", "in zip(times[:-1], times[1:]):", "in list(zip(times[:-1], times[1:])):"),
-    Rewrite("flow/sampling.py", "        velocity = model(", "        with torch.no_grad():\n            velocity = model("),
+    Rewrite(
+        "flow/sampling.py", "        velocity = model(", "        with torch.no_grad():\n            velocity = model("
+    ),
     Rewrite("flow/sampling.py", "model: Painter, ", "model, "),
-    Rewrite("flow/single.py", "torch.split(self.enter(x), [3 * self.width, 4 * self.width], dim=-1)", "self.enter(x).split((3 * self.width, 4 * self.width), -1)"),
-    Rewrite("flow/single.py", "self.leave(torch.cat((mixed, self.act(hidden)), 2))", "self.leave(\n            torch.cat([mixed, self.act(hidden)], dim=-1)\n        )"),
-    Rewrite("flow/command.py", "    model = load_painter(name)\n", "    if steps > 2:\n        model = load_painter(name)\n    else:\n        model = load_painter(\"tiny\")\n"),
-    Rewrite("flow/command.py", "(name: str = \"small\", steps: int = 4)", "(\n    name: str = \"small\",\n    steps: int = 4,\n)"),
+    Rewrite(
+        "flow/single.py",
+        "torch.split(self.enter(x), [3 * self.width, 4 * self.width], dim=-1)",
+        "self.enter(x).split((3 * self.width, 4 * self.width), -1)",
+    ),
+    Rewrite(
+        "flow/single.py",
+        "self.leave(torch.cat((mixed, self.act(hidden)), 2))",
+        "self.leave(\n            torch.cat([mixed, self.act(hidden)], dim=-1)\n        )",
+    ),
+    Rewrite(
+        "flow/command.py",
+        "    model = load_painter(name)\n",
+        '    if steps > 2:\n        model = load_painter(name)\n    else:\n        model = load_painter("tiny")\n',
+    ),
+    Rewrite(
+        "flow/command.py",
+        '(name: str = "small", steps: int = 4)',
+        '(\n    name: str = "small",\n    steps: int = 4,\n)',
+    ),
 )
 
 
@@ -98,7 +169,9 @@ def rename(files: Files, names: dict[str, str]) -> Files:
     """`files` with every identifier in `names` called otherwise, file names left alone."""
     if not names:
         return files
-    pattern = re.compile(r"(?<![\w\"'])(?<!flow\.)(?<!from \.)(?:" + "|".join(sorted(names, key=len, reverse=True)) + r")(?![\w\"'])")
+    pattern = re.compile(
+        r"(?<![\w\"'])(?<!flow\.)(?<!from \.)(?:" + "|".join(sorted(names, key=len, reverse=True)) + r")(?![\w\"'])"
+    )
     return {path: pattern.sub(lambda m: names[m.group()], text) for path, text in files.items()}
 
 
@@ -120,7 +193,9 @@ def encode(files: Files, *, crlf: bool, bom: bool, tabs: bool, no_final_newline:
 
 def fresh_names() -> st.SearchStrategy[dict[str, str]]:
     """Other names for some identifiers, all different."""
-    return st.lists(st.sampled_from(NAMES), unique=True).map(lambda chosen: {name: f"{name[0]}z{i}_" for i, name in enumerate(chosen)})
+    return st.lists(st.sampled_from(NAMES), unique=True).map(
+        lambda chosen: {name: f"{name[0]}z{i}_" for i, name in enumerate(chosen)}
+    )
 
 
 def disguises() -> st.SearchStrategy[dict[str, bytes]]:

@@ -89,5 +89,8 @@ def test_what_is_not_patched_stays(files: dict[str, bytes]) -> None:
 
 def test_renaming_is_not_recognising() -> None:
     """No rule goes by a name of the repository's own."""
-    names = {name: f"n{i}" for i, name in enumerate(("PairBlock", "JointBlock", "Painter", "pairs", "joints", "attend", "sample"))}
+    names = {
+        name: f"n{i}"
+        for i, name in enumerate(("PairBlock", "JointBlock", "Painter", "pairs", "joints", "attend", "sample"))
+    }
     check(encode(rename(FILES, names), **PLAIN))

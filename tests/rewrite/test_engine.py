@@ -81,7 +81,11 @@ def test_files_that_cannot_matter_are_not_even_parsed() -> None:
 
 def test_attention_and_mlps_bring_the_models_forward() -> None:
     assert set(plan_repository(SOURCES, REGISTRY, only=["attention"]).patches) == {"attention", "model-forward"}
-    assert set(plan_repository(SOURCES, REGISTRY, only=["mlp"]).patches) == {"double-mlp", "single-mlp", "model-forward"}
+    assert set(plan_repository(SOURCES, REGISTRY, only=["mlp"]).patches) == {
+        "double-mlp",
+        "single-mlp",
+        "model-forward",
+    }
     assert set(plan_repository(SOURCES, REGISTRY, only=["command-line"]).patches) == {"command-line"}
 
 
@@ -113,7 +117,7 @@ def test_a_half_patched_repository_is_completed(path: str) -> None:
     assert after(half, plan) == FULL
 
 
-@pytest.mark.parametrize("lost", ["**chipmunk.layer(self)", "chipmunk_layer=None", '@chipmunk.model_forward'])
+@pytest.mark.parametrize("lost", ["**chipmunk.layer(self)", "chipmunk_layer=None", "@chipmunk.model_forward"])
 def test_a_single_site_that_was_taken_out_is_put_back(lost: str) -> None:
     path, text = next((p, t.decode()) for p, t in FULL.items() if lost in t.decode())
     if lost.startswith("@"):
@@ -178,7 +182,12 @@ def test_facts_of_the_model() -> None:
     assert model.double_block.attention
     assert model.single_block.attention
     loop = model.loops[0]
-    assert (loop.file, loop.function, loop.model_parameter, loop.slots) == ("flow/sampling.py", "sample", "model", ("velocity",))
+    assert (loop.file, loop.function, loop.model_parameter, loop.slots) == (
+        "flow/sampling.py",
+        "sample",
+        "model",
+        ("velocity",),
+    )
 
 
 def test_facts_are_the_same_once_patched() -> None:

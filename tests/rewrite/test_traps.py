@@ -43,7 +43,11 @@ def test_vae_attention_and_dead_code_stay() -> None:
 
 def test_cross_attention_beside_the_joint_one_stays() -> None:
     extra = "        image_x = image_x + attend(image_q, self.split(rotation)[0], self.split(rotation)[1], 1)\n"
-    plan = plan_of(double=variant(DOUBLE, ("        image = image + self.image_out", extra + "        image = image + self.image_out")))
+    plan = plan_of(
+        double=variant(
+            DOUBLE, ("        image = image + self.image_out", extra + "        image = image + self.image_out")
+        )
+    )
     assert extra in after(plan, "flow/double.py")
     assert "attend(q, k, v, rotation, **chipmunk.layer(self))" in after(plan, "flow/double.py")
 
@@ -65,7 +69,9 @@ def test_a_local_import_hides_the_module_level_function() -> None:
 
 def test_a_module_called_math_beside_import_math() -> None:
     files = {
-        "double": variant(DOUBLE, ("import torch\nfrom", "import math\n\nimport torch\nfrom"), ("flow.attention", "flow.math")),
+        "double": variant(
+            DOUBLE, ("import torch\nfrom", "import math\n\nimport torch\nfrom"), ("flow.attention", "flow.math")
+        ),
         "single": variant(SINGLE, ("flow.attention", "flow.math")),
         "math": "import math\n\n" + ATTENTION,
     }
@@ -100,14 +106,26 @@ def test_attention_in_a_submodule() -> None:
 def test_a_processor_gets_the_block_as_an_argument() -> None:
     processor = variant(
         SINGLE,
-        ("class JointBlock", "class Processor:\n    def __call__(self, layer, x, rotation):\n        return layer.run(x, rotation)\n\n\nclass JointBlock"),
+        (
+            "class JointBlock",
+            "class Processor:\n    def __call__(self, layer, x, rotation):\n        return layer.run(x, rotation)\n\n\nclass JointBlock",
+        ),
         ("        self.act =", "        self.processor = Processor()\n        self.act ="),
-        ("    def forward(self, x, rotation):\n", "    def forward(self, x, rotation):\n        return self.processor(self, x, rotation)\n\n    def run(self, x, rotation):\n"),
+        (
+            "    def forward(self, x, rotation):\n",
+            "    def forward(self, x, rotation):\n        return self.processor(self, x, rotation)\n\n    def run(self, x, rotation):\n",
+        ),
     )
     inner = variant(
         processor,
-        ("        return layer.run(x, rotation)\n", "        q, k, v = layer.project(x)\n        return x + attend(q, k, v, rotation)\n"),
-        ("    def run(self, x, rotation):", "    def project(self, x):\n        return self.enter(x).chunk(3, -1)\n\n    def run(self, x, rotation):"),
+        (
+            "        return layer.run(x, rotation)\n",
+            "        q, k, v = layer.project(x)\n        return x + attend(q, k, v, rotation)\n",
+        ),
+        (
+            "    def run(self, x, rotation):",
+            "    def project(self, x):\n        return self.enter(x).chunk(3, -1)\n\n    def run(self, x, rotation):",
+        ),
     )
     text = after(plan_of(single=inner), "flow/single.py")
     assert "return x + attend(q, k, v, rotation, **chipmunk.layer(layer))" in text
@@ -133,7 +151,9 @@ def test_gradient_checkpointing() -> None:
 
 def test_an_attention_function_of_another_library_is_named_in_the_report() -> None:
     plan = plan_of(
-        double=variant(DOUBLE, ("from flow.attention import attend", "from flash_attn import flash_attn_func as attend"))
+        double=variant(
+            DOUBLE, ("from flow.attention import attend", "from flash_attn import flash_attn_func as attend")
+        )
     )
     reasons = [site.reason for site in sites(plan, "attention", "left dense")]
     assert any("flash_attn_func" in reason and "layout" in reason for reason in reasons)
@@ -164,12 +184,21 @@ def test_two_copies_of_the_repository_are_two_models() -> None:
     files = {f"{root}{path}": text.encode() for root in ("", "vendor/") for path, text in FILES.items()}
     plan = plan_repository(files, REGISTRY)
     assert [model.file for model in plan.models] == ["flow/model.py", "vendor/flow/model.py"]
-    assert [loop.file for model in plan.models for loop in model.loops] == ["flow/sampling.py", "vendor/flow/sampling.py"]
+    assert [loop.file for model in plan.models for loop in model.loops] == [
+        "flow/sampling.py",
+        "vendor/flow/sampling.py",
+    ]
     assert len(plan.changes) == 12
 
 
 def test_a_mask_over_image_tokens_turns_the_order_off() -> None:
-    plan = plan_of(model=variant(MODEL, ("text_ids, time):", "text_ids, time, mask):"), ("        x = torch.cat", "        image = image * mask\n        x = torch.cat")))
+    plan = plan_of(
+        model=variant(
+            MODEL,
+            ("text_ids, time):", "text_ids, time, mask):"),
+            ("        x = torch.cat", "        image = image * mask\n        x = torch.cat"),
+        )
+    )
     assert plan.models[0].ids is None
     assert "mask" in sites(plan, "model-forward", "patched")[0].reason
 
@@ -209,7 +238,11 @@ def test_slots_have_names_of_their_own() -> None:
     plan = plan_of(sampling=text)
     assert plan.models[0].loops[0].slots == ("velocity", "velocity_2", "half", "image")
     result = after(plan, "flow/sampling.py")
-    assert [line.split('"')[1] for line in result.splitlines() if "chipmunk.slot" in line] == ["velocity_2", "half", "image"]
+    assert [line.split('"')[1] for line in result.splitlines() if "chipmunk.slot" in line] == [
+        "velocity_2",
+        "half",
+        "image",
+    ]
 
 
 def test_a_sampler_object() -> None:
@@ -227,7 +260,10 @@ def test_a_sampler_object() -> None:
 def test_only_the_outer_of_two_loops_is_the_steps() -> None:
     text = variant(
         SAMPLING,
-        ("        image = image + (then", "        for _ in range(2):\n            velocity = model(image, image_ids, text, text_ids, time)\n        image = image + (then"),
+        (
+            "        image = image + (then",
+            "        for _ in range(2):\n            velocity = model(image, image_ids, text, text_ids, time)\n        image = image + (then",
+        ),
     )
     result = loop_of(text)
     assert result.count("chipmunk.steps") == 1
@@ -236,12 +272,21 @@ def test_only_the_outer_of_two_loops_is_the_steps() -> None:
 
 
 def test_a_loop_over_a_bare_tuple() -> None:
-    assert "in chipmunk.steps(model, (times[:-1], times[1:])):" in loop_of(variant(SAMPLING, ("zip(times[:-1], times[1:])", "times[:-1], times[1:]")))
+    assert "in chipmunk.steps(model, (times[:-1], times[1:])):" in loop_of(
+        variant(SAMPLING, ("zip(times[:-1], times[1:])", "times[:-1], times[1:]"))
+    )
 
 
 def test_a_model_that_nothing_names_is_known_by_its_keywords() -> None:
-    text = variant(SAMPLING, ("from flow.model import Painter\n\n\n", ""), ("model: Painter", "network"), ("= model(", "= network("))
-    plan = plan_of(sampling=text, command=variant(COMMAND, ("print(sample(model,", "print({'one': sample}['one'](model,")))
+    text = variant(
+        SAMPLING,
+        ("from flow.model import Painter\n\n\n", ""),
+        ("model: Painter", "network"),
+        ("= model(", "= network("),
+    )
+    plan = plan_of(
+        sampling=text, command=variant(COMMAND, ("print(sample(model,", "print({'one': sample}['one'](model,"))
+    )
     assert "chipmunk.steps(network," in after(plan, "flow/sampling.py")
 
 
@@ -280,7 +325,10 @@ def test_decorated_commands(library: str) -> None:
 def test_signatures_and_docstrings() -> None:
     text = variant(
         COMMAND,
-        ('(name: str = "small", steps: int = 4):\n', '(\n    name: str = "small",\n    steps: int = 4,  # enough\n    **more: int,\n):\n    """Paint.\n\n    Args:\n        name: which\n        steps: how many,\n            at least one\n\n    More text.\n    """\n'),
+        (
+            '(name: str = "small", steps: int = 4):\n',
+            '(\n    name: str = "small",\n    steps: int = 4,  # enough\n    **more: int,\n):\n    """Paint.\n\n    Args:\n        name: which\n        steps: how many,\n            at least one\n\n    More text.\n    """\n',
+        ),
     )
     result = command(text)
     assert "    steps: int = 4,  # enough\n    chipmunk_config: str | None = None,\n    **more: int,\n" in result
@@ -290,9 +338,15 @@ def test_signatures_and_docstrings() -> None:
 def test_an_engine_in_another_branch_is_not_enabled() -> None:
     text = variant(
         COMMAND,
-        ("    model = load_painter(name)\n", "    if steps:\n        model = load_painter(name)\n    else:\n        model = engines[name]\n"),
+        (
+            "    model = load_painter(name)\n",
+            "    if steps:\n        model = load_painter(name)\n    else:\n        model = engines[name]\n",
+        ),
     )
-    assert "        model = load_painter(name)\n        chipmunk.enable(model, chipmunk_config)\n    else:\n" in command(text)
+    assert (
+        "        model = load_painter(name)\n        chipmunk.enable(model, chipmunk_config)\n    else:\n"
+        in command(text)
+    )
 
 
 def test_a_model_loaded_out_of_reach_of_the_options() -> None:
