@@ -1,0 +1,189 @@
+"""Blocks under torch.compile: whole graphs, few of them, and none anew for the second image."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from flux_model import Flux, build, denoise, error, inputs, same, small
+from torch import nn
+from torch._dynamo.utils import counters
+
+import chipmunk
+from chipmunk.runtime import compiling
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.no_grad():
+        yield
+    torch._dynamo.reset()
+
+
+def tiny() -> Flux:
+    """Two double blocks, the first of them always dense, and one single block."""
+    return build(double=2, single=1)
+
+
+def single() -> Flux:
+    """One single block and nothing else: half the graphs."""
+    return build(double=0, single=1)
+
+
+def alone(**changes: Any) -> dict[str, Any]:
+    """A configuration that has no layers which are always dense."""
+    return small(mlp__first_n_dense_layers=0, attn__first_n_dense_layers=0, **changes)
+
+
+def blocks_of(model: Flux) -> list[nn.Module]:
+    return [*model.double_blocks, *model.single_blocks]
+
+
+def compile_blocks(model: Flux, backend: str) -> None:
+    for block in blocks_of(model):
+        block.compile(fullgraph=True, backend=backend)
+
+
+def graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def eager(given: dict[str, Any], steps: int = 12) -> list[torch.Tensor]:
+    model = tiny()
+    chipmunk.enable(model, small())
+    return denoise(model, steps, **given)
+
+
+def test_blocks_compile_whole_and_second_images_compile_nothing() -> None:
+    given, config = inputs(), small(mlp__random_keys=0.2, attn__random_keys=0.1)
+    model, plain = tiny(), tiny()
+    compile_blocks(model, "aot_eager")
+    chipmunk.enable(model, config)
+    chipmunk.enable(plain, config)
+    assert error(denoise(model, 12, **given), denoise(plain, 12, **given)) < 1e-5
+    assert not counters["graph_break"]
+    # (dense, full), (full, sparse), (sparse, sparse), (full, full); and the first layer of all, which never runs sparse
+    assert graphs() == 4 + 1 + 4
+    for _ in chipmunk.steps(model, range(21)):  # another image, another number of steps, another slot, other layers
+        model(**given, timesteps=torch.ones(1))
+        chipmunk.slot(model, "negative")(**given, timesteps=torch.ones(1))
+    assert graphs() == 9
+    assert chipmunk.statistics(model).layers[1].attention["negative"].sparse == 21 - 4
+
+
+def test_blocks_compiled_while_off_notice_that_chipmunk_comes_and_goes() -> None:
+    model, plain, given = single(), single(), inputs()
+    compile_blocks(model, "eager")
+    off = denoise(model, 9, **given)
+    for one in (model, plain):
+        chipmunk.enable(one, alone())
+    assert error(denoise(model, 9, **given), denoise(plain, 9, **given)) < 1e-5
+    assert chipmunk.statistics(model).layers[0].mlp["main"].sparse == 8
+    chipmunk.disable(model)
+    assert same(denoise(model, 9, **given), off)
+
+
+def test_the_session_compiles_where_the_configuration_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    model = tiny()
+    chipmunk.enable(model, small(compile=True))
+    assert error(denoise(model, 12, **inputs()), eager(inputs())) < 1e-5
+    # Step 0 shares the graph of a full step: at most four graphs of a class, the dense layers included.
+    assert graphs() == 4 + 3
+    assert not counters["graph_break"]
+    layer = chipmunk.statistics(model).layers[1]
+    assert (layer.attention["main"].full, layer.attention["main"].sparse) == (3, 9)
+    other = pickle.loads(pickle.dumps(model))
+    for copied in (other, copy.deepcopy(model)):
+        assert all(block._compiled_call_impl is None for block in blocks_of(copied))
+    chipmunk.disable(model)
+    assert all(block._compiled_call_impl is None for block in blocks_of(model))
+    assert same(denoise(model, 9, **inputs()), denoise(tiny(), 9, **inputs()))
+
+
+def test_keeping_the_first_selection_survives_the_shared_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    changes = {"attn__recompute_mask": False, "attn__full_step_schedule": [0, 1, 4, 8, 9]}
+    results = []
+    for compile_ in (False, True):
+        model = single()
+        chipmunk.enable(model, alone(compile=compile_, mlp__is_enabled=False, **changes))
+        results.append(denoise(model, 12, **inputs()))
+    assert error(results[1], results[0]) < 1e-5
+
+
+def test_the_session_leaves_alone_what_the_user_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "must not be used")
+    model = tiny()
+    model.single_blocks[0].compile(backend="eager")
+    mine = model.single_blocks[0]._compiled_call_impl
+    chipmunk.enable(model, small(compile=True))
+    assert error(denoise(model, 9, **inputs()), eager(inputs(), 9)) < 1e-5
+    assert all(block._compiled_call_impl is None for block in model.double_blocks)
+    chipmunk.disable(model)
+    assert model.single_blocks[0]._compiled_call_impl is mine
+
+
+@pytest.mark.parametrize("setting", ["auto", False])
+def test_nothing_is_compiled_on_a_cpu_unless_asked(setting: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "must not be used")
+    model = tiny()
+    chipmunk.enable(model, small(compile=setting))
+    denoise(model, 9, **inputs())
+    assert chipmunk.statistics(model).layers[1].mlp["main"].sparse == 8
+
+
+def test_five_sizes_in_a_row_stay_below_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    model = single()
+    chipmunk.enable(model, alone(compile=True, mlp__is_enabled=False))  # two graphs a size
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        for number, (height, width) in enumerate([(8, 6), (6, 8), (7, 7), (9, 7), (10, 5)], start=1):
+            denoise(model, 8, **inputs(height, width))
+            assert chipmunk.statistics(model).layers[0].attention["main"].sparse == 6 * number
+    assert graphs() == 10
+    assert torch._dynamo.config.recompile_limit == 8
+
+
+def test_a_whole_model_compiles_in_one_graph_while_off() -> None:
+    model, given = tiny(), {**inputs(), "timesteps": torch.ones(1)}
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert torch.equal(whole(**given), model(**given))
+    assert graphs() == 1
+
+
+def test_a_model_compiled_as_a_whole_runs_sparse_with_a_graph_break() -> None:
+    model = tiny()
+    whole = torch.compile(model, backend="eager")
+    off = denoise(whole, 9, **inputs())
+    chipmunk.enable(whole, small())
+    assert error(denoise(whole, 9, **inputs()), eager(inputs(), 9)) < 1e-5
+    assert chipmunk.statistics(whole).layers[1].mlp["main"].sparse == 8
+    chipmunk.disable(whole)
+    assert error(denoise(whole, 9, **inputs()), off) < 1e-6
+
+
+def test_linears_that_are_not_understood_compile_too() -> None:
+    class Lora(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    models = tiny(), tiny()
+    for model in models:
+        for name in ("linear1", "linear2"):
+            old = getattr(model.single_blocks[0], name)
+            new = Lora(old.in_features, old.out_features)
+            new.load_state_dict(old.state_dict())
+            setattr(model.single_blocks[0], name, new)
+        chipmunk.enable(model, small())
+    compile_blocks(models[0], "eager")
+    assert error(denoise(models[0], 9, **inputs()), denoise(models[1], 9, **inputs())) < 1e-5
+    assert not counters["graph_break"]
+    (reason,) = chipmunk.statistics(models[0]).layers[2].mlp["main"].dense
+    assert reason == "the linear layer is a Lora"
