@@ -20,7 +20,9 @@ Progress = Callable[[str, int, int], None]
 
 
 def run_workers(specs: Sequence[Spec], python: str, progress: Progress | None, timeout: float) -> list[dict[str, Any]]:
-    """Run one worker for each spec at the same time; returns their results, which may hold an `error`.
+    """Run one worker for each spec; returns their results, which may hold an `error`.
+
+    At the same time, unless they hold a model of the user's size.
 
     Raises VerifyError where a worker cannot start, dies, or takes longer than `timeout` seconds.
     """
@@ -57,6 +59,8 @@ def run_workers(specs: Sequence[Spec], python: str, progress: Progress | None, t
             assert worker.stdout is not None
             threads.append(threading.Thread(target=follow, args=(number, worker.stdout), daemon=True))
             threads[-1].start()
+            if spec.weights is not None:
+                worker.wait(timeout)
         codes = [worker.wait(timeout) for worker in workers]
     except FileNotFoundError as error:
         raise VerifyError(f"{python} cannot be run: {error.strerror}") from error

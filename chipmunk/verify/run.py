@@ -38,6 +38,8 @@ class VerifyOptions:
     """A safetensors checkpoint of the user's own, for a second run with the model it was saved from."""
     factory: str | None = None
     """`module:function` that returns the model, where the target cannot build it."""
+    only: tuple[str, ...] = ()
+    """Names of the scenarios to run; all of them if empty."""
     seed: int = 0
     timeout: float = 1800.0
     """Seconds after which a run is stopped."""
@@ -114,6 +116,7 @@ def verify(
             target=Path(target.module.__file__).resolve(),
             device=options.device,
             seed=options.seed,
+            only=options.only,
             factory=options.factory,
             factory_folder=Path.cwd(),
         )
@@ -128,6 +131,8 @@ def verify(
                 weights=weights,
             )
             theirs = replace(base, out=work / f"original-{number}{suffix}", weights=weights)
+            if weights is not None:
+                ours, theirs = replace(ours, only=()), replace(theirs, only=())
             found, result = _pair(theirs, ours, options, progress)
             where = [facts.name] if len(plan.models) > 1 else []
             where += [f"with {weights.name}"] if weights is not None else []

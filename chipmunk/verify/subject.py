@@ -171,7 +171,11 @@ class Subject:
         # two of one size, so that the second would notice caches of the first
         found.append(Scenario(TWO_SLOTS, "model", (Image(1, 9, 10, 19, 14), Image(1, 9, 10, 19, 8)), "other"))
         found += [Scenario(c.__name__, c.__name__, IMAGES[1:], "default") for c in self.subclasses]
-        return [scenario for scenario in found if not self.spec.only or scenario.name in self.spec.only]
+        chosen = [scenario for scenario in found if not self.spec.only or scenario.name in self.spec.only]
+        if not chosen:
+            known = ", ".join(scenario.name for scenario in found)
+            raise BuildError(f"there is no scenario called {', '.join(self.spec.only)}; there are: {known}")
+        return chosen
 
     def _takes_more_channels(self, name: str) -> bool:
         """Whether the model takes more channels in than it gives out; False too if it cannot be built."""

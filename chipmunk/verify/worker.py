@@ -6,6 +6,7 @@ Chipmunk off, with everything kept, sparse, and off again. Outputs go to safeten
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save as serialise
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,14 +57,13 @@ class Worker:
     # The original's side.
 
     def original(self) -> dict[str, Any]:
-        save_tensors(self.state(), self.spec.out / "parameters.safetensors")
         for scenario in self.scenarios:
             for index in range(len(scenario.images)):
                 drawn = self.draw("dense", scenario, index)
                 self.labels[f"{scenario.name}/{index}"] = [(call.step, call.slot) for call in drawn.calls]
             self.progress(scenario.name)
         oracle = {} if self.spec.weights else {scenario.name: self.oracle(scenario) for scenario in self.scenarios}
-        return {"parameters": list(self.state()), "oracle": oracle}
+        return {"parameters": self.parameters(), "oracle": oracle}
 
     def oracle(self, scenario: Scenario) -> dict[str, Any]:
         from chipmunk.verify.oracle import Oracle
@@ -82,7 +83,7 @@ class Worker:
     # The patched side.
 
     def patched(self) -> dict[str, Any]:
-        natural = chipmunk_is_off(self)
+        configured = configuration_found(self)
         for scenario in self.scenarios:
             self.run_scenario("off", scenario)
         for scenario in self.scenarios:
@@ -92,13 +93,16 @@ class Worker:
         coverage = {scenario.name: self.sparse(scenario) for scenario in self.scenarios}
         # enabled, with caches made and dropped: nothing of that may show in the state_dict
         self.enable("model", "default")
-        state = self.state()
-        loading = strict_loading(self.subject, state)
+        parameters, loading = self.parameters(), strict_loading(self.subject.model("model"))
         self.disable("model")
         for scenario in {scenario.model: scenario for scenario in reversed(self.scenarios)}.values():
             self.draw("off again", scenario, 0)
-        save_tensors(state, self.spec.out / "parameters.safetensors")
-        return {"parameters": list(state), "loading": loading, "coverage": coverage, "found_configuration": natural}
+        return {
+            "parameters": parameters,
+            "loading": loading,
+            "coverage": coverage,
+            "found_configuration": configured,
+        }
 
     def run_scenario(self, job: str, scenario: Scenario) -> None:
         for index in range(len(scenario.images)):
@@ -136,8 +140,10 @@ class Worker:
         self.tensors[f"{key}/latents"] = drawn.latents.detach().clone().cpu().contiguous()
         return drawn
 
-    def state(self) -> dict[str, Tensor]:
-        return {name: tensor.detach().clone() for name, tensor in self.subject.model("model").state_dict().items()}
+    def parameters(self) -> list[list[str]]:
+        """Name and digest of dtype, shape and content of each entry of the state_dict, in order."""
+        state = self.subject.model("model").state_dict()
+        return [[name, hashlib.sha256(serialise({"": tensor.cpu()})).hexdigest()] for name, tensor in state.items()]
 
     def progress(self, what: str) -> None:
         self.done += 1
@@ -161,8 +167,8 @@ class CountOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def chipmunk_is_off(worker: Worker) -> bool:
-    """Run once as a user does who configures nothing; False if a configuration was found all the same."""
+def configuration_found(worker: Worker) -> bool:
+    """Run once as a user does who configures nothing; returns whether a configuration was found all the same."""
     scenario = worker.scenarios[0]
     worker.draw("untouched", scenario, 0)
     enabled = statistics(worker.subject.model(scenario.model)).enabled
@@ -171,10 +177,10 @@ def chipmunk_is_off(worker: Worker) -> bool:
     return enabled
 
 
-def strict_loading(subject: Subject, state: dict[str, Tensor]) -> str | None:
+def strict_loading(model: torch.nn.Module) -> str | None:
     """Why the model does not take its own state_dict back; None if it does."""
     try:
-        subject.model("model").load_state_dict(state, strict=True)
+        model.load_state_dict(model.state_dict(), strict=True)
     except RuntimeError as error:
         return str(error)
     return None
