@@ -228,10 +228,12 @@ def measure(spec: Spec, model: nn.Module, loop: Loop, session: Any) -> list[Run]
         backend = fastest_sdpa(spec, model, width, height)
         allowed = [SDPBackend.MATH] if backend == "math" else [_BACKENDS[backend], SDPBackend.MATH]
         with sdpa_kernel(allowed):
-            drawn = [replace(of_size(spec.steps, index), sdpa=backend) for index in range(spec.images)]
+            ours = "dense" if session is None else "chipmunk"
+            drawn = [replace(of_size(ours, spec.steps, index), sdpa=backend) for index in range(spec.images)]
             base = steady(drawn)
             fitting = {steps_that_fit(seconds, base) for seconds in spec.match_seconds.get(base.size, ())}
-            shorter += [replace(of_size(steps, index), sdpa=backend) for steps in sorted(fitting) for index in range(2)]
+            for steps in sorted(fitting):
+                shorter += [replace(of_size("fewer steps", steps, index), sdpa=backend) for index in range(2)]
         images += drawn
     if session is None:
         runs = [Run("dense", tuple(images), {})]
@@ -248,11 +250,12 @@ def draw_counted(
     counts: CompileCounts,
     width: int,
     height: int,
+    variant: str,
     steps: int,
     index: int,
 ) -> Image:
     """Draw a picture, say so, and note what was compiled."""
-    about = {"size": f"{width}x{height}", "steps": steps, "index": index}
+    about = {"variant": variant, "size": f"{width}x{height}", "steps": steps, "index": index}
     say(event="begin", **about)
     image = draw(spec, model, loop, session, width, height, steps, index)
     say(event="image", seconds=image.seconds, **about)

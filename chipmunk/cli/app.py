@@ -9,6 +9,7 @@ import typer
 from chipmunk import __version__
 from chipmunk.cli import config, patches, targets
 from chipmunk.cli.apply import apply
+from chipmunk.cli.bench import bench
 from chipmunk.cli.demo import demo
 from chipmunk.cli.diff import diff
 from chipmunk.cli.doctor import doctor
@@ -50,6 +51,7 @@ app.command()(status)
 app.command()(revert)
 app.command()(apply)
 app.command()(verify)
+app.command()(bench)
 app.add_typer(patches.app, name="patches")
 app.add_typer(targets.app, name="targets")
 app.add_typer(config.app, name="config")
