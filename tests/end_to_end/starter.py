@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -62,6 +64,16 @@ class Repository:
         model: nn.Module = self.modules["flux.model"].Flux(params).eval()
         self.modules["flux.util"].randomise(model, seed)
         return model
+
+    @contextmanager
+    def importable(self) -> Iterator[None]:
+        """While this is open, `import flux` gives this repository's package; unpickling needs that."""
+        sys.modules.update(self.modules)
+        try:
+            yield
+        finally:
+            for name in self.modules:
+                del sys.modules[name]
 
 
 def copy_starter(folder: Path) -> Path:
