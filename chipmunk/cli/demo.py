@@ -46,8 +46,12 @@ def demo(
         _step(title, words)
     _heading("Your turn")
     python = quoted(Path(sys.executable))
-    exact(out, f"  cd {quoted(folder)}\n  {python} -m flux --num-steps 12 --seed 1")
-    say(out, "Edit chipmunk-config.yml and run it again; move that file away to compare with the dense model.")
+    exact(out, f"  cd {quoted(folder)}\n  {python} -m flux --num-steps 12 --seed 1 --width 320 --height 256")
+    say(
+        out,
+        "Edit chipmunk-config.yml and run it again; move that file away to compare with the dense model. On a CPU the "
+        "sparse model is the slower one: its operators are plain PyTorch there. The speed-up needs a GPU.",
+    )
 
 
 def _step(title: str, words: list[str]) -> None:

@@ -34,11 +34,12 @@ class Hunk:
 
 def show_diff(out: Console, diff: bytes) -> None:
     """Print a diff as `chipmunk.apply.unified` writes it."""
+    beside = out.is_terminal and out.width >= WIDE
     for title, hunks in parse(diff):
         exact(out, title, "bold")
         for hunk in hunks:
             exact(out, hunk.header, "cyan")
-            for line in _beside(hunk, out.width) if out.width >= WIDE else _below(hunk):
+            for line in _beside(hunk, out.width) if beside else _below(hunk):
                 out.print(line, soft_wrap=True)
         out.print()
 

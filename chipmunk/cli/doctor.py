@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from chipmunk.cli.environment import Environment, Finding, inspect, package_findings, packages_of, runtime_finding
 from chipmunk.cli.failure import UNMET, command
 from chipmunk.cli.options import Json, Python
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from chipmunk.cli.environment import Environment
 
 _OLDEST_GPU = (8, 0)
 _OLDEST_TORCH = (2, 6)
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    subject: str
-    level: str
-    """`ok`, `note` (something cannot run, and that may be fine) or `problem`."""
-    says: str
-    next_command: str | None = None
 
 
 @command
@@ -46,7 +35,7 @@ def doctor(
     Looks at Python, torch, Triton and the GPU, and at what `import chipmunk` and the repository's own package would
     load. Exits with 1 if something stands in the way.
     """
-    from chipmunk.cli.environment import inspect, packages_of
+    from chipmunk.apply import status as status_of
     from chipmunk.cli.terminal import Waiting, print_json, screen
 
     root = None
@@ -57,9 +46,10 @@ def doctor(
     with Waiting() as waiting:
         waiting("asking that Python", 0, 1)
         found = inspect(root, python, packages, deep=True)
-    findings = [*_machine(found), *_runtime(found), *_what_runs(found)]
+    findings = [*_machine(found), runtime_finding(found), *_what_runs(found)]
     if root is not None:
-        findings += _repository(root, packages, found)
+        findings.append(Finding("repository", "ok", f"{root}: {status_of(root).state.value}"))
+        findings += package_findings(root, packages, found)
     healthy = not any(finding.level == "problem" for finding in findings)
     if as_json:
         status = "healthy" if healthy else "check failed"
@@ -118,21 +108,6 @@ def _machine(found: Environment) -> list[Finding]:
     return findings
 
 
-def _runtime(found: Environment) -> list[Finding]:
-    from chipmunk.cli.environment import install_command
-
-    if found.importable:
-        version = found.facts.get("version")
-        name = f"chipmunk-flux {version}" if version else "a checkout"
-        return [Finding("runtime", "ok", f"{name}, {found.chipmunk[0]}")]
-    if found.other is not None:
-        says = f"another package called chipmunk is in {found.other}; patched code would import that one"
-        remedy = f"{found.executable} -m pip uninstall chipmunk   then: {install_command(found.executable)}"
-        return [Finding("runtime", "problem", says, remedy)]
-    says = "this Python cannot import chipmunk, which patched code does"
-    return [Finding("runtime", "problem", says, install_command(found.executable))]
-
-
 def _what_runs(found: Environment) -> list[Finding]:
     facts = found.facts
     if "torch_error" in facts:
@@ -151,27 +126,6 @@ def _what_runs(found: Environment) -> list[Finding]:
         )
     else:
         findings.append(Finding("Triton", "ok", "operators run here; `implementation: auto` takes them"))
-    return findings
-
-
-def _repository(root: Path, packages: dict[str, Path], found: Environment) -> list[Finding]:
-    from chipmunk.apply import status
-    from chipmunk.apply.errors import quoted
-
-    state = status(root)
-    findings = [Finding("repository", "ok", f"{root}: {state.state.value}")]
-    for name, folder in packages.items():
-        places = found.packages.get(name, ())
-        if any(place.resolve() == folder.resolve() for place in places):
-            findings.append(Finding(name, "ok", f"imported from this repository, {folder}"))
-        elif places:
-            says = f"imported from {places[0]}, not from this repository: the patched code would never run"
-            remedy = f"{found.executable} -m pip install --editable {quoted(root)}"
-            findings.append(Finding(name, "problem", says, remedy))
-        else:
-            says = "not importable from the repository's root; that may be right if you start it from another folder"
-            remedy = f"{found.executable} -m pip install --editable {quoted(root)}"
-            findings.append(Finding(name, "note", says, remedy))
     return findings
 
 

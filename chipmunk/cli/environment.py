@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -47,6 +46,17 @@ class Environment:
     def other(self) -> Path | None:
         """Where another package of the same import name is found in its place, the original Chipmunk's say."""
         return self.chipmunk[0] if self.chipmunk and not self.importable else None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    subject: str
+    level: str
+    """`ok`, `note` (something cannot run, and that may be fine) or `problem`."""
+    says: str
+    next_command: str | None = None
 
 
 def inspect(root: Path | None, python: str | None, packages: Iterable[str] = (), *, deep: bool = False) -> Environment:
@@ -113,6 +123,38 @@ def _look_at(executable: Path, chosen: str) -> Environment:
     return Environment(str(executable), chosen, tuple(packages))
 
 
+def runtime_finding(found: Environment) -> Finding:
+    """Whether patched code would import this project's runtime."""
+    if found.importable:
+        version = found.facts.get("version")
+        name = f"chipmunk-flux {version}" if version else "a checkout"
+        return Finding("runtime", "ok", f"{name}, {found.chipmunk[0]}")
+    install = install_command(found.executable)
+    if found.other is not None:
+        says = f"another package called chipmunk is in {found.other}; patched code would import that one"
+        return Finding("runtime", "problem", says, f"{found.executable} -m pip uninstall chipmunk   then: {install}")
+    return Finding("runtime", "problem", "this Python cannot import chipmunk, which patched code does", install)
+
+
+def package_findings(root: Path, packages: dict[str, Path], found: Environment) -> list[Finding]:
+    """Whether the repository's own packages are imported from the repository."""
+    from chipmunk.apply.errors import quoted
+
+    findings = []
+    remedy = f"{found.executable} -m pip install --editable {quoted(root)}"
+    for name, folder in packages.items():
+        places = found.packages.get(name, ())
+        if any(place.resolve() == folder.resolve() for place in places):
+            findings.append(Finding(name, "ok", f"imported from this repository, {folder}"))
+        elif places:
+            says = f"imported from {places[0]}, not from this repository: the patched code would never run"
+            findings.append(Finding(name, "problem", says, remedy))
+        else:
+            says = "not importable from the repository's root; that may be right if you start it from another folder"
+            findings.append(Finding(name, "note", says, remedy))
+    return findings
+
+
 def install_command(executable: str) -> str:
     """The command that gives a Python what patched code imports."""
     from chipmunk.apply.errors import quoted
@@ -122,6 +164,8 @@ def install_command(executable: str) -> str:
 
 def _requirement() -> str:
     """What to tell pip: the checkout that this tool runs from, or the name of the distribution."""
+    from importlib import metadata
+
     from chipmunk.apply.errors import quoted
 
     checkout = Path(chipmunk.__file__).resolve().parent.parent

@@ -46,6 +46,7 @@ def patch(
         out = screen()
         _say_recovered(out, recovery)
         show_plan(out, update.plan)
+        out.file.flush()  # if nobody reads the plan, nothing is done
     planning.refuse_if_nothing_fits(update)
     if writes:
         apply.carry_out(update)
@@ -60,7 +61,9 @@ def patch(
                 say(out, "Nothing to do: everything that can be patched is.")
             else:
                 say(out, f"{'Patched' if writes else 'Would change'} {size_of(update.changes)}.")
-                _say_next(out, repo, update, python, written=writes, verifying=verify)
+                _say_next(out, repo, written=writes, verifying=verify)
+            if writes:
+                _say_what_is_missing(out, update, python)
             out.file.flush()
     if check and work:
         raise typer.Exit(UNMET)
@@ -80,8 +83,8 @@ def _say_recovered(out: Console, recovery: Recovery) -> None:
         say(out, f"An earlier run had been stopped half-way; it was {recovery.value} first.\n")
 
 
-def _say_next(out: Console, repo: Path, update: Update, python: str | None, *, written: bool, verifying: bool) -> None:
-    """Name the next commands, and what to install where if the runtime is missing."""
+def _say_next(out: Console, repo: Path, *, written: bool, verifying: bool) -> None:
+    """Name the next commands."""
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.terminal import next_commands
 
@@ -98,37 +101,23 @@ def _say_next(out: Console, repo: Path, update: Update, python: str | None, *, w
         if verifying:
             del lines[1]
     next_commands(out, lines)
-    if written:
-        _say_runtime(out, update.repository.root, python)
 
 
-def _say_runtime(out: Console, root: Path, python: str | None) -> None:
-    """Say what the Python that runs the repository still needs, if it needs anything."""
-    from chipmunk.cli.environment import inspect, install_command
+def _say_what_is_missing(out: Console, update: Update, python: str | None) -> None:
+    """Say why the Python that runs the repository would not run the patched code, if it would not."""
+    from chipmunk.cli.environment import inspect, package_findings, packages_of, runtime_finding
     from chipmunk.cli.terminal import exact, sentence
 
+    root = update.repository.root
+    packages = packages_of((file.path for file in update.journal.files), root)
     try:
-        found = inspect(root, python)
+        found = inspect(root, python, packages)
     except Failure as failure:
-        sentence(out, failure.message, label="Note", style="yellow")
+        sentence(out, failure.message, label="Note", style="bold yellow", indent=0)
         return
-    if found.importable:
-        return
-    out.print()
-    who = f"{found.executable} ({found.chosen})"
-    if found.other is not None:
-        sentence(
-            out,
-            f"{who} has another package called chipmunk, in {found.other}; patched code would import that one. "
-            "Uninstall it there, then install this one:",
-            label="Note",
-            style="bold yellow",
-        )
-    else:
-        sentence(
-            out,
-            f"{who} cannot import chipmunk, which the patched code does. Install it there:",
-            label="Note",
-            style="bold yellow",
-        )
-    exact(out, f"         {install_command(found.executable)}")
+    for finding in [runtime_finding(found), *package_findings(root, packages, found)]:
+        if finding.level == "problem":
+            out.print()
+            says = f"{finding.subject}: {finding.says} ({found.executable}, {found.chosen})"
+            sentence(out, says, label="Note", style="bold yellow", indent=0)
+            exact(out, f"       {finding.next_command}", "bold")

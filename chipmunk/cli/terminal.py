@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,8 @@ from rich.text import Text
 
 _ENDLESS = 100_000
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+_PATIENCE = 1.0
+"""Seconds before a progress bar appears."""
 LABEL = 7
 """Columns of the label in front of a sentence."""
 
@@ -88,28 +90,45 @@ def write_bytes(data: bytes) -> None:
 
 
 class Waiting:
-    """A progress bar on stderr, from the second second on; none where stderr is no terminal."""
+    """A progress bar on stderr, once a second has passed; none where stderr is no terminal."""
 
     def __init__(self) -> None:
-        self._started = time.monotonic()
+        self._lock = threading.Lock()
+        self._state = ("", 0, 1)
         self._bar: Progress | None = None
+        self._timer = threading.Timer(_PATIENCE, self._begin)
+        self._timer.daemon = True
 
     def __call__(self, step: str, done: int, total: int) -> None:
         """Say that `done` of `total` is done, and `step` comes next."""
-        if self._bar is None:
-            if time.monotonic() - self._started < 1 or not sys.stderr.isatty():
-                return
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=screen(stderr=True), transient=True)
-            self._task = self._bar.add_task("", total=None)
-            self._bar.start()
-        self._bar.update(self._task, description=clean(step), completed=done, total=total)
+        with self._lock:
+            self._state = (clean(step), done, total)
+            self._update()
 
     def __enter__(self) -> Waiting:
+        if sys.stderr.isatty():
+            self._timer.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._timer.cancel()
+        with self._lock:
+            if self._bar is not None:
+                self._bar.stop()
+
+    def _begin(self) -> None:
+        with self._lock:
+            if self._timer.finished.is_set():  # it was over before the lock was free
+                return
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=screen(stderr=True), transient=True)
+            self._bar.add_task("")
+            self._update()
+            self._bar.start()
+
+    def _update(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            step, done, total = self._state
+            self._bar.update(self._bar.task_ids[0], description=step, completed=done, total=total)

@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from chipmunk.cli.app import app
 from chipmunk.registry import data_path
 
 DROPPED = ("COLUMNS", "FORCE_COLOR", "NO_COLOR", "CHIPMUNK_CONFIG", "VIRTUAL_ENV", "CONDA_PREFIX", "TERM")
+TOOL = (sys.executable, "-m", "chipmunk.cli")
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,16 +44,16 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": path, "PATH": tools, "TERM": "xterm", **more}
 
 
-def chipmunk(*words: str | Path) -> Done:
+def chipmunk(*words: str | Path, **more: str) -> Done:
     """Run `chipmunk` in this process, which saves a second each time; its output is no terminal."""
-    done = CliRunner(env=dict.fromkeys(DROPPED)).invoke(app, [*map(str, words)], prog_name="chipmunk")
+    done = CliRunner(env={**dict.fromkeys(DROPPED), **more}).invoke(app, [*map(str, words)], prog_name="chipmunk")
     return Done(done.exit_code, done.stdout, done.stderr)
 
 
 def process(*words: str | Path, cwd: Path | None = None, **more: str) -> Done:
     """Run `chipmunk` in a process whose output is a pipe."""
     done = subprocess.run(
-        [sys.executable, "-m", "chipmunk.cli", *map(str, words)],
+        [*TOOL, *map(str, words)],
         capture_output=True,
         cwd=cwd,
         env=environment(**more),
@@ -61,17 +62,12 @@ def process(*words: str | Path, cwd: Path | None = None, **more: str) -> Done:
     return Done(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
-def in_terminal(*words: str | Path, columns: int, cwd: Path | None = None) -> Done:
-    """Run `chipmunk` in a terminal; `out` is everything that it wrote there."""
+def in_terminal(*words: str | Path, columns: int, program: Sequence[str] = TOOL) -> Done:
+    """Run `chipmunk` (or another program) in a terminal; `out` is everything that it wrote there."""
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     process = subprocess.Popen(
-        [sys.executable, "-m", "chipmunk.cli", *map(str, words)],
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        cwd=cwd,
-        env=environment(),
+        [*program, *map(str, words)], stdin=follower, stdout=follower, stderr=follower, env=environment()
     )
     os.close(follower)
     written = b""
