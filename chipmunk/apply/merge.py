@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import ast
 import difflib
+import keyword
+import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Lines = list[bytes]
+_TOKEN = re.compile(
+    rb'''"""(?:\\.|[^\\])*?"""|\'\'\'(?:\\.|[^\\])*?\'\'\'|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|\#[^\n]*|\w+|[^\w\s]''',
+    re.DOTALL,
+)
+_NAME = re.compile(rb"(?!(?:%s)$)[^\W\d]\w*" % "|".join(keyword.kwlist).encode())
 _EXACT_UP_TO = 4000
 """Lines that differ in the middle of two files, above which difflib may ignore very frequent lines."""
 
@@ -60,8 +67,11 @@ def edits(base: Sequence[bytes], new: Sequence[bytes]) -> list[Edit]:
     ]
 
 
-def merge(base: bytes, ours: bytes, theirs: bytes) -> Merged:
-    """Apply to `base` both what leads to `ours` and what leads to `theirs`."""
+def merge(base: bytes, ours: bytes, theirs: bytes, same: Callable[[bytes, bytes], bool] | None = None) -> Merged:
+    """Apply to `base` both what leads to `ours` and what leads to `theirs`.
+
+    Where the two overlap, and what `ours` makes of the lines is the `same` as they were in `base`, `theirs` wins.
+    """
     if ours == theirs or theirs == base:
         return Merged(ours)
     if ours == base:
@@ -76,7 +86,7 @@ def merge(base: bytes, ours: bytes, theirs: bytes) -> Merged:
         my_text, your_text = _replay(old, mine, my_edits, start, stop), _replay(old, yours, your_edits, start, stop)
         if not your_edits or my_text == your_text:
             result += my_text
-        elif not my_edits:
+        elif not my_edits or (same is not None and same(b"".join(old[start:stop]), b"".join(my_text))):
             result += your_text
         else:
             overlaps.append(my_edits[0].new_start + 1)
@@ -89,14 +99,23 @@ def merge(base: bytes, ours: bytes, theirs: bytes) -> Merged:
 
 
 def merge_python(base: bytes, ours: bytes, theirs: bytes) -> Merged:
-    """`merge`, and a check of what came out: if `ours` and `theirs` are valid Python, so must the result be."""
-    merged = merge(base, ours, theirs)
+    """`merge` for Python: what a formatter did to the lines that `theirs` replaces does not count as an edit of them,
+    and if `ours` and `theirs` are valid Python, so must the result be.
+    """
+    merged = merge(base, ours, theirs, same_code)
     if merged.data is None or merged.data in (ours, theirs):
         return merged
     line = _syntax_error(merged.data)
     if line is None or _syntax_error(ours) is not None or _syntax_error(theirs) is not None:
         return merged
     return Merged(None, (map_line(merged.data, ours, line),))
+
+
+def same_code(one: bytes, other: bytes) -> bool:
+    """Whether two pieces of Python differ only as a formatter makes them differ: in spaces and line breaks (though not
+    in the first line's indentation), in a comma before a closing bracket that means nothing, and in the kind of quotes.
+    """
+    return _indentation(one) == _indentation(other) and _tokens(one) == _tokens(other)
 
 
 def map_line(old: bytes, new: bytes, line: int) -> int:
@@ -112,6 +131,30 @@ def map_line(old: bytes, new: bytes, line: int) -> int:
             return max(changed, key=lambda at: _likeness(old_lines[index], new_lines[at : at + 1])) + 1
         shift = edit.new_stop - edit.stop
     return index + shift + 1
+
+
+def _tokens(source: bytes) -> list[bytes]:
+    """Strings, comments, words and signs; works on any piece of a file, as the standard tokenizer does not."""
+    found: list[bytes] = []
+    opened: list[tuple[bool, int]] = []  # for each open bracket: whether one comma means nothing in it; commas so far
+    for token in _TOKEN.findall(source):
+        if token in b"([{":
+            after_value = bool(found) and (found[-1] in b")]" or _NAME.fullmatch(found[-1]) is not None)
+            opened.append((token == b"{" or after_value == (token == b"("), 0))
+        elif token == b"," and opened:
+            opened[-1] = (opened[-1][0], opened[-1][1] + 1)
+        elif token in b")]}" and opened:
+            free, commas = opened.pop()
+            if found[-1] == b"," and (free or commas > 1):
+                del found[-1]
+        plain = token[-1:] in b"\"'" and not any(sign in token[1:-1] for sign in b"\"'\\")
+        found.append(token.replace(b"'", b'"') if plain else token.rstrip())
+    return found
+
+
+def _indentation(source: bytes) -> bytes:
+    first = source.lstrip(b"\r\n")
+    return first[: len(first) - len(first.lstrip())]
 
 
 def _likeness(line: bytes, others: Lines) -> float:

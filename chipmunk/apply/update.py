@@ -15,10 +15,10 @@ from pathlib import Path
 
 from chipmunk.apply.errors import Conflict, quoted
 from chipmunk.apply.journal import Journal, JournalFile, Store
-from chipmunk.apply.merge import map_line
+from chipmunk.apply.merge import map_line, same_code
 from chipmunk.apply.patchfile import apply_patch
 from chipmunk.apply.repository import Repository, read
-from chipmunk.apply.state import FileStatus, examine
+from chipmunk.apply.state import FileState, FileStatus, examine
 from chipmunk.apply.transaction import commit, resolve_links
 from chipmunk.rewrite.plan import FileChange, Plan, Site, SiteStatus
 
@@ -70,7 +70,10 @@ def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Upda
             entries.append(entry)
         current = (repository.root / path).read_bytes() if path not in standing else standing[path].current
         wanted = _wanted(standing.get(path), planned.get(path))
-        if current is not None and wanted is not None and wanted != current:
+        if current is None or wanted is None or wanted == current:
+            continue
+        formatted = path in standing and standing[path].state is FileState.EDITED and same_code(wanted, current)
+        if not formatted:  # a formatter's work on patched lines is left as it is
             changes.append(FileChange(path, current, wanted))
     untouched = {path for path in files if _real(repository, path) not in {change.path for change in changes}}
     told_by_rules = plan.sites

@@ -35,7 +35,7 @@ from chipmunk.apply import (
     status,
     unified,
 )
-from chipmunk.apply.merge import merge, merge_python
+from chipmunk.apply.merge import merge, merge_python, same_code
 from chipmunk.rewrite.plan import FileChange, Plan, SiteStatus
 
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -629,3 +629,45 @@ def test_a_merge_that_breaks_the_code_is_an_overlap() -> None:
     base, ours, theirs = b"if a:\n    f()\ng()\n", b"if a:\n    f()\n    h()\ng()\n", b"f()\ng()\n"
     assert merge(base, ours, theirs).data == b"f()\n    h()\ng()\n"
     assert merge_python(base, ours, theirs).overlaps == (3,)
+
+
+def test_a_formatter_s_work_on_patched_lines_is_no_edit(tmp_path: Path) -> None:
+    """As a formatter leaves a whole repository, Chipmunk's lines and others: still patched, and still revertible."""
+    other = b"    return  x + [1,\n        2]\n"
+    plain = b"def forward(self, q):\n    x = sdpa(q, 'a b')\n    y = 1\n" + other
+    make(tmp_path, {"m.py": plain})
+    patch(tmp_path)
+    edit(tmp_path / "m.py", b"chipmunk.sdpa(q, 'a b')", b'chipmunk.sdpa(\n        q,\n        "a b",\n    )')
+    edit(tmp_path / "m.py", other, b"    return x + [1, 2]\n")
+    edit(tmp_path / "m.py", b"import chipmunk\n", b"import chipmunk\n\n\n")
+    before = snapshot(tmp_path)
+    carry_out(plan_update(tmp_path, rules))
+    assert snapshot(tmp_path) == before
+    revert(tmp_path)
+    assert (tmp_path / "m.py").read_bytes().lstrip() == plain.replace(other, b"    return x + [1, 2]\n")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (b"  f(a, b)\n", b"  f(\n    a,\n    b,\n  )\n", True),
+        (b"f(a)\n", b"f(\n  a,\n)\n", True),
+        (b"x = [a]\n", b"x = [\n  a,\n]\n", True),
+        (b"f('a')\n", b'f("a")\n', True),
+        (b"x = 1  # one\n", b"x = 1 # one \n", True),
+        (b"f(a)\n", b"  f(a)\n", False),  # moved into a branch
+        (b"f('a b')\n", b"f('ab')\n", False),
+        (b"f('a\"')\n", b'f("a\'")\n', False),
+        (b'f("""a\n b""")\n', b'f("""a\nb""")\n', False),
+        (b"f(a, b)\n", b"f(a, c)\n", False),
+        (b"x = not y\n", b"x = noty\n", False),
+        (b"x = 1\n", b"x = 1  # one\n", False),
+        (b"x = (a)\n", b"x = (a,)\n", False),  # a tuple
+        (b"return (a)\n", b"return (a,)\n", False),
+        (b"x = y[a]\n", b"x = y[a,]\n", False),
+        (b"x = (a, b)\n", b"x = (\n  a,\n  b,\n)\n", True),
+    ],
+)
+def test_what_counts_as_formatting(one: bytes, other: bytes, same: bool) -> None:
+    assert same_code(one, other) is same
+    assert same_code(other, one) is same
