@@ -1,10 +1,10 @@
 """Send the joint attention of both kinds of block through Chipmunk.
 
-The call that matters is the one of `scaled_dot_product_attention`, wherever it stands: in the block, in a function that the
-block calls, or in a sub-module. It is the joint attention if query, key and value all descend from all of the block's
-streams; attention of one stream alone, cross-attention, and the same function called from elsewhere (a VAE, dead code)
-stay as they are. The function that holds the call gets one more optional parameter, `chipmunk_layer`; the block hands itself
-down in it, as a keyword that is absent while Chipmunk is off.
+The call that matters is the one of `scaled_dot_product_attention`, wherever it stands: in the block, in a function that
+the block calls, or in a sub-module. It is the joint attention if query, key and value all descend from all of the
+block's streams; attention of one stream alone, cross-attention, and the same function called from elsewhere (a VAE,
+dead code) stay as they are. The function that holds the call gets one more optional parameter, `chipmunk_layer`; the
+block hands itself down in it, as a keyword that is absent while Chipmunk is off.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
-from chipmunk.rewrite.minimal import ATTENTION, DOUBLE, SINGLE, variant
 from chipmunk.rewrite.flow import Step
-from chipmunk.rewrite.repository import Class, External, Function
+from chipmunk.rewrite.minimal import ATTENTION, DOUBLE, SINGLE, variant
+from chipmunk.rewrite.repository import External, Function, Meaning
 from chipmunk.rewrite.roles import Block, Model
 from chipmunk.rewrite.syntax import argument, bind, dotted, parameters, self_attribute
 
@@ -39,6 +39,9 @@ OTHERS = (
 )
 
 
+Streams = frozenset[str]
+
+
 @dataclass(frozen=True)
 class _Hop:
     """One call on the way from the block to the attention."""
@@ -49,8 +52,6 @@ class _Hop:
     step: Step
     block_name: str | None
     """The name of the block in this function, `self` in its own methods; None where it is out of reach."""
-    direct: bool = True
-    """False for `checkpoint(self._forward, …)`, where the call's arguments are not only the callee's."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def _patch_block(context: Context, model: Model, block: Block) -> None:
     forward = block.forward
     receiver = forward.scope.receiver
     streams = {name: frozenset({stream}) for name, stream in block.streams.items()}
-    leaves = list(_leaves(context, forward, streams, receiver, (), frozenset(block.streams.values())))
+    leaves = list(_Search(context, frozenset(block.streams.values())).leaves(forward, streams, receiver))
     joint = [leaf for leaf in leaves if leaf.kind == "joint"]
     shared = _shared_with(context, model, block)
     for leaf in joint:
@@ -104,89 +105,92 @@ def _uses(context: Context, owner: str, block: Block) -> bool:
 # Finding
 
 
-def _leaves(
-    context: Context,
-    function: Function,
-    streams: dict[str, frozenset[str]],
-    block_name: str | None,
-    path: tuple[_Hop, ...],
-    wanted: frozenset[str],
-) -> Iterator[_Leaf]:
-    """Attention calls in `function` and up to DEPTH calls below; `streams`: which of the block's streams each parameter holds."""
-    scope = function.scope
+@dataclass(frozen=True)
+class _Search:
+    """The search for attention calls below a block's forward. `wanted`: the streams that the block takes."""
 
-    def streams_of(value: cst.CSTNode | None, step: Step) -> frozenset[str]:
-        roots = scope.roots(value, step) if value is not None else frozenset()
-        return frozenset().union(*(streams.get(root, frozenset()) for root in roots))
+    context: Context
+    wanted: Streams
 
-    for call, step in scope.calls:
-        hop = _Hop(function, call, step, block_name)
-        callee, shift, done = call.func, 0, False
-        if context.runtime_call(call, function, step) == "attention" and len(call.args) > 2:
-            callee, shift, done = call.args[1].value, 2, True
-        meaning = context.repository.resolve(callee, function, step)
-        if isinstance(meaning, External):
-            name = meaning.name.split(".")[-1]
-            if meaning.name == SDPA or (name == SDPA.split(".")[-1] and meaning.name.startswith("torch.")):
+    def leaves(
+        self, function: Function, streams: dict[str, Streams], block_name: str | None, path: tuple[_Hop, ...] = ()
+    ) -> Iterator[_Leaf]:
+        """Attention calls in `function`, and up to DEPTH calls below. `streams`: what its parameters hold of them."""
+        for call, step in function.scope.calls:
+            hop = _Hop(function, call, step, block_name)
+            callee, shift, done = call.func, 0, False
+            if self.context.runtime_call(call, function, step) == "attention" and len(call.args) > 2:
+                callee, shift, done = call.args[1].value, 2, True
+            meaning = self.context.repository.resolve(callee, function, step)
+            if not isinstance(meaning, External):
+                target, same_object = self._callee(hop, meaning)
+                if target is not None:
+                    yield from self._below(target, hop, streams, path, same_object=same_object)
+            elif meaning.name == SDPA:
                 inputs = [argument(call, shift + i, n) for i, n in enumerate(("query", "key", "value"))]
-                yield _Leaf((*path, hop), _kind([streams_of(x, step) for x in inputs], wanted), done)
-            elif name in OTHERS and streams_of(call, step):
+                kind = self._kind([_streams_of(function, x, step, streams) for x in inputs])
+                yield _Leaf((*path, hop), kind, done)
+            elif meaning.name.split(".")[-1] in OTHERS and _streams_of(function, call, step, streams):
+                name = meaning.name.split(".")[-1]
                 yield _Leaf((*path, hop), f"{name} takes its tensors in a layout that Chipmunk does not know", False)
-            elif call.args and call.args[0].keyword is None and call.args[0].star == "":
-                # checkpoint(self._forward, img, txt): the first argument is what runs.
-                inner = context.repository.resolve(call.args[0].value, function, step)
+            elif call.args and call.args[0].keyword is None and not call.args[0].star:
+                # checkpoint(self.mix, q, k, v): the first argument is what runs.
+                inner = self.context.repository.resolve(call.args[0].value, function, step)
                 if isinstance(inner, Function):
-                    handed = _Hop(function, call, step, block_name, direct=False)
-                    yield from _below(context, inner, handed, streams_of, path, wanted, first=1)
-            continue
-        target, names_block = _callee(context, function, call, step, meaning, block_name)
-        if target is not None:
-            yield from _below(context, target, hop, streams_of, path, wanted, same_object=names_block)
+                    yield from self._below(inner, hop, streams, path, first=1, same_object=True)
 
+    def _below(
+        self,
+        inner: Function,
+        hop: _Hop,
+        streams: dict[str, Streams],
+        path: tuple[_Hop, ...],
+        *,
+        first: int = 0,
+        same_object: bool,
+    ) -> Iterator[_Leaf]:
+        if len(path) >= DEPTH or any(h.function is inner for h in (*path, hop)):
+            return
+        given = bind(inner.node, hop.call, skip=inner.receivers, first=first)
+        taken = {n: s for n, v in given.items() if (s := _streams_of(hop.function, v, hop.step, streams))}
+        if not taken:
+            return
+        block_name = None
+        if hop.block_name is not None:
+            block_name = next((name for name, value in given.items() if dotted(value) == hop.block_name), None)
+            if block_name is None and same_object and inner.receivers:
+                block_name = inner.scope.receiver
+        yield from self.leaves(inner, taken, block_name, (*path, hop))
 
-def _below(context, inner, hop, streams_of, path, wanted, *, first=0, same_object=True):  # type: ignore[no-untyped-def]
-    if len(path) >= DEPTH or any(h.function is inner for h in (*path, hop)):
-        return
-    skip = inner.receivers
-    given = bind(inner.node, hop.call, skip=skip, first=first)
-    streams = {name: found for name, value in given.items() if (found := streams_of(value, hop.step))}
-    if not streams:
-        return
-    block_name = next((n for n, value in given.items() if hop.block_name and dotted(value) == hop.block_name), None)
-    if block_name is None and same_object and skip and hop.block_name is not None:
-        block_name = inner.scope.receiver
-    yield from _leaves(context, inner, streams, block_name, (*path, hop), wanted)
-
-
-def _callee(
-    context: Context, function: Function, call: cst.Call, step: Step, meaning: object, block_name: str | None
-) -> tuple[Function | None, bool]:
-    """The repository's function that a call runs, and whether it is a method of the very object it is called in."""
-    if isinstance(meaning, Function):
-        return meaning, meaning.owner is not None and dotted(call.func) == f"{block_name}.{meaning.node.name.value}"
-    if isinstance(meaning, Class) or function.owner is None:
+    def _callee(self, hop: _Hop, meaning: Meaning | None) -> tuple[Function | None, bool]:
+        """The repository's function that a call runs, and whether it is a method of the block itself."""
+        function, callee = hop.function, hop.call.func
+        if isinstance(meaning, Function):
+            return meaning, dotted(callee) == f"{hop.block_name}.{meaning.node.name.value}"
+        if meaning is not None or function.owner is None:
+            return None, False
+        attribute, method = self_attribute(callee, function.scope.receiver), "forward"
+        if attribute is None and isinstance(callee, cst.Attribute):
+            attribute, method = self_attribute(callee.value, function.scope.receiver), callee.attr.value
+        for owner in self.context.repository.classes_in(function.owner, attribute) if attribute is not None else ():
+            found = self.context.repository.method(owner, method)
+            if found is None and method == "forward":
+                found = self.context.repository.method(owner, "__call__")
+            if found is not None:
+                return found, False
         return None, False
-    receiver = function.scope.receiver
-    attribute, method = self_attribute(call.func, receiver), "forward"
-    if attribute is None and isinstance(call.func, cst.Attribute):
-        attribute, method = self_attribute(call.func.value, receiver), call.func.attr.value
-    if attribute is None:
-        return None, False
-    for owner in context.repository.classes_in(function.owner, attribute):
-        found = context.repository.method(owner, method)
-        if found is None and method == "forward":
-            found = context.repository.method(owner, "__call__")
-        if found is not None:
-            return found, False
-    return None, False
+
+    def _kind(self, found: list[Streams]) -> str:
+        if all(streams == self.wanted for streams in found):
+            return "joint"
+        if found[0] and not (found[1] and found[2]):
+            return "cross-attention: key and value do not come from the block's streams"
+        return "not the joint attention: query, key and value do not all come from all streams of the block"
 
 
-def _kind(found: list[frozenset[str]], wanted: frozenset[str]) -> str:
-    if all(streams == wanted for streams in found):
-        return "joint"
-    if found[0] and not (found[1] and found[2]):
-        return "cross-attention: key and value do not come from the block's streams"
-    return "not the joint attention: query, key and value do not all come from all streams of the block"
+def _streams_of(function: Function, value: cst.CSTNode | None, step: Step, streams: dict[str, Streams]) -> Streams:
+    roots = function.scope.roots(value, step) if value is not None else frozenset()
+    return frozenset().union(*(streams.get(root, frozenset()) for root in roots))
 
 
 # Changing

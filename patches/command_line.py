@@ -1,7 +1,7 @@
 """Give the repository's own command line the option `--chipmunk-config`.
 
-Every function that a command line runs and that loads the model gets the option, and enables Chipmunk on the model once it
-is loaded: functions handed to Fire, commands of typer and click, and code that holds the result of argparse's
+Every function that a command line runs and that loads the model gets the option, and enables Chipmunk on the model once
+it is loaded: functions handed to Fire, commands of typer and click, and code that holds the result of argparse's
 `parse_args()`. Elsewhere `CHIPMUNK_CONFIG` or a `chipmunk-config.yml` in the working directory do the same.
 """
 
@@ -11,8 +11,8 @@ import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.flow import Binding, Step
 from chipmunk.rewrite.minimal import COMMAND, variant
-from chipmunk.rewrite.flow import Binding, Scope, Step
 from chipmunk.rewrite.repository import External, Function
 from chipmunk.rewrite.syntax import dotted, elements, last_name, parameters, walk
 from chipmunk.rewrite.values import ARGS, Place, args_label
@@ -215,7 +215,7 @@ def _after_branches(context: Context, place: Place, binding: Binding) -> cst.CST
 
 
 def _loads_in_all(context: Context, place: Place, node: cst.If, name: str) -> bool:
-    """Whether each branch of the `if` gives the name a model, and none gives it anything else (a TensorRT engine, say)."""
+    """Whether each branch of the `if` gives the name a model, and none anything else (a TensorRT engine, say)."""
     inside = [b for b in place.scope.bindings.get(name, ()) if any(other is node for other, _ in b.step.chain)]
     if any(context.values.model_of(context.values.bound(b, place)) is None for b in inside):
         return False

@@ -1,21 +1,23 @@
 """Send the image MLP of the double blocks through Chipmunk.
 
-The MLP is the attribute that is built as Linear, GELU (tanh), Linear, and whose result flows into the image stream that the
-block returns, and not into the text stream. Only the call changes, never the arithmetic around it. The text MLP stays
-dense: it is small. An MLP that sees only some of the tokens stays dense.
+The MLP is the attribute that is built as Linear, GELU (tanh), Linear, and whose result flows into the image stream that
+the block returns, and not into the text stream. Only the call changes, never the arithmetic around it. The text MLP
+stays dense: it is small. An MLP that sees only some of the tokens stays dense.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
-from chipmunk.rewrite.minimal import DOUBLE, variant
 from chipmunk.rewrite.flow import Scope, Step, value_names
-from chipmunk.rewrite.repository import Class, Repository
+from chipmunk.rewrite.layers import built_as_tanh_gelu_mlp
+from chipmunk.rewrite.minimal import DOUBLE, variant
 from chipmunk.rewrite.roles import Block
-from chipmunk.rewrite.syntax import argument, elements, is_call, last_name, self_attribute, text_of_string, walk
+from chipmunk.rewrite.syntax import elements, is_call, self_attribute, walk
 
 NAME = "double-mlp"
 API = 1
@@ -53,14 +55,16 @@ def _patch_block(context: Context, block: Block) -> None:
             context.patched(source, found.call, "the image MLP: Linear, GELU(tanh), Linear on the whole image stream")
 
 
+@dataclass
 class _Mlp:
-    def __init__(self, call: cst.Call, step: Step, attribute: str, done: bool) -> None:
-        self.call = call
-        self.step = step
-        self.attribute = attribute
-        self.done = done
-        self.stream = ""
-        self.problem = ""
+    """A call of such an MLP. `stream`: whose result it becomes part of; `problem`: why it must stay dense."""
+
+    call: cst.Call
+    step: Step
+    attribute: str
+    done: bool
+    stream: str = ""
+    problem: str = ""
 
 
 def _mlp_calls(context: Context, block: Block) -> list[_Mlp]:
@@ -72,7 +76,7 @@ def _mlp_calls(context: Context, block: Block) -> list[_Mlp]:
         done = context.runtime_call(call, function, step) == "mlp" and len(call.args) >= 2
         callee = call.args[1].value if done else call.func
         attribute = self_attribute(callee, scope.receiver)
-        if attribute is not None and is_gelu_mlp(context.repository, block.owner, attribute):
+        if attribute is not None and built_as_tanh_gelu_mlp(context.repository, block.owner, attribute):
             found.append(_Mlp(call, step, attribute, done))
     feeds = _calls_behind_results(scope, block)
     for mlp in found:
@@ -86,7 +90,7 @@ def _mlp_calls(context: Context, block: Block) -> list[_Mlp]:
 
 
 def _calls_behind_results(scope: Scope, block: Block) -> dict[str, set[cst.Call]]:
-    """For `image` and `text`: the calls that the returned stream is computed by, less those before the attention joins both."""
+    """For `image` and `text`: the calls that the returned stream is computed by."""
     found: dict[str, set[cst.Call]] = {"image": set(), "text": set()}
     order = list(block.streams.values())
     names = {stream: name for name, stream in block.streams.items()}
@@ -97,24 +101,10 @@ def _calls_behind_results(scope: Scope, block: Block) -> dict[str, set[cst.Call]
         if parts is None or len(parts) < 2:
             continue
         for place, part in enumerate(parts[:2]):
-            # The result that goes on in the variable of a stream is that stream; else the order of the parameters decides.
+            # A result in the variable of a stream is that stream; else the order of the parameters decides.
             stream = next((s for s, name in names.items() if name in set(value_names(part))), order[place])
-            found[stream] |= _calls_behind(scope, part, step)
+            found[stream].update(call for call, _ in scope.calls_behind(part, step))
     return found
-
-
-def _calls_behind(scope: Scope, value: cst.CSTNode, step: Step) -> set[cst.Call]:
-    calls: set[cst.Call] = set()
-    seen: set[tuple[str, int]] = set()
-    pending: list[tuple[cst.CSTNode, Step]] = [(value, step)]
-    while pending:
-        node, at = pending.pop()
-        calls.update(part for part in walk(node) if isinstance(part, cst.Call))
-        for name in value_names(node):
-            if (name, at.index) not in seen:
-                seen.add((name, at.index))
-                pending += [(b.value, b.step) for b in scope.reaching(name, at) if b.value is not None]
-    return calls
 
 
 def _is_gathered(scope: Scope, value: cst.CSTNode, step: Step, streams: set[str]) -> bool:
@@ -131,27 +121,6 @@ def _is_gathered(scope: Scope, value: cst.CSTNode, step: Step, streams: set[str]
         for binding in scope.reaching(name, step)
         if binding.value is not None and not binding.path
     )
-
-
-def is_gelu_mlp(repository: Repository, owner: Class, attribute: str) -> bool:
-    """Whether `self.attribute` is built as Sequential(Linear, GELU(approximate="tanh"), Linear)."""
-    for value, method, step in repository.values_of(owner, attribute):
-        if not is_call(value, "Sequential"):
-            continue
-        parts = [arg.value for arg in value.args]
-        if len(parts) == 1 and elements(parts[0]) is not None:
-            parts = elements(parts[0]) or []
-        if len(parts) == 3 and _is_linear(parts[0]) and is_tanh_gelu(parts[1]) and _is_linear(parts[2]):
-            return True
-    return False
-
-
-def _is_linear(value: cst.CSTNode) -> bool:
-    return isinstance(value, cst.Call) and last_name(value.func).endswith("Linear")
-
-
-def is_tanh_gelu(value: cst.CSTNode) -> bool:
-    return is_call(value, "GELU") and text_of_string(argument(value, 0, "approximate")) == "tanh"
 
 
 _CALL = "self.image_mlp(self.image_norm(image))"

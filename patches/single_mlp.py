@@ -13,9 +13,10 @@ import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
-from chipmunk.rewrite.minimal import SINGLE, variant
 from chipmunk.rewrite.flow import Scope, Step
-from chipmunk.rewrite.repository import Class, Repository
+from chipmunk.rewrite.layers import built_as_linear, built_as_tanh_gelu
+from chipmunk.rewrite.minimal import SINGLE, variant
+from chipmunk.rewrite.repository import Repository
 from chipmunk.rewrite.roles import CONCATENATIONS, Block
 from chipmunk.rewrite.syntax import (
     argument,
@@ -23,10 +24,8 @@ from chipmunk.rewrite.syntax import (
     elements,
     integer,
     is_call,
-    last_name,
     self_attribute,
     target_names,
-    text_of_string,
     walk,
 )
 
@@ -206,9 +205,9 @@ def _problem(repository: Repository, block: Block, split: _Split, join: _Join) -
     """Why the pair must stay dense; empty if it may be sparse."""
     scope = block.forward.scope
     for attribute in (split.linear, join.linear):
-        if not _is_linear(repository, block.owner, attribute):
+        if not built_as_linear(repository, block.owner, attribute):
             return f"self.{attribute} is not built as a Linear"
-    if not _is_gelu(repository, block.owner, join.activation):
+    if not built_as_tanh_gelu(repository, block.owner, join.activation):
         return f'self.{join.activation} is not built as GELU(approximate="tanh")'
     if split.linear_call is not None:
         if split.dim is None or integer(split.dim.value) not in (2, -1):
@@ -235,20 +234,6 @@ def _uses(scope: Scope, name: str) -> list[cst.Name]:
                 continue
             found += [node for node in walk(expression) if isinstance(node, cst.Name) and node.value == name]
     return found
-
-
-def _is_linear(repository: Repository, owner: Class, attribute: str) -> bool:
-    return any(
-        isinstance(value, cst.Call) and last_name(value.func).endswith("Linear")
-        for value, _, _ in repository.values_of(owner, attribute)
-    )
-
-
-def _is_gelu(repository: Repository, owner: Class, attribute: str) -> bool:
-    return any(
-        is_call(value, "GELU") and text_of_string(argument(value, 0, "approximate")) == "tanh"
-        for value, _, _ in repository.values_of(owner, attribute)
-    )
 
 
 _SPLIT = "torch.split(self.enter(x), [3 * self.width, 4 * self.width], dim=-1)"

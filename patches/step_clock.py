@@ -1,9 +1,9 @@
 """Tell Chipmunk when a denoising step begins: wrap the iterable of the sampling loops.
 
-A sampling loop is a `for` whose body calls the model: a parameter, variable or attribute to which the model flows from its
-construction or by its annotation. What the loop iterates stays inside the new call. Where a loop calls the model at more
-than one place in the text, each place after the first gets a slot, and so caches, of its own; ordinals would not do, as
-not every step makes the same calls.
+A sampling loop is a `for` whose body calls the model (a parameter, variable or attribute to which the model flows from
+its construction, or by its annotation) and hands it something that descends from what it returned before. What the loop
+iterates stays inside the new call. Where a loop calls the model at more than one place in the text, each place after
+the first gets a slot, and so caches, of its own; ordinals would not do, as not every step makes the same calls.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
-from chipmunk.rewrite.minimal import SAMPLING, variant
 from chipmunk.rewrite.flow import Scope, Step, value_names
+from chipmunk.rewrite.minimal import SAMPLING, variant
 from chipmunk.rewrite.plan import LoopFacts
 from chipmunk.rewrite.syntax import bind, dotted, target_names, text_of_string, walk
 from chipmunk.rewrite.values import Place
@@ -28,7 +28,7 @@ VERSION = "1"
 
 @dataclass(frozen=True, eq=False)
 class _ModelCall:
-    """One place that calls the model. `callee`: the model's expression, inside an earlier `chipmunk.slot` or as it stands."""
+    """One place that calls the model. `callee`: the model's expression, without the `chipmunk.slot` around it."""
 
     call: cst.Call
     step: Step
@@ -72,9 +72,9 @@ def _model_calls(context: Context, place: Place) -> list[_ModelCall]:
     found: list[_ModelCall] = []
     for call, step in place.scope.calls:
         callee, slot = call.func, None
-        if isinstance(callee, cst.Call) and context.runtime_call(callee, place.names, step) == "slot":
-            if len(callee.args) == 2:
-                callee, slot = callee.args[0].value, text_of_string(callee.args[1].value)
+        inner = callee if isinstance(callee, cst.Call) and len(callee.args) == 2 else None
+        if inner is not None and context.runtime_call(inner, place.names, step) == "slot":
+            callee, slot = inner.args[0].value, text_of_string(inner.args[1].value)
         if isinstance(callee, cst.Attribute) and callee.attr.value == "forward":
             callee = callee.value
         if dotted(callee) is None:
@@ -100,7 +100,8 @@ def _loops_by_helper(
         given = bind(callee.node, call, skip=callee.receivers)
         expression: cst.BaseExpression | None = given.get(name)
         if expression is None and callee.receivers and name.startswith(f"{callee.scope.receiver}."):
-            if isinstance(call.func, cst.Attribute) and dotted(call.func.value) == place.scope.receiver:
+            method = dotted(call.func) or ""
+            if method.startswith(f"{place.scope.receiver}.") and method.count(".") == 1:
                 expression = inner[0].callee
         if expression is None or dotted(expression) is None:
             reason = f"{callee.name} calls the model, but the loop has no name for it: its steps are not counted"
@@ -170,7 +171,7 @@ def _patch_loop(context: Context, place: Place, loop: cst.For, calls: list[_Mode
     wrapped = context.runtime_call(loop.iter, place.names, head) == "steps"
     expression = source.code(calls[0].callee)
     slots = _slot_names(calls)
-    missing = [(call, name) for call, name in zip(calls[1:], slots[1:]) if call.slot is None]
+    missing = [(call, name) for call, name in zip(calls[1:], slots[1:], strict=True) if call.slot is None]
     matched = source.summary(loop.iter)
     if wrapped and not missing:
         context.already(source, loop, "the loop's steps are counted", matched=matched)

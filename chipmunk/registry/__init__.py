@@ -79,7 +79,7 @@ class Registry:
 
 
 def data_path(name: str) -> Path:
-    """Where `patches`, `targets`, `templates` or `chipmunk-config.yml` lies: inside the wheel, or at the top of a checkout."""
+    """Where `patches`, `targets`, `templates` or `chipmunk-config.yml` lies: in the wheel, or on top of a checkout."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "_data", package.parent):
         if (folder / name).exists():
@@ -118,8 +118,8 @@ def load(plugins: Sequence[Path] = ()) -> Registry:
 
 
 def _modules(plugins: Sequence[Path]) -> Iterator[tuple[str, ModuleType]]:
-    for folder in ("patches", "targets"):
-        for path in _files(data_path(folder)):
+    for kind in ("patches", "targets"):
+        for path in _files(data_path(kind)):
             yield _relative(path), _import_file(path)
     for group in ("chipmunk.patches", "chipmunk.targets"):
         for point in metadata.entry_points(group=group):

@@ -47,7 +47,7 @@ class Context:
     def site(
         self, source: Source, node: cst.CSTNode, status: SiteStatus, reason: str, *, matched: str | None = None
     ) -> None:
-        """Report one place. Reported twice, by way of two models say, it is listed once; patched wins over left dense."""
+        """Report one place. Reported twice, through two models say, it is listed once: patched wins over left dense."""
         if not self._located:
             self.sites[source.path, id(node), self.patch, ""] = Site(source.path, 0, self.patch, status, "", reason)
             return

@@ -1,4 +1,4 @@
-"""What happens to values inside one function: which assignment a name stands for, and which parameters reach a value."""
+"""What happens to values inside one function: what a name stands for, and which parameters reach a value."""
 
 from __future__ import annotations
 
@@ -181,6 +181,20 @@ class Scope:
         """Whether one of the assignments happens whenever `step` is reached."""
         return any(not b.augmented and step.chain[: len(b.step.chain)] == b.step.chain for b in found)
 
+    def calls_behind(self, value: cst.CSTNode, step: Step) -> Iterator[tuple[cst.Call, Step]]:
+        """The calls of this function that the value at `step` may be computed by."""
+        seen: set[tuple[str, int]] = set()
+        pending: list[tuple[cst.CSTNode, Step]] = [(value, step)]
+        while pending:
+            node, at = pending.pop()
+            for part in walk(node):
+                if isinstance(part, cst.Call):
+                    yield part, at
+            for name in value_names(node):
+                if (name, at.index) not in seen:
+                    seen.add((name, at.index))
+                    pending += [(b.value, b.step) for b in self.reaching(name, at) if b.value is not None]
+
     def roots(self, node: cst.CSTNode, step: Step) -> frozenset[str]:
         """The parameters whose values may be part of the expression's value (shapes and dtypes do not count)."""
         found: set[str] = set()
@@ -212,7 +226,7 @@ def _element(value: cst.BaseExpression, path: tuple[int, ...]) -> tuple[cst.Base
 
 def _exclusive(first: Chain, second: Chain) -> bool:
     """Whether two places stand in different branches of the same statement, so that only one of them runs."""
-    for (node, branch), (other, other_branch) in zip(first, second):
+    for (node, branch), (other, other_branch) in zip(first, second, strict=False):
         if node is not other:
             return False
         if branch != other_branch:

@@ -1,4 +1,4 @@
-"""What the rewriting engine hands on: the sites it looked at, the new bytes of each file, and the facts that it learnt."""
+"""What the rewriting engine hands on: the sites it looked at, the new bytes of files, and the facts that it learnt."""
 
 from __future__ import annotations
 

@@ -373,9 +373,8 @@ class Repository:
                 if binding.value is not None:
                     self._built(binding.value, method, binding.step, found, depth + 1)
             for call, at in method.scope.calls:
-                if isinstance(call.func, cst.Attribute) and call.func.attr.value == "append":
-                    if dotted(call.func.value) == value.value and call.args:
-                        self._built(call.args[0].value, method, at, found, depth + 1)
+                if dotted(call.func) == f"{value.value}.append" and call.args:
+                    self._built(call.args[0].value, method, at, found, depth + 1)
             return
         for part in list(walk(value, into=lambda n: n is value or not isinstance(n, (cst.Call, cst.Name))))[1:]:
             if isinstance(part, (cst.Call, cst.Name)):
@@ -389,7 +388,7 @@ def _parts(path: str) -> list[str]:
 
 def _shared(first: list[str], second: list[str]) -> int:
     count = 0
-    for a, b in zip(first, second):
+    for a, b in zip(first, second, strict=False):
         if a != b:
             break
         count += 1

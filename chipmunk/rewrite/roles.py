@@ -7,7 +7,6 @@ elements turn the joint stream into one, and slices one stream off. That stream 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import libcst as cst
@@ -156,9 +155,9 @@ def _block_call(value: cst.CSTNode | None, names: set[str]) -> tuple[cst.Call, i
         return value, 0
     if isinstance(value.func, cst.Attribute) and dotted(value.func.value) in names:
         return value, 0
-    if value.args and isinstance(value.args[0].value, cst.Name) and value.args[0].value.value in names:
-        if value.args[0].keyword is None:
-            return value, 1
+    first = value.args[0] if value.args else None
+    if first is not None and first.keyword is None and isinstance(first.value, cst.Name) and first.value.value in names:
+        return value, 1
     return None
 
 
@@ -275,7 +274,7 @@ def _with_roles(
             return Lookalike(owner, method.node.name, f"{classes[0].name} has no forward")
         given = bind(forward.node, found.call, skip=1, first=found.first)
         taken = {p: streams[n] for p, value in given.items() if (n := _stream_of(value, streams)) is not None}
-        blocks.append(Block(classes[0], forward, taken))
+        blocks.append(Block(classes[0], *_followed(repository, classes[0], forward, taken)))
     if len(blocks[0].streams) < 2:
         return Lookalike(owner, method.node.name, f"{blocks[0].owner.name} does not take both streams")
     if not blocks[1].streams:
@@ -291,6 +290,26 @@ def _with_roles(
         owner, method, double.attribute, single.attribute, blocks[0], blocks[1],
         image_parameter, None if order_off else ids, order_off,
     )  # fmt: skip
+
+
+def _followed(
+    repository: Repository, owner: Class, forward: Function, streams: dict[str, str]
+) -> tuple[Function, dict[str, str]]:
+    """The method that does the block's work, where forward hands on to it: `return checkpoint(self._forward, x)`."""
+    for step in forward.scope.steps:
+        if not isinstance(step.node, cst.Return) or not isinstance(step.node.value, cst.Call):
+            continue
+        call = step.node.value
+        for first, callee in enumerate([call.func, *(arg.value for arg in call.args[:1])]):
+            name = self_attribute(callee, forward.scope.receiver)
+            inner = repository.method(owner, name) if name is not None else None
+            if inner is None or inner is forward:
+                continue
+            given = bind(inner.node, call, skip=inner.receivers, first=first)
+            taken = {p: streams[n] for p, value in given.items() if (n := dotted(value) or "") in streams}
+            if set(taken.values()) == set(streams.values()):
+                return inner, taken
+    return forward, streams
 
 
 def _result_names(found: _Pass) -> list[str]:
@@ -347,7 +366,7 @@ def _ids_parameter(scope: Scope, double: _Pass, place: int, streams: set[str]) -
     for arg in double.call.args[double.first :]:
         if dotted(arg.value) in streams:
             continue
-        for call, step in _calls_behind(scope, arg.value, double.step):
+        for call, step in scope.calls_behind(arg.value, double.step):
             parts = elements(call.args[0].value) if is_call(call, *CONCATENATIONS) and call.args else None
             if parts is None or len(parts) < 2:
                 continue
@@ -355,21 +374,6 @@ def _ids_parameter(scope: Scope, double: _Pass, place: int, streams: set[str]) -
             if len(parts) == 2 and all(len(r) == 1 for r in found) and found[0] != found[1]:
                 return next(iter(found[place])), ""
     return None, "token order is off: no concatenation of text and image positions was found on the way to the blocks"
-
-
-def _calls_behind(scope: Scope, value: cst.CSTNode, step: Step) -> Iterator[tuple[cst.Call, Step]]:
-    """Calls that the value may be computed by, in this function."""
-    seen: set[tuple[str, int]] = set()
-    pending: list[tuple[cst.CSTNode, Step]] = [(value, step)]
-    while pending:
-        node, at = pending.pop()
-        for part in walk(node):
-            if isinstance(part, cst.Call):
-                yield part, at
-        for name in value_names(node):
-            if (name, at.index) not in seen:
-                seen.add((name, at.index))
-                pending += [(b.value, b.step) for b in scope.reaching(name, at) if b.value is not None]
 
 
 def _other_spatial(scope: Scope, double: _Pass, single: _Pass, streams: set[str], others: set[str]) -> str:
@@ -402,7 +406,7 @@ def _other_spatial(scope: Scope, double: _Pass, single: _Pass, streams: set[str]
 
 
 def _added(value: cst.BaseExpression, streams: set[str]) -> list[cst.BaseExpression]:
-    """What a sum adds to the stream, or multiplies it by; terms that are themselves computed from the stream are left out."""
+    """What a sum adds to the stream, or multiplies it by; terms computed from the stream itself are left out."""
     if isinstance(value, cst.BinaryOperation):
         if isinstance(value.operator, (cst.Add, cst.Subtract)):
             return [*_added(value.left, streams), *_added(value.right, streams)]

@@ -14,7 +14,7 @@ import libcst as cst
 from libcst.metadata import ByteSpanPositionProvider, CodeSpan
 from libcst.metadata.span_provider import SpanProvidingCodegenState
 
-from chipmunk.rewrite.syntax import walk
+from chipmunk.rewrite.syntax import target_names, walk
 
 PACKAGE = "chipmunk"
 ALIAS = "chipmunk_runtime"
@@ -238,12 +238,12 @@ def _last_code_end(source: Source, statement: cst.CSTNode) -> int:
 
 
 def _import_statements(body: object) -> list[cst.SimpleStatementLine]:
-    """Import statements at the top level; also those under a top-level `try:` or `if`."""
+    """Import statements at the top level; also those under a top-level `try:`."""
     found: list[cst.SimpleStatementLine] = []
     for statement in body if isinstance(body, (list, tuple)) else ():
         if _is_import(statement):
             found.append(statement)
-        elif isinstance(statement, (cst.Try, cst.If)):
+        elif isinstance(statement, cst.Try):
             found += _import_statements(statement.body.body)
     return found
 
@@ -287,14 +287,17 @@ def _comment_above(statement: cst.SimpleStatementLine) -> bool:
 
 def _binds(module: cst.Module, name: str) -> bool:
     """Whether the file gives `name` a meaning of its own anywhere."""
-    for node in walk(module):
-        if isinstance(node, (cst.FunctionDef, cst.ClassDef, cst.Param)) and node.name.value == name:
-            return True
-        if isinstance(node, (cst.AssignTarget, cst.AnnAssign, cst.For, cst.NamedExpr, cst.AugAssign)):
-            if any(isinstance(n, cst.Name) and n.value == name for n in walk(node.target)):
-                return True
-        if isinstance(node, cst.AsName) and isinstance(node.name, cst.Name) and node.name.value == name:
-            return True
-        if isinstance(node, cst.ImportAlias) and node.asname is None and node.evaluated_name.split(".")[0] == name:
-            return True
-    return False
+    return any(name in _bound_by(node) for node in walk(module))
+
+
+def _bound_by(node: cst.CSTNode) -> set[str]:
+    """The names that this very node binds."""
+    if isinstance(node, (cst.FunctionDef, cst.ClassDef, cst.Param)):
+        return {node.name.value}
+    if isinstance(node, (cst.AssignTarget, cst.AnnAssign, cst.AugAssign, cst.For, cst.NamedExpr)):
+        return {name for name, _ in target_names(node.target)}
+    if isinstance(node, cst.AsName):
+        return {name for name, _ in target_names(node.name)}
+    if isinstance(node, cst.ImportAlias) and node.asname is None:
+        return {node.evaluated_name.split(".")[0]}
+    return set()

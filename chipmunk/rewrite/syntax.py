@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import cache
 from typing import TypeGuard
 
@@ -14,26 +14,26 @@ _PUNCTUATION = {"lpar", "rpar", "lbracket", "rbracket", "comma", "semicolon", "e
 
 
 @cache
-def _parts(kind: type[cst.CSTNode]) -> tuple[str, ...]:
-    names: list[str] = list(kind.__dataclass_fields__)
+def _parts(kind: Hashable) -> tuple[str, ...]:
+    names: list[str] = list(getattr(kind, "__dataclass_fields__", ()))
     return tuple(name for name in names if not name.startswith(_FORMATTING) and name not in _PUNCTUATION)
 
 
 @cache
-def _is_node(kind: type) -> bool:
+def _is_node(kind: Hashable) -> bool:
     """Asked of each part's type: LibCST's classes are abstract ones, of which `isinstance` is slow."""
-    return issubclass(kind, cst.CSTNode)
+    return isinstance(kind, type) and issubclass(kind, cst.CSTNode)
 
 
 def children(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
     """The parts of `node` that carry meaning, in text order but for decorators and conditional expressions."""
     for name in _parts(type(node)):
         part = getattr(node, name)
-        if _is_node(type(part)):
+        if _is_node(part.__class__):
             yield part
         elif type(part) is tuple or type(part) is list:
             for item in part:
-                if _is_node(type(item)):
+                if _is_node(item.__class__):
                     yield item
 
 

@@ -336,7 +336,7 @@ def _any(value: Value) -> bool:
 
 def _merge(first: Value, second: Value) -> Value:
     if isinstance(first, tuple) and isinstance(second, tuple) and len(first) == len(second):
-        return tuple(_merge(a, b) for a, b in zip(first, second))
+        return tuple(_merge(a, b) for a, b in zip(first, second, strict=True))
     if isinstance(first, frozenset) and isinstance(second, frozenset):
         return first | second
     return first if isinstance(first, tuple) else second

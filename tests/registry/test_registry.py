@@ -10,8 +10,14 @@ import pytest
 
 from chipmunk.registry import Registry, RegistryError, data_path, load
 
-PATCH = '"""Do nothing at all."""\n\nNAME = "nothing"\nAPI = 1\nVERSION = "3"\nEXAMPLES = ()\n\n\ndef rule(context):\n    pass\n'
-TARGET = '"""A family of one."""\n\nNAME = "lonely"\nAPI = 1\n\n\ndef recognise(models, files):\n    return "lonely" in files\n'
+PATCH = (
+    '"""Do nothing at all."""\n\nNAME = "nothing"\nAPI = 1\nVERSION = "3"\n'
+    "EXAMPLES = ()\n\n\ndef rule(context):\n    pass\n"
+)
+TARGET = (
+    '"""A family of one."""\n\nNAME = "lonely"\nAPI = 1\n\n\ndef recognise(models, files):\n'
+    '    return "lonely" in files\n'
+)
 
 
 def write(folder: Path, name: str, text: str) -> Path:

@@ -16,11 +16,46 @@ from chipmunk.rewrite.minimal import FILES
 
 Files = dict[str, str]
 
-NAMES = (
-    "PairBlock JointBlock Painter pairs joints image_qkv image_out image_norm image_mlp text_mlp image text image_ids "
-    "text_ids rotation rotate enter leave act hidden mixed attend sample velocity load_painter block qkv width heads "
-    "q k v x model times now then main"
-).split()
+NAMES = [
+    "PairBlock",
+    "JointBlock",
+    "Painter",
+    "pairs",
+    "joints",
+    "image_qkv",
+    "image_out",
+    "image_norm",
+    "image_mlp",
+    "text_mlp",
+    "image",
+    "text",
+    "image_ids",
+    "text_ids",
+    "rotation",
+    "rotate",
+    "enter",
+    "leave",
+    "act",
+    "hidden",
+    "mixed",
+    "attend",
+    "sample",
+    "velocity",
+    "load_painter",
+    "block",
+    "qkv",
+    "width",
+    "heads",
+    "q",
+    "k",
+    "v",
+    "x",
+    "model",
+    "times",
+    "now",
+    "then",
+    "main",
+]
 
 
 @dataclass(frozen=True)
@@ -125,7 +160,8 @@ REWRITES = (
     Rewrite(
         "flow/model.py",
         "        self.joints = nn.ModuleList([JointBlock(width, heads) for _ in range(joints)])\n",
-        "        self.joints = nn.ModuleList()\n        for _ in range(joints):\n            self.joints.append(JointBlock(width, heads))\n",
+        "        self.joints = nn.ModuleList()\n        for _ in range(joints):\n"
+        "            self.joints.append(JointBlock(width, heads))\n",
     ),
     Rewrite("flow/sampling.py", "in zip(times[:-1], times[1:]):", "in list(zip(times[:-1], times[1:])):"),
     Rewrite(

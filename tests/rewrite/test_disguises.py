@@ -75,7 +75,7 @@ def test_any_disguise(files: dict[str, bytes]) -> None:
 @SLOW
 @given(disguises())
 def test_what_is_not_patched_stays(files: dict[str, bytes]) -> None:
-    """Wherever lines differ, something of Chipmunk's was put there; line ends, marks and the last newline are the file's."""
+    """Where lines differ, something of Chipmunk's was put there; line ends, marks and the last newline stay."""
     for change in plan_repository(files, REGISTRY).changes:
         before, after = change.before.splitlines(keepends=True), change.after.splitlines(keepends=True)
         for kind, _, _, start, end in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes():

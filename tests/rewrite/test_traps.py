@@ -33,7 +33,8 @@ def sites(plan: Plan, patch: str, status: str) -> list[Site]:
 
 def test_vae_attention_and_dead_code_stay() -> None:
     dead = (
-        "\n\nclass SelfAttention:\n    def forward(self, x, rotation):\n        q, k, v = x\n        return attend(q, k, v, rotation)\n"
+        "\n\nclass SelfAttention:\n    def forward(self, x, rotation):\n        q, k, v = x\n"
+        "        return attend(q, k, v, rotation)\n"
         f"\n\nclass Decoder:\n    def attention(self, h):\n        return {SDPA}(h, h, h)\n"
     )
     text = after(plan_of(double=DOUBLE + dead), "flow/double.py")
@@ -82,8 +83,10 @@ def test_a_module_called_math_beside_import_math() -> None:
 
 def test_attention_in_a_submodule() -> None:
     mixer = (
-        "class Mixer(nn.Module):\n    def forward(self, *, q, k, v, rotation):\n        return self.run(q, k, v, rotation)\n\n"
-        "    def run(self, q, k, v, rotation, **options):\n        return attend(q, k, v, rotation)\n\n\nclass PairBlock"
+        "class Mixer(nn.Module):\n    def forward(self, *, q, k, v, rotation):\n"
+        "        return self.run(q, k, v, rotation)\n\n"
+        "    def run(self, q, k, v, rotation, **options):\n"
+        "        return attend(q, k, v, rotation)\n\n\nclass PairBlock"
     )
     text = after(
         plan_of(
@@ -108,12 +111,14 @@ def test_a_processor_gets_the_block_as_an_argument() -> None:
         SINGLE,
         (
             "class JointBlock",
-            "class Processor:\n    def __call__(self, layer, x, rotation):\n        return layer.run(x, rotation)\n\n\nclass JointBlock",
+            "class Processor:\n    def __call__(self, layer, x, rotation):\n"
+            "        return layer.run(x, rotation)\n\n\nclass JointBlock",
         ),
         ("        self.act =", "        self.processor = Processor()\n        self.act ="),
         (
             "    def forward(self, x, rotation):\n",
-            "    def forward(self, x, rotation):\n        return self.processor(self, x, rotation)\n\n    def run(self, x, rotation):\n",
+            "    def forward(self, x, rotation):\n"
+            "        return self.processor(self, x, rotation)\n\n    def run(self, x, rotation):\n",
         ),
     )
     inner = variant(
@@ -138,7 +143,8 @@ def test_gradient_checkpointing() -> None:
                 SINGLE,
                 (
                     "    def forward(self, x, rotation):\n",
-                    "    def forward(self, x, rotation):\n        return torch.utils.checkpoint.checkpoint(self._forward, x, rotation)\n\n"
+                    "    def forward(self, x, rotation):\n"
+                    "        return torch.utils.checkpoint.checkpoint(self._forward, x, rotation)\n\n"
                     "    def _forward(self, x, rotation):\n",
                 ),
             )
@@ -231,7 +237,8 @@ def test_slots_have_names_of_their_own() -> None:
         SAMPLING,
         (
             f"        velocity = {call}\n",
-            f"        velocity = {call}\n        velocity = {call}\n        if now < 0.5:\n            half, _ = {call}, None\n"
+            f"        velocity = {call}\n        velocity = {call}\n        if now < 0.5:\n"
+            f"            half, _ = {call}, None\n"
             f"        image = image + {call}\n",
         ),
     )
@@ -247,8 +254,10 @@ def test_slots_have_names_of_their_own() -> None:
 
 def test_a_sampler_object() -> None:
     text = (
-        "from flow.model import Painter\n\n\nclass Sampler:\n    def __init__(self, painter: Painter):\n        self.painter = painter.to('cpu')\n\n"
-        "    def run(self, image, times, **more):\n        for time in times:\n            image = self.step(image, time, more)\n        return image\n\n"
+        "from flow.model import Painter\n\n\nclass Sampler:\n"
+        "    def __init__(self, painter: Painter):\n        self.painter = painter.to('cpu')\n\n"
+        "    def run(self, image, times, **more):\n        for time in times:\n"
+        "            image = self.step(image, time, more)\n        return image\n\n"
         "    def step(self, image, time, more):\n        return image - self.painter(image=image, time=time, **more)\n"
     )
     plan = plan_of(sampling=text)
@@ -262,7 +271,9 @@ def test_only_the_outer_of_two_loops_is_the_steps() -> None:
         SAMPLING,
         (
             "        image = image + (then",
-            "        for _ in range(2):\n            velocity = model(image, image_ids, text, text_ids, time)\n        image = image + (then",
+            "        for _ in range(2):\n"
+            "            velocity = model(image, image_ids, text, text_ids, time)\n"
+            "        image = image + (then",
         ),
     )
     result = loop_of(text)
@@ -327,7 +338,9 @@ def test_signatures_and_docstrings() -> None:
         COMMAND,
         (
             '(name: str = "small", steps: int = 4):\n',
-            '(\n    name: str = "small",\n    steps: int = 4,  # enough\n    **more: int,\n):\n    """Paint.\n\n    Args:\n        name: which\n        steps: how many,\n            at least one\n\n    More text.\n    """\n',
+            '(\n    name: str = "small",\n    steps: int = 4,  # enough\n    **more: int,\n):\n'
+            '    """Paint.\n\n    Args:\n        name: which\n        steps: how many,\n'
+            '            at least one\n\n    More text.\n    """\n',
         ),
     )
     result = command(text)
