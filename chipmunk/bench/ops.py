@@ -1,4 +1,4 @@
-"""Operators on a GPU: `python -m chipmunk.bench.ops` checks each against float64, then times it against dense PyTorch.
+"""Operators on a GPU: `python -m chipmunk.bench.ops` checks each against float64, then times it against PyTorch.
 
     python -m chipmunk.bench.ops                        # check and time
     python -m chipmunk.bench.ops --only check
@@ -224,6 +224,7 @@ def checks() -> Iterator[Check]:
     yield from check_attention(777, 320, 128, 64, fp16)
     yield from check_attention(300, 300, 64, 64, bf16, batch=2)
     yield from check_attention(515, 16, 256, 128, fp16)
+    yield from check_attention(1091, 130, 128, 128, bf16)
     yield from check_mlp(4352, 4352, 128, "gelu_tanh", bf16)
     yield from check_mlp(1000, 700, 128, "gelu", fp16, width=320, neurons=1280, batch=2)
     yield from check_mlp(333, 96, 64, "gelu_tanh", bf16, width=136, neurons=500, transposed_cache=False)
@@ -237,7 +238,7 @@ def checks() -> Iterator[Check]:
 
 # --------------------------------------------------------------------------------------------------------- timing
 def milliseconds(runs: Sequence[Run], budget: float = 0.25) -> float:
-    """Milliseconds a run: median of replays of a graph that holds each of `runs` in turn, for about `budget` seconds."""
+    """Milliseconds a run: median of replays of a graph that holds each of `runs`, for about `budget` seconds."""
     torch.cuda.synchronize()  # the inputs were made on another stream
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -299,6 +300,12 @@ def _selecting_attention(tokens: int, group: int) -> list[Run]:
     return [partial(ops.attention_with_column_sums, *s, group, WIDTH**-0.5, "triton") for s in sets]
 
 
+def _dense_with_lse(tokens: int) -> list[Run]:
+    from chipmunk.ops.attention_with_column_sums.triton import dense_attention
+
+    return [partial(dense_attention, *_qkv(tokens), WIDTH**-0.5) for _ in range(INPUT_SETS)]
+
+
 def _select(shape: tuple[int, ...], keep: int, random: int) -> list[Run]:
     seed = torch.tensor([3, 4, 0], device="cuda")
     sets = [torch.rand(shape, device="cuda") for _ in range(INPUT_SETS)]
@@ -346,40 +353,39 @@ def _grid(**columns: str) -> list[tuning.Parameters]:
 
 VARIANTS: dict[str, list[tuning.Parameters]] = {
     "column_sparse_attention": _grid(
-        rows="128 128 128 128 128 64 64 128 128 64",
-        keys=" 64  64  32 128  64 64 32  64  32 64",
-        warps=" 8   8   8   8   8  4  4   4   4  4",
-        stages="3   2   3   2   3  2  3   2   3  3",
-        ahead=" 0   0   0   0   1  0  0   0   0  0",
-        registers="0 128 128 0  0  0  0   0   0  0",
+        gluon=" 1   1   1   1   1  1  1  0",
+        rows="128 128 128 128 128 64 64 128",
+        keys="128 128  64  64  32 64 64 32",
+        warps=" 8   8   8   8   8  4  4  4",
+        stages="2   3   3   4   5  3  2  3",
     ),
     "attention_with_column_sums": _grid(
-        queries="128 128 128 128 128 128 256 256",
-        tile="   128 128  64  64 128 128 128 128",
-        warps="    8   8   4   4   8   8   8   8",
-        stages="   3   2   3   2   2   2   2   2",
-        splits="   2   2   2   2   4   2   2   2",
-        sampled="  0   0   0   0   0  64  64  32",
+        queries="128 128 128 256 256 256 256 64",
+        tile="   128  64  64  64  64 128 128 64",
+        warps="    8   4   4   8   4   8   8  4",
+        stages="   2   2   3   2   2   2   3  3",
+        splits="   2   2   1   1   1   1   1  1",
+        sampled="  0   0   0   0   0   0   0  0",
     ),
     "sparse_mlp_in": _grid(
         rows="    128 128 128 128 128 128 128",
-        neurons=" 256 256 256 256 128 128 256",
-        depth="    64  64  64 128  64  64  32",
-        warps="     8   8   8   8   8   4   8",
-        stages="    3   4   3   2   4   3   5",
-        split="     4   4   4   4   2   2   4",
-        balanced="  1   1   0   1   1   1   1",
-        per_sm="    1   1   1   1   1   2   1",
+        neurons=" 256 256 256 256 256 256 256",
+        depth="    64  64  64  64  64  64  64",
+        warps="     8   8   8   8   8   8   8",
+        stages="    3   3   3   3   4   4   4",
+        split="     4   4   4   4   4   4   4",
+        balanced="  1   0   0   0   1   0   1",
+        band="      0   8   1  16   8   0   1",
     ),
     "sparse_mlp_out": _grid(
         rows="    128 128 128 128 128 128 128",
-        columns=" 256 256 256 256 128 128 256",
-        depth="    64  64  64 128  64  64  32",
-        warps="     8   8   8   8   8   4   8",
-        stages="    3   4   3   2   4   3   5",
-        split="     4   4   4   4   2   2   4",
-        balanced="  1   1   0   1   1   1   1",
-        per_sm="    1   1   1   1   1   2   1",
+        columns=" 256 256 256 256 256 256 256",
+        depth="    64  64  64  64  64  64  64",
+        warps="     8   8   8   8   8   8   8",
+        stages="    3   3   3   3   4   4   4",
+        split="     4   4   4   4   4   4   4",
+        balanced="  1   0   0   0   1   0   1",
+        band="      0   8   1  11   8   0   1",
     ),
 }
 
@@ -400,6 +406,8 @@ def cases(variants: str) -> Iterator[Case]:
                 yield Case(name, build, dense, full * kept, "column_sparse_attention", p)
         build = partial(_sparse_attention, tokens, counts[0], 192)
         yield Case(f"sparse attention N={tokens} K={counts[0]} group=192", build, dense, full * counts[0])
+        name = f"dense attention with log-sum-exp N={tokens}"
+        yield Case(name, partial(_dense_with_lse, tokens), dense, full * tokens)
         for label, p in named("attention_with_column_sums"):
             build = partial(_selecting_attention, tokens, 128)
             yield Case(
@@ -519,9 +527,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             report["checks"].append(asdict(check) | {"ok": check.ok})
             failed += not check.ok
             mark = "ok  " if check.ok else "FAIL"
-            print(
-                f"{mark} {check.error:.2e} (≤ {check.bound:.2e}{'' if check.repeatable else ', NOT REPEATABLE'}) {check.name}"
-            )
+            repeated = "" if check.repeatable else ", NOT REPEATABLE"
+            print(f"{mark} {check.error:.2e} (≤ {check.bound:.2e}{repeated}) {check.name}", flush=True)
         print(f"{len(report['checks']) - failed} of {len(report['checks'])} checks passed", flush=True)
     if options.only != "check":
         report["times"] = time_cases(options.variants, options.match, options.repeats)

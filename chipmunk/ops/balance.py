@@ -1,9 +1,9 @@
-"""How the gathered matrix products share their work: every program gets the same number of steps, to within one.
+"""How the gathered matrix products share their work between the multiprocessors.
 
-A grid of whole tiles leaves multiprocessors idle in its last round (408 tiles on 132 of them take 4 rounds for 3.1
-rounds of work). So all but the last one to two rounds are whole tiles, and the steps of the tiles that remain are
-dealt out in equal runs ("stream-K"). A program whose run covers part of a tile stores float32 partial sums; the program
-that arrives last at a tile adds the parts in the order of the runs, whoever it is: results do not depend on timing.
+A grid of whole tiles leaves most multiprocessors idle in its last round: 408 tiles on 132 of them take 4 rounds for 3.1
+rounds of work. So the tiles that are left over after the full rounds are cut along their steps in equal parts, one for
+each program; the parts' float32 sums go to a workspace, and a second, small kernel adds them up, in order, and finishes
+the tiles. Results do not depend on timing.
 """
 
 from __future__ import annotations
@@ -15,84 +15,82 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_FEWEST_STEPS = 4  # of a run, so that the pipeline gets going
+_FEWEST_STEPS = 6  # of a part: fewer do not pay for the sums' way through memory
 
 
 @dataclass(frozen=True)
 class Share:
-    """How `tiles` tiles of `steps` steps are shared by `programs` programs."""
+    """How tiles of `steps` steps are shared by `programs` programs."""
 
     programs: int
-    whole: int  # tiles 0 … whole − 1 are computed whole, in rounds of one tile a program
-    run: int  # steps that each program takes of the rest, laid end to end
+    whole: int  # tiles 0 … whole − 1 are computed whole
+    left: int  # tiles that are cut, the last ones
+    parts: int  # into how many parts each
+    run: int  # steps of a part, at most
 
-    def workspace(self, tiles: int, tile_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Partial sums, two slots a program (where its run begins, where it ends), and arrivals, zero, one a tile."""
-        if self.run == 0:
-            nothing = torch.empty(1, dtype=torch.float32, device=device)
-            return nothing, nothing.view(torch.int32)
-        partial = torch.empty(self.programs * 2 * tile_size, dtype=torch.float32, device=device)
-        return partial, torch.zeros(tiles - self.whole, dtype=torch.int32, device=device)
+    def workspace(self, tile_size: int, device: torch.device) -> Tensor:
+        """The parts' sums: part, tile, element."""
+        return torch.empty(max(self.left * self.parts * tile_size, 1), dtype=torch.float32, device=device)
 
 
 def share(tiles: int, steps: int, programs: int, balanced: bool = True) -> Share:
-    """Deal out `tiles` × `steps` steps. With `balanced` False, or where it would not help, in whole tiles only."""
-    rounds, rest = divmod(tiles, programs)
-    if rest == 0 or not balanced:
-        return Share(min(programs, tiles), tiles, 0)
-    whole = max(rounds - 1, 0) * programs
-    remaining = (tiles - whole) * steps
-    run = max(-(-remaining // programs), min(_FEWEST_STEPS, steps))
-    return Share(programs if whole else -(-remaining // run), whole, run)
+    """Deal out `tiles` tiles of `steps` steps; whole tiles only where cutting would not help, or without `balanced`."""
+    left = tiles % programs
+    parts = min(programs // left, steps // _FEWEST_STEPS) if left else 0
+    if parts < 2 or not balanced:
+        return Share(min(programs, tiles), tiles, 0, 0, steps)
+    run = -(-steps // parts)
+    return Share(programs, tiles - left, left, -(-steps // run), run)
 
 
 @triton.jit
-def pieces(program, programs, tiles, steps, whole, run):
-    """How many pieces of work a program has: whole tiles first, then the tiles that its run touches."""
-    begin = program * run
-    end = tl.minimum(begin + run, (tiles - whole) * steps)
-    touched = tl.where(end > begin, (end + steps - 1) // steps - begin // steps, 0)
-    mine = (whole - program + programs - 1) // programs
-    return mine, mine + touched
+def piece(number, program, programs, steps, whole, left, run):
+    """Piece `number` of a program: its tile, its steps [first, last), and which part of the tile it is (−1: all)."""
+    tile = program + number * programs
+    cut = tile >= whole
+    part = tl.where(cut, program // tl.maximum(left, 1), -1)
+    first = tl.where(cut, part * run, 0)
+    last = tl.where(cut, tl.minimum(first + run, steps), steps)
+    return tl.where(cut, whole + program % tl.maximum(left, 1), tile), first, last, part
 
 
 @triton.jit
-def piece(number, mine, program, programs, tiles, steps, whole, run):
-    """Piece `number`: its tile and its range of steps [first, last)."""
-    begin = program * run
-    end = tl.minimum(begin + run, (tiles - whole) * steps)
-    shared = begin // steps + number - mine
-    is_whole = number < mine
-    tile = tl.where(is_whole, program + number * programs, whole + shared)
-    first = tl.where(is_whole, 0, tl.maximum(begin - shared * steps, 0))
-    last = tl.where(is_whole, steps, tl.minimum(end - shared * steps, steps))
-    return tile, first, last
+def pieces(program, programs, whole, left, parts):
+    """How many pieces a program has: whole tiles, then perhaps a part of one."""
+    return (whole - program + programs - 1) // programs + tl.where(program < left * parts, 1, 0)
 
 
 @triton.jit
-def slot(tile, contributor, steps, whole, run):
-    """Where program `contributor` puts its part of a shared tile."""
-    return 2 * contributor + tl.where((contributor * run) // steps == tile - whole, 0, 1)
+def place(
+    tile,
+    tokens,
+    groups,
+    row_tiles,
+    column_tiles,
+    band,
+    group: tl.constexpr,
+    per_group: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """A tile's batch element, the number of its group's list, its first row, the end of its rows, its first column.
 
-
-@triton.jit
-def contributors(tile, steps, whole, run):
-    """The programs with a part of a shared tile: the first, and the one after the last."""
-    start = (tile - whole) * steps
-    return start // run, (start + steps - 1) // run + 1
-
-
-@triton.jit
-def arrive(arrivals, tile, whole, expected):
-    """After this program's part of the tile is stored: True for the program that stored the last one."""
-    tl.debug_barrier()  # every thread's part is written before one thread says so
-    before = tl.atomic_add(arrivals + (tile - whole), 1, sem="acq_rel", scope="gpu")
-    return before == expected - 1
+    Tiles come in bands of `band` row tiles; within a band the row tile runs first, then the column tile.
+    """
+    in_band = tile % (band * column_tiles)
+    first = tile // (band * column_tiles) * band
+    high = tl.minimum(row_tiles - first, band)
+    row_tile, column_tile = first + in_band % high, in_band // high
+    list_number = row_tile // per_group
+    in_batch = list_number % groups
+    first_row = in_batch * group + (row_tile % per_group) * rows
+    limit = tl.minimum(tokens, (in_batch + 1) * group)
+    return (list_number // groups).to(tl.int64), list_number.to(tl.int64), first_row, limit, column_tile * columns
 
 
 @triton.jit
 def split_columns(acc, split: tl.constexpr):
-    """`acc` (rows, columns) as a tuple of `split` (1, 2 or 4) blocks of columns: an epilogue then needs few registers."""
+    """`acc` (rows, columns) as `split` (1, 2 or 4) blocks of columns, so that an epilogue needs few registers."""
     rows: tl.constexpr = acc.shape[0]
     columns: tl.constexpr = acc.shape[1]
     if split == 1:
@@ -106,3 +104,13 @@ def split_columns(acc, split: tl.constexpr):
             third, fourth = high.reshape(rows, 2, columns // 4).permute(0, 2, 1).split()
             blocks = (first, second, third, fourth)
     return blocks
+
+
+@triton.jit
+def sum_of_parts(sums, tile, left, parts, rows: tl.constexpr, columns: tl.constexpr, start, width: tl.constexpr):
+    """Columns start … start + width − 1 of cut tile `tile`, its parts added in order: (rows, width) float32."""
+    spot = tl.arange(0, rows)[:, None] * columns + (start + tl.arange(0, width))[None, :]
+    total = tl.zeros((rows, width), dtype=tl.float32)
+    for part in range(parts):
+        total += tl.load(sums + (part * left + tile).to(tl.int64) * (rows * columns) + spot)
+    return total

@@ -18,6 +18,7 @@ from torch import Tensor
 from chipmunk.ops import tuning
 from chipmunk.ops.dispatch import groups_of
 
+_LOG2_E = 1.4426950408889634
 _CANDIDATES = [
     ({"rows": 128, "keys": 64, "warps": 8, "stages": 2, "ahead": 0}, 100 << 10),
     ({"rows": 128, "keys": 128, "warps": 8, "stages": 2, "ahead": 0}, 164 << 10),
@@ -72,34 +73,35 @@ def _run(
     while group % rows:
         rows //= 2
     parts, groups = group // rows, groups_of(tokens, group)
+    tensors = (q, k, v, indices, added, out)
+    sizes = (heads, tokens, groups, kept)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *added.stride(), *out.stride()[:3])
+    constants = {
+        "parts": parts,
+        "sign": 0 if addend is None else (-1 if subtract else 1),
+        "negate": addend is None and subtract,
+        "rows": rows,
+        "keys": keys,
+        "width": width,
+        "num_warps": parameters["warps"],
+    }
+    if parameters.get("gluon"):
+        from chipmunk.ops.column_sparse_attention.hopper import attention_kernel
+
+        attention_kernel[(groups * parts, batch * heads)](
+            *tensors, *sizes, scale * _LOG2_E, *strides, **constants, stages=parameters["stages"]
+        )
+        return out
     full, rest = divmod(kept, keys)
     _kernel[(groups * parts, batch * heads)](
-        q,
-        k,
-        v,
-        indices,
-        added,
-        out,
-        heads,
-        tokens,
-        groups,
-        kept,
+        *tensors,
+        *sizes,
         full,
-        scale * 1.4426950408889634,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *added.stride(),
-        *out.stride()[:3],
-        parts=parts,
-        sign=0 if addend is None else (-1 if subtract else 1),
-        negate=addend is None and subtract,
-        rows=rows,
-        keys=keys,
+        scale * _LOG2_E,
+        *strides,
+        **constants,
         rest=max(16, triton.next_power_of_2(rest)) if rest else 0,
-        width=width,
-        ahead=bool(parameters["ahead"]) and full > 1,
-        num_warps=parameters["warps"],
+        ahead=bool(parameters.get("ahead")) and full > 1,
         num_stages=parameters["stages"],
         **({"maxnreg": parameters["registers"]} if parameters.get("registers") else {}),
     )

@@ -1,6 +1,6 @@
 """Selection in one Triton kernel, a program a row: no sort, no host synchronisation.
 
-The k-th largest score is found bit by bit (32 counts over the row, held in registers) on the scores' bits, mapped so
+The k-th largest score is found bit by bit (at most 32 counts over the row, in registers) on the scores' bits, mapped so
 that unsigned integers are ordered as the floats are. A running count then says for each column how many chosen ones
 come before it: that is its place in the result, which is ascending for nothing, and ties go to the lower column.
 """
@@ -48,7 +48,7 @@ def select_columns(scores: Tensor, seed: Tensor, keep: int, random: int) -> Tens
         padded=padded,
         has_best=keep > 0,
         has_random=random > 0,
-        num_warps=min(max(padded // 1024, 4), 16),
+        num_warps=min(max(padded // (1024 if rows < 256 else 2048), 4), 16),
     )
     return indices
 
@@ -63,25 +63,30 @@ def _mix(h):
 
 
 @triton.jit
-def _kth_largest(ordered, wanted):
-    """The `wanted`-th largest of unsigned 32-bit integers: the largest threshold that `wanted` of them reach."""
-    threshold = tl.full((), 0, tl.uint32)
-    bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(32):
-        reached = tl.sum((ordered >= (threshold | bit)).to(tl.int32), 0)
-        threshold = tl.where(reached >= wanted, threshold | bit, threshold)
-        bit = bit >> 1
-    return threshold
-
-
-@triton.jit
 def _largest(ordered, free, wanted):
-    """Which of the `free` columns are the `wanted` largest, ties to the lower column. Those not free must be 0."""
-    threshold = _kth_largest(ordered, wanted)
-    above = (ordered > threshold) & free
-    equal = (ordered == threshold) & free
-    missing = wanted - tl.sum(above.to(tl.int32), 0)
-    return above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= missing))
+    """Which of the `free` columns hold the `wanted` largest of unsigned integers, ties to the lower column."""
+    ordered = tl.where(free, ordered, 0)  # never counted: a threshold with a bit set is above it
+    highest = tl.max(ordered, 0)
+    differing = highest ^ tl.min(tl.where(free, ordered, 0xFFFFFFFF), 0)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    while bit > differing:
+        bit = bit >> 1
+    # the leading bits that all have in common need no counting
+    threshold = highest & (tl.where(bit > 0, bit | (bit - 1), 0) ^ 0xFFFFFFFF)
+    reached = tl.sum(free.to(tl.int32), 0)
+    while (bit > 0) & (reached != wanted):
+        reaching = tl.sum((ordered >= (threshold | bit)).to(tl.int32), 0)
+        higher = reaching >= wanted
+        threshold = tl.where(higher, threshold | bit, threshold)
+        reached = tl.where(higher, reaching, reached)
+        bit = bit >> 1
+    chosen = (ordered >= threshold) & free
+    if reached != wanted:  # several at the threshold itself
+        equal = (ordered == threshold) & free
+        surplus = reached - wanted
+        rank = tl.cumsum(equal.to(tl.int32), 0)
+        chosen = chosen & ((equal == 0) | (rank <= tl.sum(equal.to(tl.int32), 0) - surplus))
+    return chosen
 
 
 @triton.jit
@@ -105,7 +110,7 @@ def _kernel(
         score = tl.load(scores + row.to(tl.int64) * columns + column, mask=inside, other=0.0)
         bits = (score + 0.0).to(tl.uint32, bitcast=True)  # −0 is +0
         ordered = bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000)
-        chosen = _largest(tl.where(inside, ordered, 0), inside, keep)
+        chosen = _largest(ordered, inside, keep)
     if has_random:
         golden = tl.full((), 0x9E3779B9, tl.uint32)
         h = _mix(tl.load(seed).to(tl.uint32))
@@ -113,6 +118,6 @@ def _kernel(
         h = _mix((row % groups).to(tl.uint32) + golden * h)
         h = _mix(column.to(tl.uint32) + golden * h)
         free = inside & ~chosen
-        chosen |= _largest(tl.where(free, h ^ 0xFFFFFFFF, 0), free, random)
+        chosen |= _largest(h ^ 0xFFFFFFFF, free, random)
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(indices + row.to(tl.int64) * (keep + random) + place, column, mask=chosen)

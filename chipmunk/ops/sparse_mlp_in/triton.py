@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk.ops import balance, tuning
-from chipmunk.ops.balance import arrive, contributors, piece, pieces, slot, split_columns
+from chipmunk.ops.balance import piece, pieces, place, split_columns, sum_of_parts
 from chipmunk.ops.dispatch import groups_of
 
 _CANDIDATES = [
@@ -69,44 +69,39 @@ def _run(
     rows, neurons, depth = parameters["rows"], parameters["neurons"], parameters["depth"]
     while rows > 16 and group % rows:
         rows //= 2
-    groups, parts = groups_of(tokens, group), groups_of(group, rows)
-    tiles = batch * groups * parts * triton.cdiv(kept, neurons)
-    steps = triton.cdiv(width, depth)
+    groups, per_group = groups_of(tokens, group), groups_of(group, rows)
+    row_tiles, column_tiles = batch * groups * per_group, triton.cdiv(kept, neurons)
     programs = tuning.multiprocessors(x.device) * parameters.get("per_sm", 1)
-    share = balance.share(tiles, steps, programs, bool(parameters.get("balanced", 1)))
-    partial_sums, arrivals = share.workspace(tiles, rows * neurons, x.device)
+    steps = triton.cdiv(width, depth)
+    share = balance.share(row_tiles * column_tiles, steps, programs, bool(parameters.get("balanced", 1)))
+    sums = share.workspace(rows * neurons, x.device)
+    where = (tokens, width, kept, groups, row_tiles, column_tiles, parameters.get("band", 0) or row_tiles)
+    cut = (share.whole, share.left, share.parts)
+    tensors = (x if bias is None else bias, indices, act_cache, delta, sums)
+    strides = (1 if bias is None else bias.stride(0), *act_cache.stride())
+    shape = {"group": group, "per_group": per_group, "rows": rows, "neurons": neurons, "split": parameters["split"]}
+    epilogue = {"has_bias": bias is not None, "tanh": activation == "gelu_tanh"}
     _kernel[(share.programs,)](
         x,
         weight,
-        x if bias is None else bias,
-        indices,
-        act_cache,
-        delta,
-        partial_sums,
-        arrivals,
-        tokens,
-        width,
-        kept,
-        groups,
-        tiles,
-        share.whole,
+        *tensors,
+        *where,
+        *cut,
         share.run,
         *x.stride(),
         *weight.stride(),
-        1 if bias is None else bias.stride(0),
-        *act_cache.stride(),
-        group=group,
-        parts=parts,
-        has_bias=bias is not None,
-        tanh=activation == "gelu_tanh",
+        *strides,
+        **shape,
+        **epilogue,
         whole_steps=width % depth == 0,
-        rows=rows,
-        neurons=neurons,
         depth=depth,
-        split=parameters["split"],
         num_warps=parameters["warps"],
         num_stages=parameters["stages"],
     )
+    if share.left:
+        _finish_kernel[(share.left, parameters["split"])](
+            *tensors, *where, *cut, *strides, **shape, **epilogue, num_warps=8
+        )
     return delta
 
 
@@ -161,14 +156,17 @@ def _kernel(
     indices,
     cache,
     delta,
-    partial_sums,
-    arrivals,
+    sums,
     tokens,
     width,
     kept,
     groups,
-    tiles,
+    row_tiles,
+    column_tiles,
+    band,
     whole,
+    left,
+    parts,
     run,
     stride_xb,
     stride_xn,
@@ -180,69 +178,94 @@ def _kernel(
     stride_cn,
     stride_cf,
     group: tl.constexpr,
-    parts: tl.constexpr,
+    per_group: tl.constexpr,
+    rows: tl.constexpr,
+    neurons: tl.constexpr,
+    split: tl.constexpr,
     has_bias: tl.constexpr,
     tanh: tl.constexpr,
     whole_steps: tl.constexpr,
-    rows: tl.constexpr,
-    neurons: tl.constexpr,
     depth: tl.constexpr,
-    split: tl.constexpr,
 ):
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     steps = tl.cdiv(width, depth)
-    row_tiles = tiles // tl.cdiv(kept, neurons)
-    mine, count = pieces(program, programs, tiles, steps, whole, run)
-    for number in range(count):
-        tile, first, last = piece(number, mine, program, programs, tiles, steps, whole, run)
-        row_tile = tile % row_tiles
-        first_column = (tile // row_tiles) * neurons
-        batch = row_tile // (groups * parts)
-        group_index = row_tile // parts % groups
-        first_row = group_index * group + (row_tile % parts) * rows
-        limit = tl.minimum(tokens, (group_index + 1) * group)
-        chosen = indices + (row_tile // parts).to(tl.int64) * kept
-        cached = cache + batch.to(tl.int64) * stride_cb
-        out = delta + batch.to(tl.int64) * tokens * kept
-
+    for number in range(pieces(program, programs, whole, left, parts)):
+        tile, first, last, part = piece(number, program, programs, steps, whole, left, run)
+        batch, list_number, first_row, limit, first_column = place(
+            tile, tokens, groups, row_tiles, column_tiles, band, group, per_group, rows, neurons
+        )
+        chosen = indices + list_number * kept
         row = tl.minimum(first_row + tl.arange(0, rows), tokens - 1)  # rows past the end are computed, never stored
         column = first_column + tl.arange(0, neurons)
         neuron = tl.load(chosen + column, mask=column < kept, other=0)
         inner = tl.arange(0, depth)
-        x_at = x + batch.to(tl.int64) * stride_xb + (row[:, None] * stride_xn + inner[None, :] * stride_xc)
+        x_at = x + batch * stride_xb + (row[:, None] * stride_xn + inner[None, :] * stride_xc)
         w_at = weight + (neuron[:, None] * stride_wf + inner[None, :] * stride_wc)
         x_at += first * depth * stride_xc
         w_at += first * depth * stride_wc
         acc = tl.zeros((rows, neurons), dtype=tl.float32)
         for step in range(first, last):
             if whole_steps:
-                left = tl.load(x_at)
-                right = tl.load(w_at)
+                left_side = tl.load(x_at)
+                right_side = tl.load(w_at)
             else:
                 inside = (inner < width - step * depth)[None, :]
-                left = tl.load(x_at, mask=inside, other=0.0)
-                right = tl.load(w_at, mask=inside, other=0.0)
-            acc = tl.dot(left, right.T, acc)
+                left_side = tl.load(x_at, mask=inside, other=0.0)
+                right_side = tl.load(w_at, mask=inside, other=0.0)
+            acc = tl.dot(left_side, right_side.T, acc)
             x_at += depth * stride_xc
             w_at += depth * stride_wc
 
-        part: tl.constexpr = neurons // split
-        if (first == 0) & (last == steps):
+        if part < 0:
+            cached = cache + batch * stride_cb
+            out = delta + batch * tokens * kept
+            block: tl.constexpr = neurons // split
             blocks = split_columns(acc, split)
             for index in tl.static_range(split):
-                _finish(blocks[index], first_row, limit, first_column + index * part, kept, bias, chosen, cached, out,
-                        stride_bias, stride_cn, stride_cf, rows, part, has_bias, tanh)  # fmt: skip
+                _finish(blocks[index], first_row, limit, first_column + index * block, kept, bias, chosen, cached, out,
+                        stride_bias, stride_cn, stride_cf, rows, block, has_bias, tanh)  # fmt: skip
         else:
             at = tl.arange(0, rows)[:, None] * neurons + tl.arange(0, neurons)[None, :]
-            tl.store(partial_sums + slot(tile, program, steps, whole, run).to(tl.int64) * (rows * neurons) + at, acc)
-            first_part, end_part = contributors(tile, steps, whole, run)
-            if arrive(arrivals, tile, whole, end_part - first_part):
-                for index in range(split):
-                    spot = tl.arange(0, rows)[:, None] * neurons + (index * part + tl.arange(0, part))[None, :]
-                    total = tl.zeros((rows, part), dtype=tl.float32)
-                    for other in range(first_part, end_part):
-                        from_slot = slot(tile, other, steps, whole, run).to(tl.int64) * (rows * neurons)
-                        total += tl.load(partial_sums + from_slot + spot, cache_modifier=".cg")
-                    _finish(total, first_row, limit, first_column + index * part, kept, bias, chosen, cached, out,
-                            stride_bias, stride_cn, stride_cf, rows, part, has_bias, tanh)  # fmt: skip
+            tl.store(sums + (part * left + tile - whole).to(tl.int64) * (rows * neurons) + at, acc)
+
+
+@triton.jit
+def _finish_kernel(
+    bias,
+    indices,
+    cache,
+    delta,
+    sums,
+    tokens,
+    width,
+    kept,
+    groups,
+    row_tiles,
+    column_tiles,
+    band,
+    whole,
+    left,
+    parts,
+    stride_bias,
+    stride_cb,
+    stride_cn,
+    stride_cf,
+    group: tl.constexpr,
+    per_group: tl.constexpr,
+    rows: tl.constexpr,
+    neurons: tl.constexpr,
+    split: tl.constexpr,
+    has_bias: tl.constexpr,
+    tanh: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    block: tl.constexpr = neurons // split
+    batch, list_number, first_row, limit, first_column = place(
+        whole + tile, tokens, groups, row_tiles, column_tiles, band, group, per_group, rows, neurons
+    )
+    start = tl.program_id(1) * block
+    total = sum_of_parts(sums, tile, left, parts, rows, neurons, start, block)
+    _finish(total, first_row, limit, first_column + start, kept, bias, indices + list_number * kept,
+            cache + batch * stride_cb, delta + batch * tokens * kept,
+            stride_bias, stride_cn, stride_cf, rows, block, has_bias, tanh)  # fmt: skip

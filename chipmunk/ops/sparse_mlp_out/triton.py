@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk.ops import balance, tuning
-from chipmunk.ops.balance import arrive, contributors, piece, pieces, slot, split_columns
+from chipmunk.ops.balance import piece, pieces, place, split_columns, sum_of_parts
 from chipmunk.ops.dispatch import groups_of
 
 _CANDIDATES = [
@@ -64,40 +64,39 @@ def _run(
     rows, columns, depth = parameters["rows"], parameters["columns"], parameters["depth"]
     while rows > 16 and group % rows:
         rows //= 2
-    groups, parts = groups_of(tokens, group), groups_of(group, rows)
-    tiles = batch * groups * parts * triton.cdiv(width, columns)
-    steps = triton.cdiv(kept, depth)
+    groups, per_group = groups_of(tokens, group), groups_of(group, rows)
+    row_tiles, column_tiles = batch * groups * per_group, triton.cdiv(width, columns)
     programs = tuning.multiprocessors(delta.device) * parameters.get("per_sm", 1)
-    share = balance.share(tiles, steps, programs, bool(parameters.get("balanced", 1)))
-    partial_sums, arrivals = share.workspace(tiles, rows * columns, delta.device)
+    steps = triton.cdiv(kept, depth)
+    share = balance.share(row_tiles * column_tiles, steps, programs, bool(parameters.get("balanced", 1)))
+    sums = share.workspace(rows * columns, delta.device)
+    where = (tokens, width, groups, row_tiles, column_tiles, parameters.get("band", 0) or row_tiles)
+    cut = (share.whole, share.left, share.parts)
+    shape = {"group": group, "per_group": per_group, "rows": rows, "columns": columns, "split": parameters["split"]}
     _kernel[(share.programs,)](
         delta,
         weight,
         indices,
         out_cache,
-        partial_sums,
-        arrivals,
-        tokens,
-        width,
-        kept,
-        groups,
-        tiles,
-        share.whole,
+        sums,
+        *where,
+        *cut,
         share.run,
+        kept,
         *delta.stride(),
         *weight.stride(),
         *out_cache.stride(),
-        group=group,
-        parts=parts,
+        **shape,
         whole_steps=kept % depth == 0,
         whole_columns=width % columns == 0,
-        rows=rows,
-        columns=columns,
         depth=depth,
-        split=parameters["split"],
         num_warps=parameters["warps"],
         num_stages=parameters["stages"],
     )
+    if share.left:
+        _finish_kernel[(share.left, parameters["split"])](
+            out_cache, sums, *where, *cut, *out_cache.stride(), **shape, num_warps=8
+        )
 
 
 @triton.jit
@@ -119,15 +118,18 @@ def _kernel(
     weight,
     indices,
     out_cache,
-    partial_sums,
-    arrivals,
+    sums,
     tokens,
     width,
-    kept,
     groups,
-    tiles,
+    row_tiles,
+    column_tiles,
+    band,
     whole,
+    left,
+    parts,
     run,
+    kept,
     stride_db,
     stride_dn,
     stride_dk,
@@ -137,68 +139,85 @@ def _kernel(
     stride_on,
     stride_oc,
     group: tl.constexpr,
-    parts: tl.constexpr,
-    whole_steps: tl.constexpr,
-    whole_columns: tl.constexpr,
+    per_group: tl.constexpr,
     rows: tl.constexpr,
     columns: tl.constexpr,
-    depth: tl.constexpr,
     split: tl.constexpr,
+    whole_steps: tl.constexpr,
+    whole_columns: tl.constexpr,
+    depth: tl.constexpr,
 ):
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     steps = tl.cdiv(kept, depth)
-    row_tiles = tiles // tl.cdiv(width, columns)
-    mine, count = pieces(program, programs, tiles, steps, whole, run)
-    for number in range(count):
-        tile, first, last = piece(number, mine, program, programs, tiles, steps, whole, run)
-        row_tile = tile % row_tiles
-        first_column = (tile // row_tiles) * columns
-        batch = row_tile // (groups * parts)
-        group_index = row_tile // parts % groups
-        first_row = group_index * group + (row_tile % parts) * rows
-        limit = tl.minimum(tokens, (group_index + 1) * group)
-        out = out_cache + batch.to(tl.int64) * stride_ob
-
+    for number in range(pieces(program, programs, whole, left, parts)):
+        tile, first, last, part = piece(number, program, programs, steps, whole, left, run)
+        batch, list_number, first_row, limit, first_column = place(
+            tile, tokens, groups, row_tiles, column_tiles, band, group, per_group, rows, columns
+        )
         row = tl.minimum(first_row + tl.arange(0, rows), tokens - 1)  # rows past the end are computed, never stored
         column = first_column + tl.arange(0, columns)
         if not whole_columns:
             column = tl.minimum(column, width - 1)
         inner = tl.arange(0, depth)
-        d_at = delta + batch.to(tl.int64) * stride_db + (row[:, None] * stride_dn + inner[None, :] * stride_dk)
+        d_at = delta + batch * stride_db + (row[:, None] * stride_dn + inner[None, :] * stride_dk)
         d_at += first * depth * stride_dk
         w_at = weight + column[None, :] * stride_wc
-        chosen = indices + (row_tile // parts).to(tl.int64) * kept + inner
+        chosen = indices + list_number * kept + inner
         neuron = tl.load(chosen + first * depth, mask=inner < kept - first * depth, other=0)
         acc = tl.zeros((rows, columns), dtype=tl.float32)
         for step in range(first, last):
             if whole_steps:
-                left = tl.load(d_at)
-                right = tl.load(w_at + neuron[:, None] * stride_wf)
+                left_side = tl.load(d_at)
+                right_side = tl.load(w_at + neuron[:, None] * stride_wf)
             else:
                 inside = inner < kept - step * depth
-                left = tl.load(d_at, mask=inside[None, :], other=0.0)
-                right = tl.load(w_at + neuron[:, None] * stride_wf, mask=inside[:, None], other=0.0)
+                left_side = tl.load(d_at, mask=inside[None, :], other=0.0)
+                right_side = tl.load(w_at + neuron[:, None] * stride_wf, mask=inside[:, None], other=0.0)
             neuron = tl.load(chosen + (step + 1) * depth, mask=inner < kept - (step + 1) * depth, other=0)
-            acc = tl.dot(left, right, acc)
+            acc = tl.dot(left_side, right_side, acc)
             d_at += depth * stride_dk
 
-        part: tl.constexpr = columns // split
-        if (first == 0) & (last == steps):
+        if part < 0:
+            out = out_cache + batch * stride_ob
+            block: tl.constexpr = columns // split
             blocks = split_columns(acc, split)
             for index in tl.static_range(split):
-                block_column = first_column + index * part
-                _finish(blocks[index], out, first_row, block_column, limit, width, stride_on, stride_oc, rows, part)
+                start = first_column + index * block
+                _finish(blocks[index], out, first_row, start, limit, width, stride_on, stride_oc, rows, block)
         else:
             at = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
-            tl.store(partial_sums + slot(tile, program, steps, whole, run).to(tl.int64) * (rows * columns) + at, acc)
-            first_part, end_part = contributors(tile, steps, whole, run)
-            if arrive(arrivals, tile, whole, end_part - first_part):
-                for index in range(split):
-                    spot = tl.arange(0, rows)[:, None] * columns + (index * part + tl.arange(0, part))[None, :]
-                    total = tl.zeros((rows, part), dtype=tl.float32)
-                    for other in range(first_part, end_part):
-                        from_slot = slot(tile, other, steps, whole, run).to(tl.int64) * (rows * columns)
-                        total += tl.load(partial_sums + from_slot + spot, cache_modifier=".cg")
-                    block_column = first_column + index * part
-                    _finish(total, out, first_row, block_column, limit, width, stride_on, stride_oc, rows, part)
+            tl.store(sums + (part * left + tile - whole).to(tl.int64) * (rows * columns) + at, acc)
+
+
+@triton.jit
+def _finish_kernel(
+    out_cache,
+    sums,
+    tokens,
+    width,
+    groups,
+    row_tiles,
+    column_tiles,
+    band,
+    whole,
+    left,
+    parts,
+    stride_ob,
+    stride_on,
+    stride_oc,
+    group: tl.constexpr,
+    per_group: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+    split: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    block: tl.constexpr = columns // split
+    batch, _, first_row, limit, first_column = place(
+        whole + tile, tokens, groups, row_tiles, column_tiles, band, group, per_group, rows, columns
+    )
+    start = tl.program_id(1) * block
+    total = sum_of_parts(sums, tile, left, parts, rows, columns, start, block)
+    out = out_cache + batch * stride_ob
+    _finish(total, out, first_row, first_column + start, limit, width, stride_on, stride_oc, rows, block)
