@@ -237,7 +237,7 @@ def checks() -> Iterator[Check]:
 
 
 # --------------------------------------------------------------------------------------------------------- timing
-def milliseconds(runs: Sequence[Run], budget: float = 0.25) -> float:
+def milliseconds(runs: Sequence[Run], budget: float = 0.12) -> float:
     """Milliseconds a run: median of replays of a graph that holds each of `runs`, for about `budget` seconds."""
     torch.cuda.synchronize()  # the inputs were made on another stream
     stream = torch.cuda.Stream()
