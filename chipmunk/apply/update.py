@@ -75,7 +75,8 @@ def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Upda
         formatted = path in standing and standing[path].state is FileState.EDITED and same_code(wanted, current)
         if not formatted:  # a formatter's work on patched lines is left as it is
             changes.append(FileChange(path, current, wanted))
-    untouched = {path for path in files if _real(repository, path) not in {change.path for change in changes}}
+    touched = {change.path for change in changes}
+    untouched = {path for path in files if repository.links.get(path, path) not in touched}
     told_by_rules = plan.sites
     sites = [_as_on_disk(site, repository, files, untouched) for site in told_by_rules]
     plan = replace(plan, changes=tuple(changes), sites=(*repository.problems, *sites))
@@ -88,8 +89,9 @@ def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Upda
 def plan_patch_file(root: Path, patch: bytes) -> Update:
     """Plan a saved patch file (as `chipmunk diff --output` writes it) on a repository. Changes nothing.
 
-    On top of an earlier patch it joins that one's journal, and one revert takes both out. Raises `PatchInvalid`, and
-    `Conflict` where the lines that the patch wants to change are not there.
+    On top of an earlier patch it joins that one's journal, and one revert takes both out; a later `plan_update` puts
+    what the rules make of the originals in place of both. Raises `PatchInvalid`, and `Conflict` where the lines that
+    the patch wants to change are not there.
     """
     repository = read(root)
     in_force = Store(repository.root).load()
@@ -141,10 +143,6 @@ def _wanted(standing: FileStatus | None, planned: FileChange | None) -> bytes | 
     if planned is not None:
         return planned.after
     return standing.unpatched if standing is not None else None
-
-
-def _real(repository: Repository, path: str) -> str:
-    return repository.links.get(path, path)
 
 
 def _as_on_disk(site: Site, repository: Repository, planned_on: Mapping[str, bytes], untouched: set[str]) -> Site:

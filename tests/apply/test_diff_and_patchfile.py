@@ -10,7 +10,18 @@ from apply_toys import FILES, LAYERS, MATH, make, patch, rules, snapshot
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from chipmunk.apply import Conflict, PatchInvalid, Refused, State, carry_out, plan_patch_file, revert, status, unified
+from chipmunk.apply import (
+    Conflict,
+    PatchInvalid,
+    Refused,
+    State,
+    carry_out,
+    plan_patch_file,
+    plan_update,
+    revert,
+    status,
+    unified,
+)
 from chipmunk.apply.merge import edits, map_line, split_lines
 from chipmunk.apply.patchfile import apply_patch, parse
 from chipmunk.rewrite.plan import FileChange, SiteStatus
@@ -117,6 +128,12 @@ def test_a_saved_patch_gives_what_patching_gives_and_reverts(tmp_path: Path, sav
     assert status(two).state is State.PATCHED
     revert(two)
     assert snapshot(two) == pristine
+
+
+def test_patching_after_a_saved_patch_has_nothing_to_do(tmp_path: Path, saved: bytes) -> None:
+    make(tmp_path)
+    carry_out(plan_patch_file(tmp_path, saved))
+    assert plan_update(tmp_path, rules).changes == ()
 
 
 def test_applying_a_patch_twice_is_applying_it_once(tmp_path: Path, saved: bytes) -> None:
