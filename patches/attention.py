@@ -201,7 +201,7 @@ def _patch(context: Context, block: Block, leaf: _Leaf, shared: str) -> None:
     path = leaf.path
     known = max(i for i, hop in enumerate(path) if hop.block_name is not None)
     last = path[-1]
-    changed = not leaf.done
+    changed = set() if leaf.done else {len(path) - 1}
     if not leaf.done:
         runtime = context.runtime(last.function.source)
         if known == len(path) - 1:
@@ -211,23 +211,21 @@ def _patch(context: Context, block: Block, leaf: _Leaf, shared: str) -> None:
         callee = last.function.source.code(last.call.func)
         context.replace(last.function.source, last.call.func, f"{runtime}.attention")
         context.prepend_arguments(last.function.source, last.call, [layer, callee])
-    for index in range(known + 1, len(path)):
-        if _add_parameter(context, path[index].function):
-            changed = True
-    for index in range(known, len(path) - 1):
-        if _hand_down(context, path[index], first=index == known):
-            changed = True
+    changed |= {index for index in range(known + 1, len(path)) if _add_parameter(context, path[index].function)}
+    changed |= {
+        index for index in range(known, len(path) - 1) if _hand_down(context, path[index], first=index == known)
+    }
     top = path[known]
     what = "joint attention: query, key and value descend from the same streams"
-    where = f"reached from {block.forward.name}"
+    if last is not top:
+        # each end says for itself whether it changes: one of them may have been patched by hand
+        report = context.patched if len(path) - 1 in changed else context.already
+        report(last.function.source, last.call, f"the attention call itself, reached from {block.forward.name}")
+        changed.discard(len(path) - 1)
     if changed:
         context.patched(top.function.source, top.call, what + shared)
-        if last is not top:
-            context.patched(last.function.source, last.call, f"the attention call itself, {where}")
     else:
         context.already(top.function.source, top.call, what)
-        if last is not top:
-            context.already(last.function.source, last.call, f"the attention call itself, {where}")
 
 
 def _add_parameter(context: Context, function: Function) -> bool:
