@@ -100,7 +100,7 @@ class LayerState:
         self.neurons: Tensor | None = None
         """(B, G, K) int32"""
         self.activations: Tensor | None = None
-        """(B, N, F)"""
+        """(B, N, F), stored by neuron: the sparse steps gather neurons."""
         self.output: Tensor | None = None
         """(B, N, C); in a single block the MLP's part of linear2, without bias."""
         self.means: Tensor | None = None

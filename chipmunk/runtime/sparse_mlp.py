@@ -33,9 +33,9 @@ def mlp(block: nn.Module, module: Any, x: Tensor) -> Tensor:
     state.mlp_done = DONE
     if state.mlp == "full":
         state.means = _means_through(state, x, first.weight, first.bias)
-        state.activations = activation(first(x))
-        out = second(state.activations)
-        state.output = out.clone()
+        activations = activation(first(x))
+        out = second(activations)
+        state.activations, state.output = _by_neuron(activations), out.clone()
         return out
     delta = _changed_activations(state, x, first.weight, first.bias, activation_name(activation))
     return _updated_output(state, delta, second.weight).clone()
@@ -94,8 +94,9 @@ def cat_linear(
             out = linear(torch.cat((attended, activation(mlp)), dim=-1))
             return out
         state.activation = name
-        state.activations = activation(mlp)
-        state.output = functional.linear(state.activations, linear.weight[:, width:])
+        activations = activation(mlp)
+        state.output = functional.linear(activations, linear.weight[:, width:])
+        state.activations = _by_neuron(activations)
     else:
         assert state.activations is not None
         reason = why_not_linear(linear, attended, width + state.activations.shape[-1])
@@ -130,6 +131,11 @@ def part_means(x: Tensor, group: int, part: int) -> Tensor:
     left = torch.clamp(rows - index * group, max=group) - number * part
     counts = torch.clamp(left, min=1, max=part)
     return (sums / counts[None, :, :, None]).to(x.dtype)
+
+
+def _by_neuron(activations: Tensor) -> Tensor:
+    """A copy of (B, N, F) in which the values of one neuron lie together."""
+    return activations.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _means_through(state: LayerState, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,18 +2,17 @@
 
 `sparse_mlp_out` gathers columns of the weight (C, F). PyTorch stores rows contiguously, which scatters a column over
 memory. The parameter keeps its name, shape and identity; only the strides of its data change, so that no second copy of
-the weight stays in memory. Dense products run as fast either way. Saving sees a contiguous tensor: safetensors refuses
-any other.
+the weight stays in memory. Dense products run as fast either way. Taking a state_dict gives the parameter its own
+layout back until the next image: safetensors refuses any other, and a LoRA merged into a state_dict must arrive.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 _NARROWING = 2
@@ -35,12 +34,14 @@ class WeightLayout:
                 # exactly nn.Linear: a subclass may keep its weight in a form of its own
                 if type(linear) is not nn.Linear or linear.in_features < _NARROWING * linear.out_features:
                     continue
-                if linear.weight.device == device and linear.weight.is_contiguous():
+                if (
+                    linear.weight.device == device
+                    and linear.weight.is_contiguous()
+                    and _owns_its_storage(linear.weight)
+                ):
                     _store(linear, transposed=True)
                     if linear not in self._hooks:
-                        self._hooks[linear] = linear.register_state_dict_post_hook(  # type: ignore[no-untyped-call]
-                            _contiguous_in_state_dict
-                        )
+                        self._hooks[linear] = linear.register_state_dict_pre_hook(_restore)  # type: ignore[no-untyped-call]
 
     def undo(self) -> None:
         for linear, hook in list(self._hooks.items()):
@@ -56,7 +57,12 @@ def _store(linear: nn.Linear, *, transposed: bool) -> None:
         linear.weight.data = data.t().contiguous().t() if transposed else data.contiguous()
 
 
-def _contiguous_in_state_dict(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: object) -> None:
-    name = prefix + "weight"
-    if name in state_dict:
-        state_dict[name] = state_dict[name].contiguous()
+def _owns_its_storage(weight: Tensor) -> bool:
+    """Whether nothing but this weight lives in its storage, as parameters flattened into one buffer do."""
+    return weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+
+
+def _restore(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Before a state_dict is taken: its tensors share the parameters' memory, and are to be contiguous."""
+    if isinstance(module, nn.Linear) and not module.weight.is_contiguous():
+        _store(module, transposed=False)

@@ -78,6 +78,28 @@ def test_safetensors_saves_and_strict_loading_works() -> None:
         assert torch.equal(saved[name], tensor)
 
 
+def test_a_lora_merged_into_a_state_dict_arrives() -> None:
+    model = mlp()
+    layout = _SayCuda()
+    layout.prepare([model], torch.device("cpu"))
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.add_(1.0)
+    expected = model[2].weight.detach().clone()
+    assert expected.mean() > 0.5
+    layout.prepare([model], torch.device("cpu"))  # the next image
+    assert not model[2].weight.is_contiguous()
+    assert torch.equal(model[2].weight, expected)
+
+
+def test_a_parameter_inside_a_larger_buffer_is_left_alone() -> None:
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.data = torch.zeros(100)[:64].view(4, 16)
+    _SayCuda().prepare([model], torch.device("cpu"))
+    assert model[2].weight.is_contiguous()
+
+
 def test_training_goes_on_after_a_layout_made_in_inference_mode() -> None:
     model = mlp()
     with torch.inference_mode():
