@@ -1,4 +1,4 @@
-"""Record `docs/patch.svg`: `chipmunk patch` on the starter repository, as a terminal of 100 columns shows it.
+"""Record `docs/patch.svg`: `chipmunk patch` on the starter repository, as a terminal of 112 columns shows it.
 
 python docs/record.py
 """
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
-COLUMNS = 100
+COLUMNS = 112
 
 
 def run(words: list[str], folder: Path) -> str:
@@ -35,7 +35,7 @@ def run(words: list[str], folder: Path) -> str:
         cwd=folder,
         stdin=follower,
         stdout=follower,
-        stderr=follower,
+        stderr=sys.stderr.fileno(),  # no progress bar in the picture
         env={**plain, "PATH": path, "PYTHONPATH": str(ROOT), "TERM": "xterm-256color"},
     )
     os.close(follower)
@@ -44,7 +44,7 @@ def run(words: list[str], folder: Path) -> str:
         written += part
     if process.wait() != 0:
         raise SystemExit(written.decode())
-    return written.decode()
+    return written.decode().replace("\r\n", "\n")
 
 
 def _read(leader: int) -> bytes:

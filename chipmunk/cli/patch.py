@@ -56,7 +56,7 @@ def patch(
         print_json(plan_object(status, update.plan.target, update.changes, update.plan.sites))
     elif not as_json:
         with suppress(BrokenPipeError):  # the files are written: nothing that happens now changes that
-            say(out, f"\n{tally(update.plan.sites)}.")
+            say(out, f"\n{tally(update.plan.sites, past=writes)}.")
             if not work:
                 say(out, "Nothing to do: everything that can be patched is.")
             else:

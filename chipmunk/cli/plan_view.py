@@ -26,10 +26,8 @@ _LOOK = {
     SiteStatus.REFUSED: ("refused", "bold red"),
 }
 _LINE = 6
-_PATCH = 13
 _WIDE = 110
 """Columns from which on the code stands on the same line as its status."""
-_STATUS = max(len(word) for word, _ in _LOOK.values()) + 2
 
 
 def show_plan(out: Console, plan: Plan) -> None:
@@ -46,28 +44,31 @@ def show_plan(out: Console, plan: Plan) -> None:
 
 def show_sites(out: Console, sites: Iterable[Site], *, past: bool = False) -> None:
     """Print sites, file by file; `past`: what was planned has been done."""
-    for file, group in groupby(sorted(sites, key=lambda s: (s.file, s.line, s.patch)), key=lambda site: site.file):
+    ordered = sorted(sites, key=lambda site: (site.file, site.line, site.patch))
+    words = {status: word for status, (word, _) in _LOOK.items()}
+    if past:
+        words[SiteStatus.PATCHED] = SiteStatus.PATCHED.value
+    statuses = max((len(words[site.status]) for site in ordered), default=0)
+    patches = max((len(site.patch) for site in ordered), default=0)
+    margin = Text(" " * (_LINE + 2))
+    for file, group in groupby(ordered, key=lambda site: site.file):
         exact(out, file, "bold")
         for site in group:
-            _show_site(out, site, past)
-
-
-def _show_site(out: Console, site: Site, past: bool) -> None:
-    word, style = _LOOK[site.status]
-    if past and site.status is SiteStatus.PATCHED:
-        word = site.status.value
-    head = Text.assemble((f"{site.line:>{_LINE}}  ", "dim"), (word.ljust(_STATUS), style), (clean(site.patch), "cyan"))
-    margin = Text(" " * (_LINE + 2))
-    code = Text(clean(" ".join(site.matched.split())) if site.matched != site.file else "")
-    if out.width >= _WIDE:
-        head.pad_right(max(_PATCH - len(site.patch), 0) + 2)
-        cropped(out, head, code)
-    else:
-        out.print(head, soft_wrap=True)
-        if code:
-            cropped(out, margin, code)
-    if site.status is not SiteStatus.ALREADY:
-        hanging(out, margin, Text(clean(site.reason), style="dim"))
+            head = Text.assemble(
+                (f"{site.line:>{_LINE}}  ", "dim"),
+                (words[site.status].ljust(statuses + 2), _LOOK[site.status][1]),
+                (clean(site.patch).ljust(patches + 2), "cyan"),
+            )
+            code = Text(clean(" ".join(site.matched.split())) if site.matched != site.file else "")
+            if out.width >= _WIDE:
+                cropped(out, head, code)
+            else:
+                head.rstrip()
+                out.print(head, soft_wrap=True)
+                if code:
+                    cropped(out, margin, code)
+            if site.status is not SiteStatus.ALREADY:
+                hanging(out, margin, Text(clean(site.reason), style="dim"))
 
 
 def tally(sites: Iterable[Site], *, past: bool = False) -> str:

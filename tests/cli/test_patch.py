@@ -201,11 +201,11 @@ def test_status_of_each_state(starter: Path, patched: Path) -> None:
 def test_reverting_keeps_the_users_edits_or_refuses(patched: Path, snapshot: Snapshot) -> None:
     sampling = patched / "flux/sampling.py"
     text = sampling.read_text()
-    sampling.write_text(text.replace("chipmunk.steps(model, ", "chipmunk.steps(  model, "))
+    sampling.write_text(text.replace("chipmunk.steps(model, ", "chipmunk.steps(my_model, "))
     before = snapshot(patched)
     refused = chipmunk("revert", patched)
     assert refused.code == 3
-    line = next(n for n, line in enumerate(sampling.read_text().splitlines(), 1) if "chipmunk.steps(  " in line)
+    line = next(n for n, line in enumerate(sampling.read_text().splitlines(), 1) if "chipmunk.steps(my_model" in line)
     assert f"flux/sampling.py:{line}" in refused.err
     assert "\nNext   " in refused.err
     assert snapshot(patched) == before

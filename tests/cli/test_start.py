@@ -11,7 +11,20 @@ from conftest import ROOT, chipmunk, environment
 
 from chipmunk import __version__
 
-COMMANDS = ["patch", "diff", "status", "revert", "apply", "verify", "doctor", "demo", "patches", "targets", "config"]
+COMMANDS = [
+    "patch",
+    "diff",
+    "status",
+    "revert",
+    "apply",
+    "verify",
+    "bench",
+    "doctor",
+    "demo",
+    "patches",
+    "targets",
+    "config",
+]
 
 
 def test_help_names_every_command() -> None:
