@@ -188,8 +188,8 @@ def _carry_out(store: Store, changes: Sequence[FileChange], journal: Journal) ->
             outcome = _settle(store, forward=False)
         except BaseException as second:
             raise Interrupted(
-                f"{error}; and putting the files back failed too ({second}). Nothing is lost: "
-                f"{FOLDER}/ holds every byte",
+                f"{str(error) or type(error).__name__}; and putting the files back failed too ({second}). "
+                f"Nothing is lost: {FOLDER}/ holds every byte",
                 next_command=f"chipmunk revert {quoted(store.root)}   (puts the files right first)",
             ) from error
         if outcome is not Recovery.COMPLETED or not isinstance(error, OSError):
