@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import chipmunk
+from command_line import chipmunk
 
 from chipmunk import registry
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from conftest import ROOT, chipmunk
+from command_line import ROOT, chipmunk
 
 from chipmunk.config import Config, load
 

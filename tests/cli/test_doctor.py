@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DROPPED, ROOT, chipmunk
+from command_line import DROPPED, ROOT, chipmunk
 
 from chipmunk.cli.doctor import _machine, _what_runs
 from chipmunk.cli.environment import Environment, Finding

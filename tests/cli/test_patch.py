@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import chipmunk, environment, in_terminal
+from command_line import chipmunk, environment, in_terminal
 
 Snapshot = Callable[[Path], dict[str, bytes]]
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, chipmunk, environment
+from command_line import ROOT, chipmunk, environment
 
 from chipmunk import __version__
 

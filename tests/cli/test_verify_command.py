@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import chipmunk, in_terminal, process
+from command_line import chipmunk, in_terminal, process
 
 from chipmunk.apply import revert
 from chipmunk.cli import verify as command
