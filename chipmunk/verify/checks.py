@@ -78,7 +78,8 @@ class Comparison:
         says = f"{compared} outputs with Chipmunk off have the original's bits"
         if different:
             says = f"{len(different)} of {compared} outputs differ with Chipmunk off, first {different[0]}"
-        return Check("off", holds, says, {"compared": compared, "different": different})
+        scenarios = [scenario["name"] for scenario in self.scenarios]
+        return Check("off", holds, says, {"scenarios": scenarios, "compared": compared, "different": different})
 
     def everything_kept(self) -> Check:
         """Every key and neuron kept: the sparse path computes what the dense one does."""
@@ -107,13 +108,13 @@ class Comparison:
     def sparse_error(self) -> Check:
         """What sparsity costs on this model; there is no limit, but the numbers have to be numbers."""
         errors = self._errors(self.patched, "sparse", self.original, "dense")
+        # those with the default configuration, if there are any
         default = {s["name"] for s in self.scenarios if s["config"] == "default"}
-        calls = [e for name, found in errors.items() if name.rpartition("/")[0] in default for e in found["calls"]]
-        latents = [found["latents"] for name, found in errors.items() if name.rpartition("/")[0] in default]
-        finite = all(map(math.isfinite, [*calls, *latents]))
-        says = (
-            f"default configuration: error of a step at most {max(calls):.1%}, of the image at most {max(latents):.1%}"
-        )
+        chosen = [e for name, e in errors.items() if name.rpartition("/")[0] in default] or list(errors.values())
+        worst_call = max((error for found in chosen for error in found["calls"]), default=math.inf)
+        worst_image = max((found["latents"] for found in chosen), default=math.inf)
+        finite = math.isfinite(worst_call) and math.isfinite(worst_image)
+        says = f"sparse against dense: error of a step at most {worst_call:.1%}, of the image at most {worst_image:.1%}"
         if not finite:
             says = "the sparse run gives numbers that are not finite"
         return Check("sparse error", finite, says, {"errors": errors})

@@ -238,7 +238,10 @@ class Oracle:
         arguments = inspect.signature(model.forward).bind(*args, **kwargs)
         image, ids = arguments.arguments[self.facts.image], arguments.arguments[self.facts.ids]
         first_ids = ids if ids.ndim == 2 else ids[0]
-        self._order = self._token_order(first_ids) if torch.equal(ids, first_ids.expand_as(ids)) else None
+        if torch.equal(ids, first_ids.expand_as(ids)) and not self._others_by_token(
+            arguments.arguments, image.shape[1]
+        ):
+            self._order = self._token_order(first_ids)
         if self._order is None:
             return None
         arguments.arguments[self.facts.image] = image[:, self._order]
@@ -254,6 +257,22 @@ class Oracle:
         for new, old in enumerate(order):
             restored[:, old] = first[:, new]
         return (restored, *output[1:]) if isinstance(output, tuple) else restored
+
+    def _others_by_token(self, arguments: dict[str, Any], tokens: int) -> bool:
+        """Whether something else than image and ids has a row for each image token, or masks them."""
+        others = {name: value for name, value in arguments.items() if name not in (self.facts.image, self.facts.ids)}
+        for value in others.values():
+            entries = list(value.values()) if isinstance(value, dict) else value
+            for tensor in entries if isinstance(entries, (list, tuple)) else [entries]:
+                if not isinstance(tensor, Tensor) or tensor.ndim < 2 or tokens < 2:
+                    continue
+                *rows, width = tensor.shape[1:]
+                masks = (
+                    tensor.dtype == torch.bool or (rows and rows[-1] == width) or tensor.shape[-2:] == (width, width)
+                )
+                if tokens in rows or (not rows and width == tokens) or (masks and width >= tokens):
+                    return True
+        return False
 
     def _token_order(self, ids: Tensor) -> list[int] | None:
         """Old index of each new image token, or None where the ids (L, axes) are no grid. Reference images stay."""

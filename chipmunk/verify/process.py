@@ -82,9 +82,10 @@ def _result(spec: Spec, python: str, code: int) -> dict[str, Any]:
         return result
     said = (spec.out / "stderr.txt").read_text().strip()
     last = said.splitlines()[-1] if said else f"exit code {code}"
-    if "No module named" in last and "chipmunk" in last:
-        other = "'chipmunk.verify" in last or "chipmunk.verify" in last
-        why = "another package called chipmunk is installed there" if other else "Chipmunk is not installed there"
+    if "No module named" in last:
+        why = last.rpartition(":")[2].strip(" )")
+        if "'chipmunk." in why:
+            why = "another package called chipmunk is installed there"
         raise VerifyError(
             f"the runtime cannot be imported by {python}: {why}",
             next_command=f"{python} -m pip install chipmunk-flux",

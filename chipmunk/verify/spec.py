@@ -27,7 +27,7 @@ class Image:
 IMAGES = (Image(1, 13, 11, 19, 12), Image(2, 9, 10, 19, 9))
 """Two in a row of different sizes and step counts. Neither grid fits patches or tiles: 162 tokens and 109."""
 
-LARGE_IMAGES = (Image(1, 22, 26, 45, 12),)
+LARGE_IMAGES = (Image(1, 18, 22, 33, 10),)
 """With weights of the user's own, at their full width."""
 
 _ATTENTION = {"mbm": 48, "counts_multiple_of": 16}

@@ -12,7 +12,8 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ import torch
 from safetensors.torch import save as serialise
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import chipmunk
+from chipmunk.ops import dispatch
 from chipmunk.runtime.session import statistics
 from chipmunk.verify.checkout import CheckoutError
 from chipmunk.verify.placeholders import PlaceholderUsed
@@ -112,11 +113,11 @@ class Worker:
     def sparse(self, scenario: Scenario) -> dict[str, Any]:
         """Run a scenario sparse; what ran, by the runtime's statistics and by the operators called."""
         model = self.enable(scenario.model, scenario.config)
-        with CountOperators() as counter:
+        with count_operators() as calls:
             self.run_scenario("sparse", scenario)
         counted = asdict(statistics(model))
         self.disable(scenario.model)
-        return {"statistics": counted, "operators": dict(counter.calls)}
+        return {"statistics": counted, "operators": dict(calls)}
 
     def enable(self, name: str, config: str) -> torch.nn.Module:
         model = self.subject.model(name)
@@ -150,21 +151,23 @@ class Worker:
         print(f"{PROGRESS}{json.dumps([self.done, self.total, what])}", flush=True)
 
 
-class CountOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the calls that reach Chipmunk's operators, whatever the runtime says about them."""
+@contextmanager
+def count_operators() -> Iterator[Counter[str]]:
+    """Count the calls that reach the implementation of an operator, whatever the runtime says about them."""
+    calls: Counter[str] = Counter()
+    original = dispatch.call
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: Counter[str] = Counter()
+    def counted(operator: str, *args: Any) -> Any:
+        # the same operator makes the cached difference on a full step
+        subtracting = operator == "column_sparse_attention" and args[-1]
+        calls[f"{operator}, subtracting" if subtracting else operator] += 1
+        return original(operator, *args)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "chipmunk":
-            name = func._opname
-            # the same operator makes the cached difference on a full step
-            if name == "column_sparse_attention" and args[7]:
-                name = "column_sparse_attention, subtracting"
-            self.calls[name] += 1
-        return func(*args, **(kwargs or {}))
+    dispatch.call = counted  # type: ignore[assignment]
+    try:
+        yield calls
+    finally:
+        dispatch.call = original
 
 
 def configuration_found(worker: Worker) -> bool:

@@ -138,7 +138,7 @@ def test_reads_the_size_of_a_model_from_its_checkpoint(size: str, starter: Modul
 
 
 def test_a_checkpoint_of_something_else_is_refused() -> None:
-    with pytest.raises(flux.CannotRun, match="no tensor 'img_in.weight'"):
+    with pytest.raises(flux.CannotRun, match="no tensor 'img_in"):
         flux.values_of({"conv.weight": (1, 2, 3, 3)})
 
 
