@@ -199,19 +199,26 @@ def _find_order(session: Session, bound: inspect.BoundArguments) -> TokenOrder |
 
 
 def _moves_with_tokens(bound: inspect.BoundArguments, image: str, ids: str | None, tokens: int) -> bool:
-    """Whether an input other than image and ids has one row a token: ControlNet residuals in a list, a joint mask."""
-    for name, value in bound.arguments.items():
+    """Whether an input other than image and ids, or an entry of one, has one row a token: residuals, a mask."""
+    given = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    for name, value in given.items():
         if name in (image, ids):
             continue
-        if isinstance(value, dict):
-            value = list(value.values())
-        if isinstance(value, list | tuple):
-            tensors = [item for item in value if isinstance(item, Tensor)]
-            if any(tensor.dim() >= 2 and tensor.shape[1] == tokens for tensor in tensors):
-                return True
-        elif isinstance(value, Tensor) and value.dim() >= 2 and min(value.shape[-2:]) >= tokens > 1:
+        entries = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(entry, Tensor) and _has_rows_for(entry, tokens) for entry in entries):
             return True
     return False
+
+
+def _has_rows_for(x: Tensor, tokens: int) -> bool:
+    """Whether x is (B, …, tokens, C), (B, tokens), or a mask that covers them. Chance hits cost the order, no more."""
+    if x.dim() < 2 or tokens < 2:
+        return False
+    is_mask = x.shape[-1] >= tokens and (x.dtype == torch.bool or x.shape[-1] == x.shape[-2])
+    return is_mask or tokens in (x.shape[1:] if x.dim() == 2 else x.shape[1:-1])
 
 
 def _plan(session: Session, index: int, state: LayerState | None) -> tuple[str, str, bool]:

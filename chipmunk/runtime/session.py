@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
@@ -133,14 +134,17 @@ def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, An
 
     config: a file, a `chipmunk.config.Config`, its content as a mapping, or None: then the file that `CHIPMUNK_CONFIG`
     names, `chipmunk-config.yml` in the working directory, or the one in the root of the patched repository; where there
-    is none of them, the model is off. Raises TypeError if `model` holds no patched model, and ValueError
-    (`chipmunk.config.ConfigError` for a file) for a wrong configuration.
+    is none of them, the model is off. Raises TypeError if there is a configuration and `model` holds no patched model,
+    and ValueError (`chipmunk.config.ConfigError` for a file) for a wrong configuration.
     """
     owner = find_model(model)
     if owner is None:
+        if config is None and configuration.find(None) is None:
+            return
         raise TypeError(
             f"{type(model).__name__} holds no model that Chipmunk knows (or several): its forward has no "
-            "@chipmunk.model_forward. Patch its repository with: chipmunk patch PATH"
+            "@chipmunk.model_forward. If it is an engine (TensorRT, --trt), no patched code runs in it: leave the "
+            "engine or the configuration out. Otherwise patch its repository with: chipmunk patch PATH"
         )
     spec = spec_of(owner)
     assert spec is not None
@@ -180,8 +184,23 @@ def steps(model: Any, iterable: Iterable[Item]) -> Iterable[Item]:
     items belong to it, and are freed when the loop ends, by `break` or an exception too.
     """
     owner = find_model(model)
-    session = None if owner is None else session_of(owner)
+    if owner is None:
+        _warn_of_no_model(model)
+        return iterable
+    session = session_of(owner)
     return iterable if session is None else run_steps(session, iterable)
+
+
+def _warn_of_no_model(model: Any) -> None:
+    """Say that a loop runs without Chipmunk although there is a configuration: its model has no patched code."""
+    path = configuration.find(None)
+    if path is not None:
+        warnings.warn(
+            f"Chipmunk: {path} has no effect on this sampling loop: no patched code runs in its model, a "
+            f"{type(model).__name__} (an engine of TensorRT, --trt, say). It runs as it did without Chipmunk.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def slot(model: Any, name: str) -> Any:

@@ -258,19 +258,20 @@ class Oracle:
             restored[:, old] = first[:, new]
         return (restored, *output[1:]) if isinstance(output, tuple) else restored
 
-    def _others_by_token(self, arguments: dict[str, Any], tokens: int) -> bool:
+    def _others_by_token(self, arguments: inspect.BoundArguments, tokens: int) -> bool:
         """Whether something else than image and ids has a row for each image token, or masks them."""
-        others = {name: value for name, value in arguments.items() if name not in (self.facts.image, self.facts.ids)}
-        for value in others.values():
+        given = dict(arguments.arguments)
+        for parameter in arguments.signature.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given.update(given.pop(parameter.name, {}))
+        for name, value in given.items():
             entries = list(value.values()) if isinstance(value, dict) else value
             for tensor in entries if isinstance(entries, (list, tuple)) else [entries]:
-                if not isinstance(tensor, Tensor) or tensor.ndim < 2 or tokens < 2:
+                if name in (self.facts.image, self.facts.ids) or not isinstance(tensor, Tensor) or tensor.ndim < 2:
                     continue
                 *rows, width = tensor.shape[1:]
-                masks = (
-                    tensor.dtype == torch.bool or (rows and rows[-1] == width) or tensor.shape[-2:] == (width, width)
-                )
-                if tokens in rows or (not rows and width == tokens) or (masks and width >= tokens):
+                is_mask = tensor.dtype == torch.bool or tensor.shape[-2] == width
+                if tokens > 1 and (tokens in rows or (not rows and width == tokens) or (is_mask and width >= tokens)):
                     return True
         return False
 

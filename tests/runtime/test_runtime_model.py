@@ -410,3 +410,24 @@ def test_public_names() -> None:
 
     assert sorted(chipmunk.runtime.__all__) == sorted(chipmunk.__all__)
     assert all(callable(getattr(chipmunk, name)) for name in chipmunk.__all__)
+
+
+class Engine:
+    """What stands in the model's place under `--trt`: no module, and nothing patched in it."""
+
+    def __call__(self, **given: Any) -> Tensor:
+        return next(iter(given.values()))
+
+
+def test_an_engine_in_the_place_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = [1, 2, 3]
+    chipmunk.enable(Engine())  # as the patched command line does where no configuration is given
+    assert chipmunk.steps(Engine(), loop) is loop
+    with pytest.raises(TypeError, match="--trt"):
+        chipmunk.enable(Engine(), small())
+    (tmp_path / "other.yml").write_text(YAML)
+    monkeypatch.setenv("CHIPMUNK_CONFIG", str(tmp_path / "other.yml"))
+    with pytest.raises(TypeError, match="--trt"):
+        chipmunk.enable(Engine())
+    with pytest.warns(RuntimeWarning, match=r"other\.yml has no effect on this sampling loop.*Engine"):
+        assert chipmunk.steps(Engine(), loop) is loop

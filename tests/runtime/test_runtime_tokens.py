@@ -198,19 +198,48 @@ class ResidualFlux(Flux):
     """Adds one residual a token, as from a ControlNet."""
 
     @chipmunk.model_forward(double="double_blocks", single="single_blocks", image="img", ids="img_ids")
-    def forward(self, img: Tensor, img_ids: Tensor, residuals: list[Tensor], **rest: Any) -> Any:
+    def forward(self, img: Tensor, img_ids: Tensor, residuals: Any, **rest: Any) -> Any:
         inner = Flux.forward.__wrapped__  # type: ignore[attr-defined]
-        return inner(self, img + residuals[0], img_ids, **rest)
+        if isinstance(residuals, dict):
+            residuals = [*residuals.values()]
+        return inner(self, img + (residuals if isinstance(residuals, Tensor) else residuals[0]), img_ids, **rest)
 
 
-def test_other_inputs_by_token_forbid_reordering() -> None:
+@pytest.mark.parametrize("container", ["tensor", "list", "dict"])
+def test_other_inputs_by_token_forbid_reordering(container: str) -> None:
     model, given = build(kind=ResidualFlux), inputs()
-    given["residuals"] = [torch.randn(1, 63, 4, generator=torch.Generator().manual_seed(3))]  # type: ignore[assignment]
+    residual = torch.randn(1, 63, 4, generator=torch.Generator().manual_seed(3))
+    residuals = {"tensor": residual, "list": [residual], "dict": {"first": residual}}
+    given["residuals"] = residuals[container]  # type: ignore[assignment]
     dense = call_every_step(model, given)
     chipmunk.enable(model, EVERYTHING)
     assert error(call_every_step(model, given), dense) < 1e-5
     what = "kept: another input belongs to the image tokens one by one"
     assert chipmunk.statistics(model).token_order == {what: 1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "moves"),
+    [
+        ((1, 63, 4), torch.float32, True),
+        ((1, 5, 63, 4), torch.float32, True),
+        ((2, 63), torch.float32, True),
+        ((1, 70, 70), torch.float32, True),
+        ((1, 1, 70, 70), torch.float32, True),
+        ((1, 1, 1, 70), torch.bool, True),
+        ((1, 70), torch.bool, True),
+        ((1, 62, 4), torch.float32, False),
+        ((63,), torch.float32, False),
+        ((1, 19, 63), torch.float32, False),  # text as wide as the image has tokens
+        ((1, 100, 4096), torch.float32, False),  # more text than image
+        ((63, 19, 4), torch.float32, False),  # a batch of 63
+        ((1, 62), torch.bool, False),
+    ],
+)
+def test_which_inputs_belong_to_the_image_tokens(shape: tuple[int, ...], dtype: torch.dtype, moves: bool) -> None:
+    from chipmunk.runtime.model_call import _has_rows_for
+
+    assert _has_rows_for(torch.zeros(shape, dtype=dtype), 63) == moves
 
 
 def test_token_order_applies_to_2d_and_3d_ids() -> None:

@@ -269,6 +269,30 @@ def test_ids_that_differ_between_batch_elements_are_left_in_order() -> None:
     assert model.seen == ids[0, :, 1:].int().tolist()
 
 
+@pytest.mark.parametrize(
+    ("other", "in_order"),
+    [
+        ({"residual": torch.zeros(1, 15, 9)}, True),
+        ({"residuals": [torch.zeros(1, 2), torch.zeros(1, 4, 15, 9)]}, True),
+        ({"residuals": {"first": torch.zeros(1, 15, 9)}}, True),
+        ({"mask": torch.zeros(1, 15)}, True),
+        ({"mask": torch.zeros(1, 1, 1, 18, dtype=torch.bool)}, True),
+        ({"mask": torch.zeros(1, 1, 18, 18)}, True),
+        ({"txt": torch.zeros(1, 18, 15)}, False),
+        ({"txt": torch.zeros(1, 14, 99), "y": torch.zeros(1, 20), "time": torch.zeros(15), "flag": None}, False),
+    ],
+)
+def test_other_inputs_by_token_leave_all_in_order(other: dict[str, Any], in_order: bool) -> None:
+    class WithOthers(Identity):
+        def forward(self, img: Tensor, img_ids: Tensor, **others: Any) -> tuple[Tensor, str]:
+            return super().forward(img, img_ids)
+
+    model, ids = WithOthers(), grid_ids(3, 5)
+    with torch.no_grad(), Oracle(model, FACTS, config()):
+        model(torch.zeros_like(ids), ids, **other)
+    assert (model.seen == ids[0, :, 1:].int().tolist()) == in_order
+
+
 class LoraLinear(nn.Linear):
     """A subclass with its own forward, as the official Control LoRA has."""
 
