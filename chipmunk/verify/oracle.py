@@ -238,9 +238,7 @@ class Oracle:
         arguments = inspect.signature(model.forward).bind(*args, **kwargs)
         image, ids = arguments.arguments[self.facts.image], arguments.arguments[self.facts.ids]
         first_ids = ids if ids.ndim == 2 else ids[0]
-        if torch.equal(ids, first_ids.expand_as(ids)) and not self._others_by_token(
-            arguments.arguments, image.shape[1]
-        ):
+        if torch.equal(ids, first_ids.expand_as(ids)) and not self._others_by_token(arguments, image.shape[1]):
             self._order = self._token_order(first_ids)
         if self._order is None:
             return None
