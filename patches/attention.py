@@ -20,7 +20,7 @@ from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.minimal import ATTENTION, DOUBLE, SINGLE, variant
 from chipmunk.rewrite.repository import External, Function, Meaning
 from chipmunk.rewrite.roles import Block, Model
-from chipmunk.rewrite.syntax import argument, bind, dotted, parameters, self_attribute
+from chipmunk.rewrite.syntax import argument, bind, dotted, parameters, self_attribute, walk
 
 NAME = "attention"
 API = 1
@@ -62,6 +62,8 @@ class _Leaf:
     kind: str
     """`joint`, or why it is something else."""
     done: bool
+    at: int = 0
+    """Which hop the report is about: the call in the block, or (-1) the attention call itself."""
 
 
 def rule(context: Context) -> None:
@@ -75,6 +77,7 @@ def _patch_block(context: Context, model: Model, block: Block) -> None:
     receiver = forward.scope.receiver
     streams = {name: frozenset({stream}) for name, stream in block.streams.items()}
     leaves = list(_Search(context, frozenset(block.streams.values())).leaves(forward, streams, receiver))
+    leaves = [_once(leaf, leaves) for leaf in leaves]
     joint = [leaf for leaf in leaves if leaf.kind == "joint"]
     shared = _shared_with(context, model, block)
     for leaf in joint:
@@ -82,7 +85,7 @@ def _patch_block(context: Context, model: Model, block: Block) -> None:
         _patch(context, block, leaf, shared)
     for leaf in leaves:
         if leaf.kind != "joint":
-            hop = leaf.path[-1]
+            hop = leaf.path[leaf.at]
             context.left_dense(hop.function.source, hop.call, leaf.kind)
     if not joint:
         reason = "no scaled_dot_product_attention on the joint stream was found in it, or up to three calls down"
@@ -132,7 +135,9 @@ class _Search:
                 yield _Leaf((*path, hop), kind, done)
             elif meaning.name.split(".")[-1] in OTHERS and _streams_of(function, call, step, streams):
                 name = meaning.name.split(".")[-1]
-                yield _Leaf((*path, hop), f"{name} takes its tensors in a layout that Chipmunk does not know", False)
+                yield _Leaf(
+                    (*path, hop), f"{name} takes its tensors in a layout that Chipmunk does not know", False, -1
+                )
             elif call.args and call.args[0].keyword is None and not call.args[0].star:
                 # checkpoint(self.mix, q, k, v): the first argument is what runs.
                 inner = self.context.repository.resolve(call.args[0].value, function, step)
@@ -186,6 +191,31 @@ class _Search:
         if found[0] and not (found[1] and found[2]):
             return "cross-attention: key and value do not come from the block's streams"
         return "not the joint attention: query, key and value do not all come from all streams of the block"
+
+
+def _once(leaf: _Leaf, leaves: list[_Leaf]) -> _Leaf:
+    """The leaf, or one that must stay dense if a call of the block may run joint attention more than once."""
+    if leaf.kind != "joint":
+        return leaf
+    if any(_in_loop(hop) for hop in leaf.path):
+        return _Leaf(leaf.path, "the joint attention is computed piece by piece, in a loop", leaf.done, -1)
+    for other in leaves:
+        if other is leaf or other.kind != "joint":
+            continue
+        first, second = next((a, b) for a, b in zip(leaf.path, other.path, strict=False) if a.call is not b.call)
+        if not (first.step.excludes(second.step) or second.step.excludes(first.step)):
+            return _Leaf(leaf.path, "the block computes joint attention at several places in one call", leaf.done)
+    return leaf
+
+
+def _in_loop(hop: _Hop) -> bool:
+    if any(isinstance(node, (cst.For, cst.While)) for node, branch in hop.step.chain if branch == "body"):
+        return True
+    return any(
+        isinstance(node, (cst.BaseComp, cst.Lambda)) and any(inner is hop.call for inner in walk(node))
+        for expression in hop.step.expressions
+        for node in walk(expression)
+    )
 
 
 def _streams_of(function: Function, value: cst.CSTNode | None, step: Step, streams: dict[str, Streams]) -> Streams:

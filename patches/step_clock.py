@@ -18,12 +18,15 @@ from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Scope, Step, value_names
 from chipmunk.rewrite.minimal import SAMPLING, variant
 from chipmunk.rewrite.plan import LoopFacts
-from chipmunk.rewrite.syntax import bind, dotted, target_names, text_of_string, walk
+from chipmunk.rewrite.syntax import bind, dotted, last_name, target_names, text_of_string, walk
 from chipmunk.rewrite.values import Place
 
 NAME = "step-clock"
 API = 1
 VERSION = "1"
+
+
+_GROWING = ("append", "extend", "update")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,10 @@ def rule(context: Context) -> None:
             loops.setdefault(loop, []).append(call)
     _merge_nested(loops)
     for loop, calls in loops.items():
+        if any(last_name(call.func) == "backward" for call, step in homes[loop].scope.calls if loop in step.loops):
+            source = homes[loop].module.source
+            context.left_dense(source, loop, "a training loop", matched=source.summary(loop.iter))
+            continue
         if not _feeds_back(homes[loop].scope, loop, calls):
             source = homes[loop].module.source
             reason = "nothing that the model returns reaches its next call: these are no denoising steps"
@@ -145,7 +152,8 @@ def _assigned_values(scope: Scope, step: Step) -> Iterator[tuple[str, cst.CSTNod
                 yield name, step.node.value
     if isinstance(step.node, cst.Expr) and isinstance(step.node.value, cst.Call):
         function = step.node.value.func
-        if isinstance(function, cst.Attribute) and (name := dotted(function.value)) is not None:
+        name = dotted(function.value) if isinstance(function, cst.Attribute) else None
+        if name is not None and (last_name(function).endswith("_") or last_name(function) in _GROWING):
             yield name, step.node.value
 
 

@@ -11,7 +11,7 @@ from chipmunk.registry import Registry
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.plan import BlockFacts, FileChange, ModelFacts, Plan, Site, SiteStatus
 from chipmunk.rewrite.repository import Module, Repository
-from chipmunk.rewrite.roles import Block, Model, find_roles, may_hold_model
+from chipmunk.rewrite.roles import Block, Lookalike, Model, find_roles, may_hold_model
 from chipmunk.rewrite.source import OverlapError, SourceError
 
 ALIASES = {"mlp": ("double-mlp", "single-mlp")}
@@ -75,18 +75,22 @@ def plan_repository(
         raise SelectionError(f"There is no target called {target}. Known: {', '.join(registry.targets)}.")
     chosen = select(registry, only)
     parsed: dict[str, Module | SourceError] = {}
+    hopeless: set[str] = set()
     while True:
-        repository, context = _run(files, registry, chosen, parsed, progress)
+        repository, context = _run(files, registry, chosen, parsed, progress, hopeless=hopeless)
         unfit = {path: error for path in context.edits if (error := _unfit(repository, path)) is not None}
-        if not unfit:
+        found = {_key(model) for model in context.models if _NEED_FORWARD & set(chosen) and _is_hopeless(model)}
+        if not unfit and not found:
             break
+        # A model none of whose blocks can be sparse is left alone: a step clock and an option would do nothing.
+        hopeless |= found
         # Such a file is treated as one that cannot be parsed, and the rest goes on without it.
         parsed = {**repository.parsed, **unfit}
     sites = [*context.sites.values(), *_refused(repository, context)]
     facts = tuple(_facts(model, index, context) for index, model in enumerate(context.models))
     try:
         after = context.results()
-        problem = _check(files, after, repository, registry, chosen)
+        problem = _check(files, after, repository, registry, chosen, hopeless)
     except OverlapError as error:
         after, problem = {}, ("chipmunk", str(error))
     if problem is not None:
@@ -113,12 +117,18 @@ def _run(
     progress: Progress | None,
     *,
     located: bool = True,
+    hopeless: Collection[str] = (),
 ) -> tuple[Repository, Context]:
     repository = Repository(files, parsed)
+    roles = find_roles(repository)
+    for model in [model for model in roles.models if _key(model) in hopeless]:
+        roles.models.remove(model)
+        reason = "neither the attention nor the MLP of its blocks has a form that can be made sparse"
+        roles.lookalikes.append(Lookalike(model.owner, model.forward.node.name, reason))
     total = len(chosen) + 1
     if progress is not None:
         progress("finding models", 0, total)
-    context = Context(repository, find_roles(repository), located=located)
+    context = Context(repository, roles, located=located)
     for index, name in enumerate(chosen):
         if progress is not None:
             progress(name, index + 1, total)
@@ -133,6 +143,7 @@ def _check(
     repository: Repository,
     registry: Registry,
     chosen: list[str],
+    hopeless: Collection[str],
 ) -> tuple[str, str] | None:
     """Why the result must not be written: it does not compile, or a second run would change it again."""
     for path, content in after.items():
@@ -142,11 +153,20 @@ def _check(
         return None
     # Names resolve differently only through the changed files; the others are parsed already.
     kept = {path: module for path, module in repository.parsed.items() if path not in after}
-    _, context = _run({**files, **after}, registry, chosen, kept, None, located=False)
+    _, context = _run({**files, **after}, registry, chosen, kept, None, located=False, hopeless=hopeless)
     for site in context.sites.values():
         if site.status is SiteStatus.PATCHED:
             return site.patch, f"a second run would change {site.file}:{site.line} again"
     return None
+
+
+def _key(model: Model) -> str:
+    return f"{model.owner.source.path}:{model.name}"
+
+
+def _is_hopeless(model: Model) -> bool:
+    double, single = model.double_block, model.single_block
+    return not (double.attention or single.attention or double.mlp or single.linear_in)
 
 
 def _unfit(repository: Repository, path: str) -> SourceError | None:

@@ -34,6 +34,19 @@ class Step:
     def loops(self) -> list[cst.For]:
         return [node for node, branch in self.chain if isinstance(node, cst.For) and branch == "body"]
 
+    def excludes(self, later: Step) -> bool:
+        """Whether `later` cannot run once this has: they stand in different branches, or this one's branch returns."""
+        if _exclusive(self.chain, later.chain):
+            return True
+        if isinstance(self.node, cst.Return):
+            return self.index < later.index and self.chain == later.chain[: len(self.chain)]
+        for depth, (node, branch) in enumerate(self.chain):
+            if isinstance(node, cst.If) and self.chain[:depth] == later.chain[:depth] and self.index < later.index:
+                suite = node.body if branch == "body" else getattr(node.orelse, "body", None)
+                if isinstance(suite, cst.IndentedBlock) and _leaves(suite) and (node, branch) not in later.chain:
+                    return True
+        return False
+
 
 @dataclass(frozen=True, eq=False)
 class Binding:
@@ -266,6 +279,13 @@ def value_names(node: cst.CSTNode) -> Iterator[str]:
     else:
         for part in children(node):
             yield from value_names(part)
+
+
+def _leaves(suite: cst.IndentedBlock) -> bool:
+    """Whether the suite ends the function (or the loop's round) it stands in."""
+    last = suite.body[-1] if suite.body else None
+    end = last.body[-1] if isinstance(last, cst.SimpleStatementLine) else None
+    return isinstance(end, (cst.Return, cst.Raise, cst.Continue, cst.Break))
 
 
 def mentions(node: cst.CSTNode, name: str) -> bool:

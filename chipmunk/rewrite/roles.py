@@ -16,7 +16,7 @@ from chipmunk.rewrite.repository import Class, Function, Module, Repository
 from chipmunk.rewrite.syntax import bind, dotted, elements, is_call, last_name, self_attribute, target_names, walk
 
 CONCATENATIONS = ("cat", "concat", "concatenate")
-_LOOP_OVER_ATTRIBUTE = re.compile(rb"\bin\b[\s(]*(?:[\w.]+\([\s(]*)*self\s*\.\s*(\w+)")
+_LOOP_OVER_ATTRIBUTE = re.compile(rb"(\w+)[\s)]*\bin\b[\s(]*(?:[\w.]+\([\s(]*)*self\s*\.\s*(\w+)")
 
 
 @dataclass(eq=False)
@@ -69,10 +69,14 @@ class Roles:
 
 
 def may_hold_model(content: bytes) -> bool:
-    """The cheap test before a file is parsed: a class that iterates two of its attributes and concatenates."""
+    """The cheap test before a file is parsed: loops over two attributes, one of whose elements gives two streams."""
     if b"class " not in content or not any(name.encode() + b"(" in content for name in CONCATENATIONS):
         return False
-    return len(set(_LOOP_OVER_ATTRIBUTE.findall(content))) >= 2
+    loops = _LOOP_OVER_ATTRIBUTE.findall(content)
+    if len({attribute for _, attribute in loops}) < 2:
+        return False
+    elements = b"|".join(sorted({re.escape(name) for name, _ in loops}))
+    return re.search(rb"\w\s*,\s*\w+[\s),]*=\s*(?:[\w.]+\(\s*)*(?:" + elements + rb")\s*[.(,]", content) is not None
 
 
 def find_roles(repository: Repository) -> Roles:

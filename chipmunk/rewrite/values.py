@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePosixPath
 
 import libcst as cst
 
@@ -18,6 +20,7 @@ from chipmunk.rewrite.roles import Model
 from chipmunk.rewrite.syntax import bind, dotted, elements, is_call, last_name, parameters, self_attribute, walk
 
 ARGS = "args:"
+_PARSING = ("parse_args", "parse_known_args")
 _SAME_OBJECT = {"to", "eval", "train", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "type", "to_empty"}
 _WRAPPERS = {"compile", "DataParallel", "DistributedDataParallel", "FSDP", "FullyShardedDataParallel", "prepare"}
 
@@ -45,6 +48,15 @@ class Place:
     def scope(self) -> Scope:
         return self.module.scope if self.function is None else self.function.scope
 
+    @cached_property
+    def words(self) -> set[str]:
+        """Every name and attribute that occurs in it, and what an alias stands for."""
+        nodes: list[cst.CSTNode] = [expression for step in self.scope.steps for expression in step.expressions]
+        if self.function is not None:
+            nodes = [self.function.node]
+        words = {n.value for node in nodes for n in walk(node) if type(n) is cst.Name}
+        return words | {self.module.aliases[word] for word in words & self.module.aliases.keys()}
+
     @property
     def name(self) -> str:
         return "<module>" if self.function is None else self.function.name
@@ -68,9 +80,16 @@ class Values:
     """By function (`id`) and parameter."""
     attributes: dict[tuple[int, str], frozenset[str]] = field(default_factory=dict)
     """By class (`id`) and attribute."""
-    _seen_names: set[str] = field(default_factory=set)
-    _pending_names: set[str] = field(default_factory=set)
-    _known: set[str] = field(default_factory=set)
+    _known: dict[str, set[str]] = field(default_factory=dict)
+    """Names of model classes, and of functions that return a model: name → modules that it can be imported from."""
+    _hot: set[str] = field(default_factory=lambda: set(_PARSING))
+    """Words without which a function has nothing to do with models."""
+    _read: set[str] = field(default_factory=set)
+    """Paths whose functions are among `places`."""
+    _names: set[str] = field(default_factory=set)
+    """Names of the functions and classes in them."""
+    _called: set[int] = field(default_factory=set)
+    """Functions (`id`) with an argument that has a label."""
     _changed: bool = False
 
     # Growing
@@ -78,68 +97,91 @@ class Values:
     def grow(self) -> None:
         """Follow the models through all files that name them, or what makes or takes them."""
         for model in self.models:
-            self._pending_names.update([model.name, *(c.name for c in self._subclasses(model))])
-        self._known |= self._pending_names
-        while self._pending_names:
-            self._read_files()
-            self._settle()
-            if not self._pending_names:
-                self._recognise_calls()
+            for owner in self._subclasses(model):
+                self._learn(owner.name, owner.module)
+        self._read_files()
+        self._recognise_calls()
 
-    def _settle(self) -> None:
-        self._changed = True
-        while self._changed:
-            self._changed = False
-            for place in self.places:
-                self._visit(place)
+    def _learn(self, name: str, module: Module) -> None:
+        """Files that take `name` from `module` are worth reading."""
+        path = PurePosixPath(module.path)
+        stem = path.parent.name if path.stem == "__init__" else path.stem
+        if stem not in self._known.setdefault(name, set()):
+            self._known[name].add(stem)
+            self._hot.add(name)
+            self._changed = True
 
     def _recognise_calls(self) -> None:
         """A parameter that a loop calls with the model's own keywords is the model, though nothing says so."""
         for index, model in enumerate(self.models):
-            known = set(model.forward.scope.parameters)
-            wanted = {name for name in (model.image, model.ids) if name is not None}
+            given = [p for p in parameters(model.forward.node)[1:]]
+            known, wanted = {p.name.value for p in given}, {p.name.value for p in given if p.default is None}
             patterns = [re.compile(rb"\b" + name.encode() + rb"\s*=") for name in sorted(wanted)]
-            read = {place.module.path for place in self.places}
             for path in sorted(self.repository.files):
                 content = self.repository.files[path]
-                if b"for " not in content or not all(pattern.search(content) for pattern in patterns):
+                if len(wanted) < 3 or b"for " not in content or not all(p.search(content) for p in patterns):
                     continue
                 module = self.repository.module(path)
-                if module is None:
-                    continue
-                for function in module.all_functions():
+                for function in module.all_functions() if module is not None else ():
                     for call, step in function.scope.calls:
                         keywords = {arg.keyword.value for arg in call.args if arg.keyword is not None}
                         name = dotted(call.func)
-                        if not step.loops or name not in function.scope.parameters or len(keywords) < 3:
-                            continue
-                        if wanted <= keywords <= known and name not in function.scope.bindings:
+                        if step.loops and name in function.scope.parameters and wanted <= keywords <= known:
                             self._give(self.arguments, (id(function), name), frozenset({label_of(index)}))
-                            if path not in read:
-                                read.add(path)
-                                self._add_places(module)
-        self._settle()
+                            self._add_places(function.module)
+        self._read_files()
 
     def _add_places(self, module: Module) -> None:
-        self.places.append(Place(module, None))
-        self.places += [Place(module, function) for function in module.all_functions()]
+        if module.path not in self._read:
+            self._read.add(module.path)
+            found = [Place(module, None), *(Place(module, function) for function in module.all_functions())]
+            self.places += found
+            self._names.update(place.function.node.name.value for place in found if place.function is not None)
+            self._names.update(module.classes)
+            self._changed = True
+            for name in self._known.keys() & module.imports.keys():
+                self._learn(name, module)
 
     def _subclasses(self, model: Model) -> list[Class]:
+        """The model's class, and those in its file that inherit from it."""
         return [c for c in model.owner.module.classes.values() if model.owner in self.repository.bases(c)]
 
     def _read_files(self) -> None:
-        names, self._pending_names = self._pending_names - self._seen_names, set()
-        self._seen_names |= names
-        if not names:
-            return
-        known = {place.module.path for place in self.places}
-        pattern = re.compile(rb"\b(?:" + b"|".join(re.escape(n.encode()) for n in sorted(names)) + rb")\s*[(:,)\]|}]")
-        for path in sorted(self.repository.files):
-            if path in known or not pattern.search(self.repository.files[path]):
-                continue
-            module = self.repository.module(path)
-            if module is not None:
-                self._add_places(module)
+        """Read every file that can see a known name, settle what that tells, and again while there is more."""
+        self._changed = True
+        while self._changed:
+            self._changed = False
+            for path in sorted(self.repository.files.keys() - self._read):
+                if self._sees_known(self.repository.files[path]):
+                    module = self.repository.module(path)
+                    if module is not None:
+                        self._add_places(module)
+            self._settle()
+
+    def _sees_known(self, content: bytes) -> bool:
+        for name, stems in self._known.items():
+            if name.encode() in content:
+                sources = "|".join([re.escape(stem) for stem in sorted(stems) if stem] + [r"from\s+\.+\s+import"])
+                if re.search(rb"\b" + re.escape(name.encode()) + rb"\b", content) and re.search(
+                    rb"(?<!\w)(?:" + sources.encode() + rb")(?!\w)", content
+                ):
+                    return True
+        return False
+
+    def _settle(self) -> None:
+        settled = False
+        while not settled:
+            before, self._changed = self._changed, False
+            for place in self.places:
+                if self._is_hot(place):
+                    self._visit(place)
+            settled, self._changed = not self._changed, self._changed or before
+
+    def _is_hot(self, place: Place) -> bool:
+        """Whether the place can hold a model at all: it says one of the words, or gets a model as an argument."""
+        if place.function is not None and id(place.function) in self._called:
+            return True
+        return not self._hot.isdisjoint(place.words)
 
     def _visit(self, place: Place) -> None:
         scope, function = place.scope, place.function
@@ -150,35 +192,40 @@ class Values:
                     self._give(self.arguments, (id(function), parameter.name.value), label)
             label = self._annotated(function.node.returns, place)
             if label and id(function) not in self.returns:
-                self.returns[id(function)] = label
-                self._found_maker(function)
+                self._returns(function, label)
         for name, bindings in scope.bindings.items():
             if function is not None and function.owner is not None and name.startswith(scope.receiver + "."):
                 for binding in bindings:
                     labels = self._bound(binding, place)
                     if labels:
-                        self._give(self.attributes, (id(function.owner), name.split(".", 1)[1]), labels)
+                        attribute = name.split(".", 1)[1]
+                        self._hot.add(attribute)
+                        self._give(self.attributes, (id(function.owner), attribute), labels)
+            elif function is None and any(self._bound(binding, place) for binding in bindings):
+                self._hot.add(name)  # a global
         for step in scope.steps:
             if function is not None and isinstance(step.node, cst.Return) and step.node.value is not None:
                 value = self.value(step.node.value, step, place)
                 if _any(value):
-                    merged = _merge(self.returns.get(id(function), NOTHING), value)
-                    if merged != self.returns.get(id(function)):
-                        self.returns[id(function)] = merged
-                        self._found_maker(function)
+                    self._returns(function, value)
         for call, step in scope.calls:
             if call.args:
                 self._pass(call, step, place)
 
-    def _found_maker(self, function: Function) -> None:
-        self._changed = True
-        self._pending_names.add(function.node.name.value)
-        self._known.add(function.node.name.value)
+    def _returns(self, function: Function, value: Value) -> None:
+        merged = _merge(self.returns.get(id(function), NOTHING), value)
+        if merged != self.returns.get(id(function)):
+            self.returns[id(function)] = merged
+            self._changed = True
+            self._hot.add(function.node.name.value)
+            if function.owner is None:
+                self._learn(function.node.name.value, function.module)
 
     def _pass(self, call: cst.Call, step: Step, place: Place) -> None:
         """Hand labels from the call's arguments to the callee's parameters."""
         given = [self.value(arg.value, step, place) if not arg.star else NOTHING for arg in call.args]
-        if not any(isinstance(value, frozenset) and value for value in given):
+        labelled = frozenset().union(*(_labels(value) for value in given))
+        if not labelled or (last_name(call.func) not in self._names and self.model_of(labelled) is None):
             return
         callee = self.callee(call, step, place)
         if callee is None:
@@ -187,10 +234,8 @@ class Values:
             labels = _labels(self.value(argument, step, place))
             if labels:
                 self._give(self.arguments, (id(callee), parameter), labels)
-        # The callee's file may not have been read for names yet.
-        if callee.module.path not in {p.module.path for p in self.places}:
+        if self.model_of(labelled) is not None:
             self._add_places(callee.module)
-            self._changed = True
 
     def callee(self, call: cst.Call, step: Step, place: Place) -> Function | None:
         """The repository's function, method or constructor that the call runs."""
@@ -203,6 +248,8 @@ class Values:
         if not labels <= table.get(key, NOTHING):
             table[key] = table.get(key, NOTHING) | labels
             self._changed = True
+            if table is self.arguments:
+                self._called.add(key[0])
 
     def _annotated(self, annotation: cst.Annotation | None, place: Place) -> frozenset[str]:
         if annotation is None:
@@ -253,13 +300,12 @@ class Values:
             meaning = self.repository.resolve(node.func, place.names, step)
             if isinstance(meaning, Class):
                 return self._model_labels(node.func, place.names, step)
-            return self.returns.get(id(meaning), NOTHING)
+            if isinstance(meaning, Function):
+                return self.returns.get(id(meaning), NOTHING)
         if isinstance(node.func, cst.Attribute):
             if node.func.attr.value in _SAME_OBJECT:
                 return self.value(node.func.value, step, place, depth + 1)
-            if node.func.attr.value in ("parse_args", "parse_known_args") and is_parser(
-                node.func.value, step, place, self
-            ):
+            if node.func.attr.value in _PARSING and is_parser(node.func.value, step, place, self):
                 labels: Value = frozenset({args_label(node)})
                 return labels if node.func.attr.value == "parse_args" else (labels, NOTHING)
         if name in _WRAPPERS and node.args:

@@ -165,7 +165,37 @@ def test_an_attention_function_of_another_library_is_named_in_the_report() -> No
     assert any("flash_attn_func" in reason and "layout" in reason for reason in reasons)
 
 
+def test_attention_in_pieces_stays() -> None:
+    pieces = f"x = torch.stack([{SDPA}(q[i], k[i], v[i]) for i in range(len(q))])"
+    plan = plan_of(attention=variant(ATTENTION, (f"x = {SDPA}(q, k, v)", pieces)))
+    assert "chipmunk.layer" not in after(plan, "flow/double.py")
+    assert "in a loop" in sites(plan, "attention", "left dense")[0].reason
+
+
+def test_two_joint_attentions_in_one_call_stay() -> None:
+    twice = ("x = attend(q, k, v, rotation)", "x = attend(q, k, v, rotation) + attend(q, k, v.flip(2), rotation)")
+    plan = plan_of(double=variant(DOUBLE, twice))
+    assert "chipmunk.layer" not in after(plan, "flow/double.py")
+    assert any("several places" in site.reason for site in sites(plan, "attention", "left dense"))
+
+
+def test_attention_in_either_branch_is_patched_in_both() -> None:
+    call = f"    x = {SDPA}(q, k, v)\n"
+    early = f"    if q.is_cuda:\n        return {SDPA}(q, k, v).transpose(1, 2).flatten(2)\n"
+    plan = plan_of(attention=variant(ATTENTION, (call, early + call)))
+    assert after(plan, "flow/attention.py").count(f"chipmunk.attention(chipmunk_layer, {SDPA}, q, k, v)") == 2
+
+
 # Models
+
+
+def test_a_model_none_of_whose_parts_can_be_sparse_is_left_alone() -> None:
+    opaque = {"attention": variant(ATTENTION, (f"{SDPA}(q, k, v)", "mystery(q, k, v)"))}
+    for name, text in (("double", DOUBLE), ("single", SINGLE)):
+        opaque[name] = variant(text, ('nn.GELU(approximate="tanh")', "nn.SiLU()"))
+    plan = plan_of(**opaque)
+    assert plan.changes == ()
+    assert [(site.file, site.status.value) for site in plan.sites] == [("flow/model.py", "left dense")]
 
 
 def test_a_controlnet_that_shares_the_blocks_stays() -> None:
@@ -282,6 +312,13 @@ def test_only_the_outer_of_two_loops_is_the_steps() -> None:
     assert "for _ in range(2):" in result
 
 
+def test_a_training_loop_is_none_of_denoising_steps() -> None:
+    line = "        image = image +"
+    text = variant(SAMPLING, (line, "        velocity.sum().backward()\n" + line))
+    assert "training" in sites(plan_of(sampling=text), "step-clock", "left dense")[0].reason
+    assert loop_of(text) == ""
+
+
 def test_a_loop_over_a_bare_tuple() -> None:
     assert "in chipmunk.steps(model, (times[:-1], times[1:])):" in loop_of(
         variant(SAMPLING, ("zip(times[:-1], times[1:])", "times[:-1], times[1:]"))
@@ -360,6 +397,33 @@ def test_an_engine_in_another_branch_is_not_enabled() -> None:
         "        model = load_painter(name)\n        chipmunk.enable(model, chipmunk_config)\n    else:\n"
         in command(text)
     )
+
+
+PROGRAM = """\
+import argparse
+import os
+
+from flow.loading import load_painter as load
+
+
+def parse_args(parser):
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--name")
+    args = parser.parse_args()
+
+    name, model = args.name, load(args.name).to("cpu")  # loaded
+    print(model)
+"""
+
+
+def test_a_program_without_functions() -> None:
+    result = command(PROGRAM)
+    assert '    parser.add_argument("--chipmunk-config", default=None' in result
+    assert "  # loaded\n    chipmunk.enable(model, args.chipmunk_config)\n" in result
 
 
 def test_a_model_loaded_out_of_reach_of_the_options() -> None:
