@@ -38,8 +38,6 @@ class Step:
         """Whether `later` cannot run once this has: they stand in different branches, or this one's branch returns."""
         if _exclusive(self.chain, later.chain):
             return True
-        if isinstance(self.node, cst.Return):
-            return self.index < later.index and self.chain == later.chain[: len(self.chain)]
         for depth, (node, branch) in enumerate(self.chain):
             if isinstance(node, cst.If) and self.chain[:depth] == later.chain[:depth] and self.index < later.index:
                 suite = node.body if branch == "body" else getattr(node.orelse, "body", None)
