@@ -66,8 +66,8 @@ class CannotRun(Exception):
 
 
 def recognise(models: Sequence[ModelFacts], files: Mapping[str, bytes]) -> bool:
-    """A model of double and single blocks whose positions come in as ids, and whose joint attention was found."""
-    return any(model.ids is not None and model.double_block.attention for model in models)
+    """A model whose image tokens and positions have FLUX's names, and whose joint attention was found."""
+    return any(model.image == "img" and model.ids == "img_ids" and model.double_block.attention for model in models)
 
 
 # Building the model.

@@ -180,7 +180,8 @@ def _refusal(error: dict[str, Any], theirs: Spec, ours: Spec) -> VerifyError:
     message = error["message"].replace(str(theirs.root), str(ours.root))
     if error["kind"] == "build":
         return VerifyError(
-            f"{message}. Write a file that builds it, `verify_factory.py` say, and name it:\n\n"
+            f"{message}. Write a file that builds it, `verify_factory.py` say, and name it (a model that is called in "
+            f"another way than FLUX.1 needs a target of its own: docs/adding-a-target.md):\n\n"
             f"{factory_skeleton(theirs.facts)}",
             next_command=f"chipmunk verify {quoted(ours.root)} --factory verify_factory:build",
         )

@@ -48,11 +48,12 @@ def model(starter: ModuleType) -> nn.Module:
     return built.requires_grad_(False)
 
 
-def test_recognises_by_the_model_not_by_names() -> None:
+def test_recognises_by_the_model_not_by_files() -> None:
     assert flux.recognise([FACTS], {})
     assert flux.recognise([replace(FACTS, ids=None), FACTS], {"unrelated.py": b""})
     assert not flux.recognise([], {"flux/model.py": b""})
     assert not flux.recognise([replace(FACTS, ids=None)], {})
+    assert not flux.recognise([replace(FACTS, image="latents")], {})
     assert not flux.recognise([replace(FACTS, double_block=replace(FACTS.double_block, attention=False))], {})
 
 
