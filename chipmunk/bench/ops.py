@@ -353,19 +353,20 @@ def _grid(**columns: str) -> list[tuning.Parameters]:
 
 VARIANTS: dict[str, list[tuning.Parameters]] = {
     "column_sparse_attention": _grid(
-        gluon=" 1   1   1   1   1  1  1  0",
-        rows="128 128 128 128 128 64 64 128",
-        keys="128 128  64  64  32 64 64 32",
-        warps=" 8   8   8   8   8  4  4  4",
-        stages="2   3   3   4   5  3  2  3",
+        gluon=" 1   1   1   1   1   0   0",
+        rows="128 128 128 128 128 128 128",
+        keys="128  64  64  32 128  32  64",
+        warps=" 8   8   8   8   8   4   8",
+        stages="2   3   4   6   3   3   2",
+        registers="0 0  0   0   0   0 128",
     ),
     "attention_with_column_sums": _grid(
-        queries="128 128 128 256 256 256 256 64",
-        tile="   128  64  64  64  64 128 128 64",
-        warps="    8   4   4   8   4   8   8  4",
-        stages="   2   2   3   2   2   2   3  3",
-        splits="   2   2   1   1   1   1   1  1",
-        sampled="  0   0   0   0   0   0   0  0",
+        gluon="    1   1   1   1   1   0",
+        queries="128 128 128 128 256 256",
+        tile="   128 128  64 128 128  64",
+        warps="    8   8   4   8   8   8",
+        stages="   2   3   3   3   3   2",
+        splits="   2   1   1   2   1   1",
     ),
     "sparse_mlp_in": _grid(
         rows="    128 128 128 128 128 128 128",
@@ -406,6 +407,8 @@ def cases(variants: str) -> Iterator[Case]:
                 yield Case(name, build, dense, full * kept, "column_sparse_attention", p)
         build = partial(_sparse_attention, tokens, counts[0], 192)
         yield Case(f"sparse attention N={tokens} K={counts[0]} group=192", build, dense, full * counts[0])
+        build = partial(_sparse_attention, tokens, counts[1], 192)
+        yield Case(f"sparse attention N={tokens} K={counts[1]} group=192", build, dense, full * counts[1])
         name = f"dense attention with log-sum-exp N={tokens}"
         yield Case(name, partial(_dense_with_lse, tokens), dense, full * tokens)
         for label, p in named("attention_with_column_sums"):

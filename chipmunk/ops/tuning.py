@@ -21,8 +21,8 @@ Parameters = dict[str, int]
 
 # Capability → operator and shape class → parameters. Measured on an H100 (docs/kernels.md has the attempts).
 _HOPPER: dict[str, Parameters] = {
-    "attention_with_column_sums/64": {"queries": 128, "tile": 64, "warps": 4, "stages": 3, "splits": 2},
-    "attention_with_column_sums/128": {"queries": 128, "tile": 64, "warps": 4, "stages": 3, "splits": 2},
+    "attention_with_column_sums/64": {"gluon": 1, "queries": 128, "tile": 128, "warps": 8, "stages": 3, "splits": 1},
+    "attention_with_column_sums/128": {"gluon": 1, "queries": 128, "tile": 128, "warps": 8, "stages": 3, "splits": 1},
     "column_sparse_attention/64": {"gluon": 1, "rows": 128, "keys": 64, "warps": 8, "stages": 3},
     "column_sparse_attention/128": {"gluon": 1, "rows": 128, "keys": 64, "warps": 8, "stages": 3},
     "sparse_mlp_in": {"rows": 128, "neurons": 256, "depth": 64, "warps": 8, "stages": 3, "split": 4},

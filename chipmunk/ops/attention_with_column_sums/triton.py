@@ -107,6 +107,30 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, group: int, scale: float, par
     together, parts = max(queries // sampled, 1), max(sampled // queries, 1)
     tiles = triton.cdiv(tokens, tile)
     splits = min(parameters["splits"], tiles)
+    if parameters.get("gluon") and together == 1 and sampled == group and queries >= 64 and width in (64, 128):
+        from chipmunk.ops.attention_with_column_sums.hopper import sums_kernel
+
+        sums_kernel[(groups, splits, batch * heads)](
+            q,
+            k,
+            lse,
+            sums,
+            heads,
+            tokens,
+            groups,
+            triton.cdiv(tiles, splits),
+            scale * 1.4426950408889634,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            group=group,
+            parts=parts,
+            queries=queries,
+            tile=tile,
+            width=width,
+            stages=parameters["stages"],
+            num_warps=parameters["warps"],
+        )
+        return sums
     _kernel[(triton.cdiv(groups, together), splits, batch * heads)](
         q,
         k,

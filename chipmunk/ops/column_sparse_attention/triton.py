@@ -18,7 +18,6 @@ from torch import Tensor
 from chipmunk.ops import tuning
 from chipmunk.ops.dispatch import groups_of
 
-_LOG2_E = 1.4426950408889634
 _CANDIDATES = [
     ({"rows": 128, "keys": 64, "warps": 8, "stages": 2, "ahead": 0}, 100 << 10),
     ({"rows": 128, "keys": 128, "warps": 8, "stages": 2, "ahead": 0}, 164 << 10),
@@ -69,39 +68,62 @@ def _run(
     indices = indices.contiguous()
     out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     added = out if addend is None else addend
-    rows, keys = parameters["rows"], parameters["keys"]
-    while group % rows:
-        rows //= 2
-    parts, groups = group // rows, groups_of(tokens, group)
+    groups, keys = groups_of(tokens, group), parameters["keys"]
     tensors = (q, k, v, indices, added, out)
-    sizes = (heads, tokens, groups, kept)
+    scale *= 1.4426950408889634  # for powers of two
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *added.stride(), *out.stride()[:3])
     constants = {
-        "parts": parts,
         "sign": 0 if addend is None else (-1 if subtract else 1),
         "negate": addend is None and subtract,
-        "rows": rows,
         "keys": keys,
         "width": width,
-        "num_warps": parameters["warps"],
     }
-    if parameters.get("gluon"):
+    if parameters.get("gluon") and group % 64 == 0 and width in (64, 128):
         from chipmunk.ops.column_sparse_attention.hopper import attention_kernel
 
-        attention_kernel[(groups * parts, batch * heads)](
-            *tensors, *sizes, scale * _LOG2_E, *strides, **constants, stages=parameters["stages"]
+        consumers = 2 if group % 128 == 0 else 3 if group % 192 == 0 else 1
+        parts = group // (64 * consumers)
+        work = groups * parts * batch * heads
+        registers = {1: (224, 56), 2: (224, 56), 3: (152, 56)}[consumers]
+        attention_kernel[(min(work, tuning.multiprocessors(q.device) * (2 if consumers == 1 else 1)),)](
+            *tensors,
+            heads,
+            tokens,
+            groups,
+            kept,
+            groups * parts,
+            work,
+            scale,
+            *strides,
+            **constants,
+            parts=parts,
+            consumers=consumers,
+            stages=parameters["stages"],
+            consumer_registers=registers[0],
+            producer_registers=registers[1],
+            num_warps=4,
         )
         return out
+    rows = parameters["rows"]
+    while group % rows:
+        rows //= 2
+    parts = group // rows
     full, rest = divmod(kept, keys)
     _kernel[(groups * parts, batch * heads)](
         *tensors,
-        *sizes,
+        heads,
+        tokens,
+        groups,
+        kept,
         full,
-        scale * _LOG2_E,
+        scale,
         *strides,
         **constants,
+        parts=parts,
+        rows=rows,
         rest=max(16, triton.next_power_of_2(rest)) if rest else 0,
         ahead=bool(parameters.get("ahead")) and full > 1,
+        num_warps=parameters["warps"],
         num_stages=parameters["stages"],
         **({"maxnreg": parameters["registers"]} if parameters.get("registers") else {}),
     )
