@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from types import ModuleType
@@ -31,7 +32,7 @@ class Fluxlet(nn.Module):
 
 
 def sample(net, latents, latent_ids, context, pooled, sigmas):  # type: ignore[no-untyped-def]
-    for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for now, after in itertools.pairwise(sigmas):
         latents = latents + (after - now) * net(latents, latent_ids, context, pooled, latents.new_full((2,), now))
     return latents
 
@@ -51,12 +52,9 @@ def target(plugins: Path) -> ModuleType:
 
 def test_it_has_every_name_that_the_built_in_target_has(target: ModuleType) -> None:
     built_in = registry.load().targets["flux"].module
-    names = {
-        name
-        for name in vars(built_in)
-        if not name.startswith("_") and getattr(vars(built_in)[name], "__module__", "") == built_in.__name__
-    }
-    assert names | {"NAME", "API", "SMALL", "FULL"} <= set(vars(target))
+    public = {name: value for name, value in vars(built_in).items() if not name.startswith("_")}
+    own = {name for name, value in public.items() if getattr(value, "__module__", None) == built_in.__name__}
+    assert own | {"NAME", "API", "SMALL", "FULL"} <= set(vars(target))
 
 
 def test_it_is_chosen_for_its_family_and_for_no_other(plugins: Path) -> None:
