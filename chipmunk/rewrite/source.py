@@ -201,6 +201,8 @@ def import_edit(source: Source, name: str, own_modules: set[str]) -> Edit:
         return _before(source, later[0], line)
     if third_party and not _comment_above(third_party[0]):
         return _before(source, third_party[0], line)
+    if third_party:
+        return _after(source, third_party[-1], line)
     standard = [s for s in region if _module_of(s).split(".")[0] in sys.stdlib_module_names]
     if standard:
         return _after(source, standard[-1], line, blank=True)

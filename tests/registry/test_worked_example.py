@@ -9,8 +9,12 @@ import pytest
 
 from chipmunk.registry import Patch, load
 from chipmunk.rewrite import Plan, plan_repository
+from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.flow import Scope
 from chipmunk.rewrite.minimal import FILES
+from chipmunk.rewrite.repository import Repository
 from chipmunk.rewrite.source import Source
+from chipmunk.rewrite.values import Values
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding-a-patch.md"
 
@@ -46,20 +50,15 @@ def test_it_works_beside_the_built_in_patches(plugins: Path) -> None:
 
 def test_what_the_page_says_of_the_context_is_there() -> None:
     page = PAGE.read_text()
-    from chipmunk.rewrite.context import Context
-    from chipmunk.rewrite.flow import Scope
-    from chipmunk.rewrite.repository import Repository
-    from chipmunk.rewrite.values import Values
-
-    named = {
-        Context: ["runtime", "runtime_call", "replace", "insert_before", "insert_after", "edit", "prepend_arguments"]
-        + ["append_argument", "append_parameter", "patched", "already", "left_dense", "values"],
-        Repository: ["resolve", "method", "values_of"],
-        Scope: ["calls", "reaching", "roots", "calls_behind"],
-        Source: ["code", "line", "span", "indentation"],
-        Values: ["labels"],
-    }
-    for owner, names in named.items():
-        for name in names:
+    named: list[tuple[type, str]] = [
+        (Context, "runtime runtime_call values patched already left_dense edit replace insert_before insert_after"),
+        (Context, "prepend_arguments append_argument append_parameter"),
+        (Repository, "resolve method values_of"),
+        (Scope, "calls reaching roots calls_behind"),
+        (Source, "code line span indentation"),
+        (Values, "labels"),
+    ]
+    for owner, names in named:
+        for name in names.split():
             assert name in page
             assert hasattr(owner, name), f"{owner.__name__}.{name}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from chipmunk.rewrite import Plan
-from chipmunk.rewrite.minimal import FILES
+from chipmunk.rewrite.minimal import ATTENTION, FILES
 
 Files = dict[str, str]
 
@@ -145,7 +145,34 @@ REWRITES = (
         "image = image + self.image_mlp(self.image_norm(image))",
         "image += self.image_mlp(self.image_norm(image))",
     ),
+    # Other names for the attention call
+    Rewrite(
+        "flow/attention.py",
+        ATTENTION,
+        ATTENTION.replace("torch.nn.f", "layers.f").replace("import torch\n", "from torch import nn as layers\n"),
+    ),
+    Rewrite(
+        "flow/attention.py",
+        ATTENTION,
+        ATTENTION.replace("torch.nn.functional.", "").replace(
+            "import torch\n",
+            "from torch.nn.functional import *\nfrom torch.nn.functional import scaled_dot_product_attention\n",
+        ),
+    ),
+    Rewrite(
+        "flow/attention.py",
+        ATTENTION,
+        ATTENTION.replace("torch.nn.functional.scaled_dot_product_attention(", "sdpa(").replace(
+            "import torch\n", "from torch.nn import functional\n\nsdpa = functional.scaled_dot_product_attention\n"
+        ),
+    ),
     # Branches and loops
+    Rewrite(
+        "flow/model.py",
+        "        for block in self.pairs:\n            image, text = block(image, text, rotation)\n",
+        "        if text.shape[1] > 0:\n            with torch.no_grad():\n                for block in self.pairs:\n"
+        "                    (image, text) = block(image=image, text=text, rotation=rotation)\n",
+    ),
     Rewrite("flow/model.py", "for block in self.pairs:", "for i, block in enumerate(self.pairs):"),
     Rewrite(
         "flow/model.py",
