@@ -29,7 +29,7 @@ class BlockCompiler:
 
     def compile(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
         """Compile the blocks that are not compiled yet, if the configuration and the device ask for it."""
-        if self.wanted is False or (self.wanted == "auto" and (device.type != "cuda" or not _can_compile())):
+        if self.wanted is False or (self.wanted == "auto" and not _is_worth_it(device)):
             return
         if any(_is_compiled(module) for module in (model, *blocks) if module not in self._compiled):
             return  # the user compiles, and knows how
@@ -44,15 +44,32 @@ class BlockCompiler:
             block._compiled_call_impl = None
         self._compiled.clear()
 
+    def gives_up(self, error: BaseException) -> bool:
+        """Whether `error` says that the compiler, which nobody asked for, does not work; if so, go on without it."""
+        if self.wanted != "auto" or not self.has_compiled:
+            return False
+        if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            return False
+        self.undo()
+        self.wanted = False
+        return True
+
     @contextmanager
-    def limits(self) -> Iterator[None]:
-        """Room for the graphs of all kinds of step at several image sizes, in blocks compiled here or by the user."""
+    def settings(self) -> Iterator[None]:
+        """What the compiler is to know while the model runs.
+
+        Room for the graphs of all kinds of step at several image sizes, in blocks compiled here or by the user; and
+        that users who did not compile anything may add hooks at any time.
+        """
         if "torch._dynamo" not in sys.modules:
             yield
             return
         dynamo = torch._dynamo.config
         name = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
-        with dynamo.patch({name: max(getattr(dynamo, name), _RECOMPILE_LIMIT)}):
+        changes: dict[str, int | bool] = {name: max(getattr(dynamo, name), _RECOMPILE_LIMIT)}
+        if self.has_compiled:
+            changes["skip_nnmodule_hook_guards"] = False
+        with dynamo.patch(changes):
             yield
 
 
@@ -60,7 +77,10 @@ def _is_compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
 
 
-def _can_compile() -> bool:
+def _is_worth_it(device: torch.device) -> bool:
+    """Whether compiled blocks are faster on `device`, and the compiler has what it needs there."""
+    if device.type != "cuda":
+        return False
     try:
         from torch.utils._triton import has_triton
     except ImportError:

@@ -55,7 +55,8 @@ def run_model_call(
             reason = _why_dense(session, generation, name, bound.arguments)
             if reason is not None or generation is None:
                 session.recorder.dense_model_calls[str(reason)] += 1
-                return forward(model, *args, **kwargs)
+                with session.compiler.settings():
+                    return forward(model, *args, **kwargs)
             result = _attempt(session, generation, name, forward, bound, blocks)
             if result is not _AGAIN:
                 return result
@@ -106,22 +107,28 @@ def _attempt(
     _seed(slot.layers, image.device)
     try:
         arguments = _reordered(session, slot.order, bound)
-        with _states_installed(session, blocks, slot), record_fallbacks(session.recorder.fallbacks):
+        with (
+            _states_installed(session, blocks, slot),
+            session.compiler.settings(),
+            record_fallbacks(session.recorder.fallbacks),
+        ):
             result = forward(*arguments.args, **arguments.kwargs)
         if slot.order is not None:
             result = _restored(session, slot.order, result)
     except BaseException as error:
         generation.drop_caches()
-        if not _is_out_of_memory(error):
-            raise
         result = _AGAIN
-        generation.dense_reason = "the caches did not fit into memory"
-        warnings.warn(
-            "Chipmunk: the caches did not fit into memory; the rest of this image runs dense. A smaller batch or "
-            "resolution, or `mlp.is_enabled: false`, needs less.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        if _is_out_of_memory(error):
+            generation.dense_reason = "the caches did not fit into memory"
+            _warn(
+                "the caches did not fit into memory; the rest of this image runs dense. A smaller batch or resolution, "
+                "or `mlp.is_enabled: false`, needs less."
+            )
+        elif session.compiler.gives_up(error):
+            why = " ".join(str(error).partition("\n\n")[0].split())
+            _warn(f"torch.compile does not work here ({why}); blocks run uncompiled, as `compile: false` would ask.")
+        else:
+            raise
     if result is _AGAIN:
         generation.drop_caches()
         if image.device.type == "cuda":
@@ -318,8 +325,7 @@ def _states_installed(session: Session, blocks: Sequence[nn.Module], slot: CallS
             block.__dict__[ATTRIBUTE] = state
             session.installed.append(block)
     try:
-        with session.compiler.limits():
-            yield
+        yield
     finally:
         for block in session.installed:
             block.__dict__.pop(ATTRIBUTE, None)
@@ -335,6 +341,10 @@ def _states_taken_away(session: Session) -> Iterator[None]:
     finally:
         for block, state in zip(session.installed, states, strict=True):
             block.__dict__[ATTRIBUTE] = state
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"Chipmunk: {message}", RuntimeWarning, stacklevel=5)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -47,6 +47,8 @@ class Session:
         self.lock = threading.RLock()
         self.recorder = Recorder()
         self.compiler = BlockCompiler(config.compile)
+        # Made here and not at import, which would import the whole compiler for those who leave Chipmunk off.
+        self.call_eagerly: Callable[..., Any] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
         self.layout = WeightLayout()
         self.installed: list[nn.Module] = []
         """The blocks that hold a state now: not empty while a sparse call runs."""
@@ -100,9 +102,10 @@ def model_forward(*, double: str, single: str, image: str, ids: str | None = Non
         def chipmunk_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 # The whole model is being compiled; getattr, so that Dynamo guards on the absence of a session.
-                if not getattr(self, ATTRIBUTE, None):
+                session = getattr(self, ATTRIBUTE, None)
+                if not session:
                     return forward(self, *args, **kwargs)
-                return _call_eagerly(forward, signature, self, args, kwargs)
+                return session.call_eagerly(forward, signature, self, args, kwargs)
             return _call(forward, signature, self, args, kwargs)
 
         setattr(chipmunk_forward, MARK, spec)
@@ -124,9 +127,6 @@ def _call(
     named = _slot_name.get()
     name = named[1] if named is not None and named[0] is session else MAIN_SLOT
     return run_model_call(session, name, forward, signature, model, args, kwargs)
-
-
-_call_eagerly = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
 
 
 def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, Any] | None = None) -> None:

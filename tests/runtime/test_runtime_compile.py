@@ -151,6 +151,38 @@ def test_five_sizes_in_a_row_stay_below_the_limit(monkeypatch: pytest.MonkeyPatc
     assert torch._dynamo.config.recompile_limit == 8
 
 
+def test_hooks_added_to_blocks_that_the_session_compiled_are_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user compiled nothing, so nothing may be lost that works in plain PyTorch."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    model, plain = single(), single()
+    chipmunk.enable(model, alone(compile=True, mlp__top_keys=1.0, attn__is_enabled=False))
+    denoise(model, 8, **inputs())
+    for one in (model, plain):
+        one.single_blocks[0].linear2.register_forward_hook(lambda module, args, out: out * 2)
+    assert error(denoise(model, 8, **inputs()), denoise(plain, 8, **inputs())) < 1e-5
+    given = {**inputs(), "timesteps": torch.ones(1)}
+    assert error([model(**given)], [plain(**given)]) < 1e-5
+
+
+def _broken(graph: Any, examples: Any) -> Any:
+    raise OSError("no C compiler")
+
+
+def test_a_compiler_that_does_not_work_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", _broken)
+    model, plain = single(), single()
+    chipmunk.enable(plain, alone(compile=False))
+    chipmunk.enable(model, alone())
+    session = model.__dict__["_chipmunk_session"]
+    monkeypatch.setattr(compiling, "_is_worth_it", lambda device: True)
+    with pytest.warns(RuntimeWarning, match="torch.compile does not work here .*no C compiler"):
+        assert same(denoise(model, 9, **inputs()), denoise(plain, 9, **inputs()))
+    assert not session.compiler.has_compiled
+    chipmunk.enable(model, alone(compile=True))  # a choice made explicitly is not given up
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no C compiler"):
+        denoise(model, 9, **inputs())
+
+
 def test_a_whole_model_compiles_in_one_graph_while_off() -> None:
     model, given = tiny(), {**inputs(), "timesteps": torch.ones(1)}
     whole = torch.compile(model, fullgraph=True, backend="aot_eager")

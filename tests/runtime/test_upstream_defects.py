@@ -35,7 +35,7 @@ def test_the_step_counter_does_not_shift_later_images() -> None:
             assert (layer.mlp["main"].full, layer.mlp["main"].sparse) == (2 * image, 10 * image)
 
 
-@pytest.mark.parametrize("steps", [8, 9, 10, 11, 28])
+@pytest.mark.parametrize("steps", [8, 28])
 def test_any_number_of_steps_and_no_cache_of_the_image_before(steps: int) -> None:
     """Upstream counts to 50: with 28 steps the second image reuses the first one's caches."""
     model = enabled()
@@ -51,7 +51,7 @@ def test_a_change_of_resolution_gets_its_own_positions() -> None:
         assert error(denoise(model, 9, **given), denoise(build(), 9, **given)) < 1e-5
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(("height", "width"), [(5, 11), (17, 3)])
 def test_any_batch_and_any_grid(batch: int, height: int, width: int) -> None:
     """Upstream: batch 1, and widths and heights that are multiples of 128 pixels (8 tokens)."""
@@ -104,7 +104,7 @@ def test_what_an_mlp_returns_is_not_the_cache() -> None:
         assert same(denoise(model, 12, **inputs()), expected)
 
 
-@pytest.mark.parametrize("top", [0.0, 1e-9, 0.001, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("top", [0.0, 0.001, 0.999, 1.0])
 @pytest.mark.parametrize("random", [0.0, 1.0])
 def test_tiny_and_whole_fractions_work(top: float, random: float) -> None:
     """Upstream fails for a count of 0, and for one rounded past N."""
