@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from chipmunk.apply.errors import Refused
+from chipmunk.apply.errors import Refused, quoted
 from chipmunk.bench.measurement import Run
 from chipmunk.bench.spec import PROGRESS, Event, Spec
 from chipmunk.verify.process import environment
@@ -25,11 +25,14 @@ class BenchError(Refused):
     """Nothing could be measured: no GPU, not enough memory, code that does not run (exit code 2)."""
 
 
-def run_worker(spec: Spec, python: str, label: str, progress: Progress, keep_caches: bool) -> list[Run]:
+def run_worker(
+    spec: Spec, root: Path, python: str, progress: Progress, label: str = "", keep_caches: bool = False
+) -> list[Run]:
     """Run one worker in the folder of `spec.out` and return what it measured.
 
-    label: the configuration's name, added to every event. Raises BenchError where the worker ends without a result. The
-    worker and all that it has started are gone when this returns, however it does.
+    root: the user's repository, for messages. label: the configuration's name, added to every event. Raises BenchError
+    where the worker ends without a result. The worker and all that it has started are gone when this returns, however
+    it does.
     """
     folder = spec.out.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +71,7 @@ def run_worker(spec: Spec, python: str, label: str, progress: Progress, keep_cac
         worker.wait()
     if failure is None and code == 0 and spec.out.exists():
         return [Run.from_json(json.loads(line)) for line in spec.out.read_text().splitlines()]
-    raise _died(spec, python, code, failure, errors.read_text(errors="replace"))
+    raise _died(spec, root, python, code, failure, errors.read_text(errors="replace"))
 
 
 def _caches(folder: Path) -> dict[str, str]:
@@ -79,11 +82,16 @@ def _caches(folder: Path) -> dict[str, str]:
     }
 
 
-def _died(spec: Spec, python: str, code: int, failure: Event | None, written: str) -> BenchError:
+def _died(spec: Spec, root: Path, python: str, code: int, failure: Event | None, written: str) -> BenchError:
     """Say what happened to a worker, why, and what to run next."""
     side = f"the {spec.side} code"
+    verify = f"chipmunk verify {quoted(root)}"
+
+    def told(text: str) -> str:
+        return text.replace(str(spec.root), str(root))  # the original lies in a folder that is gone by now
+
     if failure is None:
-        last = _last(written)
+        last = told(_last(written))
         if "No module named 'chipmunk" in last:
             return BenchError(
                 f"Chipmunk's benchmark cannot be imported by {python}\n\n{last}",
@@ -92,22 +100,26 @@ def _died(spec: Spec, python: str, code: int, failure: Event | None, written: st
         why = f"exit code {code}"
         if code < 0:
             why = f"killed by {signal.Signals(-code).name}"
-            why += ": the machine ran out of memory?" if -code == signal.SIGKILL else ""
-        return BenchError(f"the process that ran {side} ended without a result ({why})\n\n{last}".rstrip())
-    kind, message, trace = failure["kind"], failure["message"], failure["trace"]
+            why += ": did the machine run out of memory?" if -code == signal.SIGKILL else ""
+        message = f"the process that ran {side} ended without a result ({why})\n\n{last}".rstrip()
+        return BenchError(message, next_command=verify)
+    kind, message, next_command = failure["kind"], told(failure["message"]), failure["next"]
     if kind == "device":
-        return BenchError(message, next_command=f"{python} -m chipmunk.cli doctor")
+        return BenchError(message, next_command=f"chipmunk doctor --python {quoted(Path(python))} {quoted(root)}")
     if kind in ("import", "build", "result"):
-        return BenchError(f"{side} cannot be timed: {message}", next_command=failure["next"])
+        return BenchError(f"{side} cannot be timed: {message}", next_command=next_command or verify)
     if kind == "memory":
+        width, height = min(spec.sizes)
+        smaller = f"{max(width // 32, 1) * 16}x{max(height // 32, 1) * 16}"
         return BenchError(
-            f"the GPU's memory does not suffice for {side}: {message}",
-            next_command="chipmunk bench with a smaller --size, or --batch 1; nvidia-smi shows what else uses the GPU",
+            f"the GPU's memory does not suffice for {side} (nvidia-smi shows what else uses it): {message}",
+            next_command=f"chipmunk bench {quoted(root)} --size {smaller}",
         )
     return BenchError(
-        f"{side} fails while it is timed: {message}\n\n{_last(trace)}", next_command="chipmunk verify REPO"
+        f"{side} fails while it is timed: {message}\n\n{told(_last(failure['trace']))}", next_command=verify
     )
 
 
 def _last(text: str) -> str:
-    return "\n".join(text.strip().splitlines()[-LAST_LINES:])
+    lines = [line for line in text.rstrip().splitlines() if line.strip(" ^~")]
+    return "\n".join(lines[-LAST_LINES:])

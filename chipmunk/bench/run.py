@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +137,20 @@ def run(root: Path, options: BenchOptions, progress: Progress = lambda event: No
             weights=None if options.weights is None else options.weights.resolve(),
             overrides=options.overrides,
         )
+        worker = partial(
+            run_worker, root=state.root, python=options.python, progress=progress, keep_caches=options.keep_caches
+        )
         ours: list[Run] = []
         for number, (name, config) in enumerate(configs.items()):
             spec = replace(base, config=config, out=work / f"patched-{number}" / "runs.jsonl")
-            found = run_worker(spec, options.python, name, progress, options.keep_caches)
+            found = worker(spec, label=name)
             ours += [replace(run, config=name) for run in found]
         to_match = {size: [steady(run.of_size(size)).seconds for run in ours] for size in ours[0].sizes}
         original = rebuild(state.root, originals, work / "original-repository")
         spec = replace(
             base, side="original", root=original, match_seconds=to_match, out=work / "original" / "runs.jsonl"
         )
-        theirs = {run.variant: run for run in run_worker(spec, options.python, "", progress, options.keep_caches)}
+        theirs = {run.variant: run for run in worker(spec)}
         operators = time_operators(options.python, work) if options.operators else ()
     notes = [f"{run.config}: {note}" if len(ours) > 1 else note for run in ours for note in run.notes]
     if options.images < 3:

@@ -154,7 +154,7 @@ def operators(lines: Sequence[dict[str, Any]]) -> Table:
 
 def _table(first: str, *numbers: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
-    table.add_column(first)  # where the width does not suffice, names are wrapped, never figures
+    table.add_column(first, overflow="fold")  # where the width does not suffice, names are wrapped, never figures
     for name in numbers:
         table.add_column(name, justify="right", no_wrap=True)
     return table
