@@ -89,7 +89,8 @@ def _commands(context: Context) -> dict[int, str]:
             module = repository.module(path)
             for place in _places(context, path):
                 for call, step in place.scope.calls:
-                    if last_name(call.func) != "Fire" and dotted(call.func) not in place.scope.bindings:
+                    name = last_name(call.func)
+                    if "Fire" not in (name, place.module.aliases.get(name)):
                         continue
                     meaning = repository.resolve(call.func, place.names, step)
                     if isinstance(meaning, External) and meaning.name in ("fire.Fire", "fire.core.Fire") and call.args:

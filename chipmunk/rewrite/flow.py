@@ -65,6 +65,10 @@ class Scope:
     outer: Scope | None = None
     steps: list[Step] = field(default_factory=list)
     bindings: dict[str, list[Binding]] = field(default_factory=dict)
+    calls: list[tuple[cst.Call, Step]] = field(default_factory=list)
+    """Every call, in the order of the text, with the statement it stands in."""
+    words: set[str] = field(default_factory=set)
+    """Every name and attribute that occurs in the statements."""
 
     def __post_init__(self) -> None:
         self._read(self.node if isinstance(self.node, cst.Module) else self.node.body, ())
@@ -148,7 +152,11 @@ class Scope:
         self.steps.append(step)
         for expression in expressions:
             for inner in walk(expression):
-                if type(inner) is cst.NamedExpr:
+                if type(inner) is cst.Call:
+                    self.calls.append((inner, step))
+                elif type(inner) is cst.Name:
+                    self.words.add(inner.value)
+                elif type(inner) is cst.NamedExpr:
                     self._bind(inner.target, inner.value, step)
         return step
 
@@ -167,15 +175,6 @@ class Scope:
             self.bindings.setdefault(name, []).append(binding)
 
     # Asking
-
-    @cached_property
-    def calls(self) -> list[tuple[cst.Call, Step]]:
-        """Every call, in the order of the text, with the statement it stands in."""
-        found: list[tuple[cst.Call, Step]] = []
-        for step in self.steps:
-            for expression in step.expressions:
-                found += [(node, step) for node in walk(expression) if type(node) is cst.Call]
-        return found
 
     def reaching(self, name: str, step: Step) -> list[Binding]:
         """The assignments whose value `name` may have where `step` uses it, the latest first."""

@@ -50,11 +50,12 @@ class Place:
 
     @cached_property
     def words(self) -> set[str]:
-        """Every name and attribute that occurs in it, and what an alias stands for."""
-        nodes: list[cst.CSTNode] = [expression for step in self.scope.steps for expression in step.expressions]
+        """Every name and attribute that occurs in it, annotations among them, and what aliases stand for."""
+        words = set(self.scope.words)
         if self.function is not None:
-            nodes = [self.function.node]
-        words = {n.value for node in nodes for n in walk(node) if type(n) is cst.Name}
+            annotations = [self.function.node.returns, *(p.annotation for p in parameters(self.function.node))]
+            nodes = [node for annotation in annotations if annotation is not None for node in walk(annotation)]
+            words.update(dotted(node) or _quoted(node) or "" for node in nodes)
         return words | {self.module.aliases[word] for word in words & self.module.aliases.keys()}
 
     @property
@@ -159,12 +160,12 @@ class Values:
             self._settle()
 
     def _sees_known(self, content: bytes) -> bool:
+        """The cheap test before a file is parsed: it has a name, not just in prose, and a module that gives it."""
         for name, stems in self._known.items():
-            if name.encode() in content:
-                sources = "|".join([re.escape(stem) for stem in sorted(stems) if stem] + [r"from\s+\.+\s+import"])
-                if re.search(rb"\b" + re.escape(name.encode()) + rb"\b", content) and re.search(
-                    rb"(?<!\w)(?:" + sources.encode() + rb")(?!\w)", content
-                ):
+            word = name.encode()
+            if word in content and re.search(rb"\b" + word + rb"(?:[ \t]*[^\w \t]|\s+as\b|\Z)", content):
+                sources = "|".join([*sorted(re.escape(stem) for stem in stems), r"from\s+\.+\s+import"])
+                if re.search(rb"(?<!\w)(?:" + sources.encode() + rb")(?!\w)", content):
                     return True
         return False
 
