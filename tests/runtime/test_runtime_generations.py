@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import weakref
 from collections.abc import Iterator
@@ -213,6 +214,25 @@ def test_a_loop_that_moves_to_another_thread() -> None:
         thread.join(60)
     alone = enabled()
     assert same(got, [call(alone, step, given) for step in chipmunk.steps(alone, range(STEPS))])
+
+
+def test_two_asyncio_tasks_on_one_model() -> None:
+    model, given, results = enabled(), [inputs(seed=1), inputs(seed=2)], {}
+
+    async def work(index: int) -> None:
+        got = []
+        for step in chipmunk.steps(model, range(STEPS)):
+            got.append(call(model, step, given[index]))
+            await asyncio.sleep(0)
+        results[index] = got
+
+    async def both() -> None:
+        await asyncio.gather(work(0), work(1))
+
+    asyncio.run(both())
+    for index in range(2):
+        alone = enabled()
+        assert same(results[index], [call(alone, step, given[index]) for step in chipmunk.steps(alone, range(STEPS))])
 
 
 def test_outside_a_loop_is_dense_to_the_bit() -> None:
