@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 
 import chipmunk
+import chipmunk.runtime
 from tests.end_to_end.starter import Repository, inputs, load, small_config
 
 
@@ -67,8 +69,8 @@ def denoising(repository: Repository, model: Any, picture: Picture) -> Generator
 
 
 def main(root: str, out: str) -> None:
+    """Imports are done once, above; all else by processes forked from this one, which only imports."""
     repository = load(Path(root))
-    torch.set_num_threads(1)
 
     def work(name: str) -> None:
         torch.set_num_threads(1)

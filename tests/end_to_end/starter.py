@@ -45,7 +45,7 @@ class Repository:
     modules: dict[str, ModuleType]
 
     def model(self, depth: int = 3, seed: int = 0) -> nn.Module:
-        """A model of `depth` blocks of each kind with the same weights in every repository."""
+        """A model of `depth` double blocks and one single block fewer; the same weights in every repository."""
         params = self.modules["flux.model"].FluxParams(
             in_channels=8,
             out_channels=8,
@@ -55,7 +55,7 @@ class Repository:
             mlp_ratio=4.0,
             num_heads=2,
             depth=depth,
-            depth_single_blocks=depth,
+            depth_single_blocks=depth - 1,
             axes_dim=[4, 6, 6],
             theta=10_000,
             qkv_bias=True,

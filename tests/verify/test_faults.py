@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # once, not in each fork
 
 from chipmunk import registry, verify
 from chipmunk.rewrite import plan_repository
