@@ -353,21 +353,21 @@ def _grid(**columns: str) -> list[tuning.Parameters]:
 
 VARIANTS: dict[str, list[tuning.Parameters]] = {
     "column_sparse_attention": _grid(
-        gluon=" 1   1   1   1   1   0   0",
-        rows="128 128 128 128 128 128 128",
-        keys="128  64  64  32 128  32  64",
-        warps=" 8   8   8   8   8   4   8",
-        stages="2   3   4   6   3   3   2",
-        registers="0 0  0   0   0   0 128",
+        gluon=" 1   1   1   0   0",
+        rows="128 128 128 128 128",
+        keys="128  64 128  32  64",
+        warps=" 8   8   8   4   8",
+        stages="2   4   3   3   2",
+        registers="0 0  0   0 128",
     ),
     "attention_with_column_sums": _grid(
-        gluon="    1   1   1   1   1   0",
-        queries="128 128 128 128 256 256",
-        tile="   128 128  64 128 128  64",
-        warps="    8   8   4   8   8   8",
-        stages="   2   3   3   3   3   2",
-        splits="   2   1   1   2   1   1",
+        queries="128 128 128 256",
+        tile="   128  64  64  64",
+        warps="    8   4   4   8",
+        stages="   2   2   3   2",
+        splits="   2   2   1   1",
     ),
+    "select_columns": _grid(warps="4 8 16 32"),
     "sparse_mlp_in": _grid(
         rows="    128 128 128 128 128 128 128",
         neurons=" 256 256 256 256 256 256 256",
@@ -417,9 +417,13 @@ def cases(variants: str) -> Iterator[Case]:
                 f"selecting attention N={tokens}{label}", build, dense, full * tokens, "attention_with_column_sums", p
             )
         yield Case(f"selecting attention N={tokens} group=192", partial(_selecting_attention, tokens, 192), dense)
-    yield Case("select keys", partial(_select, (1, HEADS, 34, 4352), 672, 0))
-    yield Case("select neurons", partial(_select, (1, 34, NEURONS), 3738, 614))
-    yield Case("select keys N=16896", partial(_select, (1, HEADS, 132, 16896), 2800, 0))
+    for label, p in named("select_columns"):
+        for name, shape, keep, random in (
+            ("keys", (1, HEADS, 34, 4352), 672, 0),
+            ("neurons", (1, 34, NEURONS), 3738, 614),
+            ("keys N=16896", (1, HEADS, 132, 16896), 2800, 0),
+        ):
+            yield Case(f"select {name}{label}", partial(_select, shape, keep, random), "", 0.0, "select_columns", p)
     for tokens in (4352,):
         dense = f"dense MLP M={tokens}"
         yield Case(dense, partial(_dense_mlp, tokens), flops=4.0 * tokens * HIDDEN * NEURONS)

@@ -20,11 +20,18 @@ from torch import Tensor
 Parameters = dict[str, int]
 
 # Capability → operator and shape class → parameters. Measured on an H100 (docs/kernels.md has the attempts).
+_SUMS: Parameters = {"queries": 128, "tile": 64, "warps": 4, "stages": 3, "splits": 2}
 _HOPPER: dict[str, Parameters] = {
-    "attention_with_column_sums/64": {"gluon": 1, "queries": 128, "tile": 128, "warps": 8, "stages": 3, "splits": 1},
-    "attention_with_column_sums/128": {"gluon": 1, "queries": 128, "tile": 128, "warps": 8, "stages": 3, "splits": 1},
-    "column_sparse_attention/64": {"gluon": 1, "rows": 128, "keys": 64, "warps": 8, "stages": 3},
-    "column_sparse_attention/128": {"gluon": 1, "rows": 128, "keys": 64, "warps": 8, "stages": 3},
+    "attention_with_column_sums/64": _SUMS,
+    "attention_with_column_sums/128": _SUMS,
+    "column_sparse_attention/64": {"rows": 128, "keys": 32, "warps": 4, "stages": 3},
+    "column_sparse_attention/64 gluon 1": {"gluon": 1, "keys": 64, "stages": 2},
+    "column_sparse_attention/64 gluon 2": {"gluon": 1, "keys": 128, "stages": 2},
+    "column_sparse_attention/64 gluon 3": {"gluon": 1, "keys": 64, "stages": 4},
+    "column_sparse_attention/128": {"rows": 128, "keys": 32, "warps": 4, "stages": 3},
+    "column_sparse_attention/128 gluon 1": {"gluon": 1, "keys": 64, "stages": 2},
+    "column_sparse_attention/128 gluon 2": {"gluon": 1, "keys": 128, "stages": 2},
+    "column_sparse_attention/128 gluon 3": {"gluon": 1, "keys": 64, "stages": 3},
     "sparse_mlp_in": {"rows": 128, "neurons": 256, "depth": 64, "warps": 8, "stages": 3, "split": 4},
     "sparse_mlp_out": {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 3, "split": 4},
 }
@@ -58,6 +65,12 @@ def device_reason(x: Tensor) -> str | None:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
+
+
+@cache
+def gluon(device: torch.device) -> bool:
+    """Whether the kernels written in Gluon run here: Hopper, and a Triton whose Gluon they were tried on."""
+    return device.type == "cuda" and capability(device) == (9, 0) and triton.__version__.startswith("3.6.")
 
 
 @cache

@@ -2,10 +2,9 @@
 
 The column sums need one more product of queries and keys, but no online softmax: with the log-sum-exp known, each
 probability is one exponential. Scores are computed transposed, keys × queries, so that the sum over a group's rows runs
-within a thread. A program owns a block of query rows, `queries` of them, of whole groups where groups are smaller, and
-walks all keys (or one of `splits` parts of them).
-
-With `sampled` = n > 0 only n rows of each group, evenly spread, are looked at, and the sums are scaled by group / n.
+within a thread. A program owns `queries` query rows (whole groups, or a part of one) and walks all keys, or one of
+`splits` parts of them; several programs share a multiprocessor: one's exponentials run beside another's products.
+Every row is looked at: sums over some of the rows keep too little of the mass (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -96,41 +95,14 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, group: int, scale: float, par
     batch, heads, tokens, width = q.shape
     groups = groups_of(tokens, group)
     sums = torch.empty(batch, heads, groups, tokens, dtype=torch.float32, device=q.device)
-    sampled = parameters.get("sampled", 0) or group
     tile, queries = parameters["tile"], parameters["queries"]
-    while queries > sampled and queries % sampled:
+    while queries > group and queries % group:
         queries //= 2  # a block of whole groups,
-    while queries < sampled and sampled % queries:
-        queries //= 2  # or a part of one group
-    if queries < 16:
-        raise ValueError(f"{sampled} rows of each group cannot be summed in blocks of {parameters['queries']}")
-    together, parts = max(queries // sampled, 1), max(sampled // queries, 1)
+    while queries < group and group % queries:
+        queries //= 2  # or a part of one
+    together, parts = max(queries // group, 1), max(group // queries, 1)
     tiles = triton.cdiv(tokens, tile)
     splits = min(parameters["splits"], tiles)
-    if parameters.get("gluon") and together == 1 and sampled == group and queries >= 64 and width in (64, 128):
-        from chipmunk.ops.attention_with_column_sums.hopper import sums_kernel
-
-        sums_kernel[(groups, splits, batch * heads)](
-            q,
-            k,
-            lse,
-            sums,
-            heads,
-            tokens,
-            groups,
-            triton.cdiv(tiles, splits),
-            scale * 1.4426950408889634,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            group=group,
-            parts=parts,
-            queries=queries,
-            tile=tile,
-            width=width,
-            stages=parameters["stages"],
-            num_warps=parameters["warps"],
-        )
-        return sums
     _kernel[(triton.cdiv(groups, together), splits, batch * heads)](
         q,
         k,
@@ -140,20 +112,37 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, group: int, scale: float, par
         tokens,
         groups,
         triton.cdiv(tiles, splits),
-        scale * 1.4426950408889634,
-        group / sampled,
+        scale * 1.4426950408889634,  # for powers of two
         *q.stride()[:3],
         *k.stride()[:3],
         group=group,
-        sampled=sampled,
         together=together,
         parts=parts,
+        queries=queries,
         tile=tile,
         width=width,
         num_warps=parameters["warps"],
         num_stages=parameters["stages"],
     )
     return sums
+
+
+@triton.jit
+def _store(p, sums, key, tokens, groups, together: tl.constexpr, add: tl.constexpr):
+    """Sum probabilities (keys, queries) over each group's queries, and add them to those of the group's other parts."""
+    keys: tl.constexpr = p.shape[0]
+    inside = key < tokens
+    if together == 1:
+        total = tl.sum(p, 1)
+        if add:
+            total += tl.load(sums + key, mask=inside, other=0.0)
+        tl.store(sums + key, total, mask=inside)
+    else:
+        member = tl.arange(0, together)
+        total = tl.sum(p.reshape(keys, together, p.shape[1] // together), 2)
+        tl.store(
+            sums + (member[None, :] * tokens + key[:, None]), total, mask=inside[:, None] & (member < groups)[None, :]
+        )
 
 
 @triton.jit
@@ -167,7 +156,6 @@ def _kernel(
     groups,
     tiles,
     scale,
-    weight,
     stride_qb,
     stride_qh,
     stride_qn,
@@ -175,9 +163,9 @@ def _kernel(
     stride_kh,
     stride_kn,
     group: tl.constexpr,
-    sampled: tl.constexpr,
     together: tl.constexpr,
     parts: tl.constexpr,
+    queries: tl.constexpr,
     tile: tl.constexpr,
     width: tl.constexpr,
 ):
@@ -189,31 +177,24 @@ def _kernel(
     head = (head % heads).to(tl.int64)
     q += batch * stride_qb + head * stride_qh
     k += batch * stride_kb + head * stride_kh
-    each: tl.constexpr = sampled // parts
     channel = tl.arange(0, width)
+    lane = tl.arange(0, tile)
     first_key = tl.program_id(1) * tiles * tile
     end_key = tl.minimum(first_key + tiles * tile, tokens)
+    last_key = first_key + (end_key - first_key) // tile * tile  # where the tile that is not full begins
     for part in tl.static_range(parts):
-        sample = tl.arange(0, together * each)
-        row = (first_group + sample // each) * group + (sample % each + part * each) * group // sampled
+        row = first_group * group + part * queries + tl.arange(0, queries)
         inside = row < tokens
-        queries = tl.load(q + (row[:, None] * stride_qn + channel[None, :]), mask=inside[:, None], other=0.0)
+        at = q + (row[:, None] * stride_qn + channel[None, :])
+        rows = tl.load(at, mask=inside[:, None], other=0.0)
         offset = tl.load(lse + row, mask=inside, other=float("inf")) * 1.4426950408889634
-        for start in range(first_key, end_key, tile):
-            key = start + tl.arange(0, tile)
-            key_inside = key < tokens
-            # keys past the end are computed on the last one's values and never stored
-            at = tl.minimum(key, tokens - 1)
-            keys = tl.load(k + (at[:, None] * stride_kn + channel[None, :]))
-            p = tl.exp2(tl.dot(keys, queries.T) * scale - offset[None, :])
-            if together == 1:
-                place = sums + key
-                total = tl.sum(p, 1) * weight
-                if part > 0:
-                    total += tl.load(place, mask=key_inside, other=0.0)
-                tl.store(place, total, mask=key_inside)
-            else:
-                member = tl.arange(0, together)
-                total = tl.sum(p.reshape(tile, together, each), 2) * weight
-                place = sums + (member[None, :] * tokens + key[:, None])
-                tl.store(place, total, mask=key_inside[:, None] & (first_group + member < groups)[None, :])
+        if last_key < end_key:  # before the loop: behind it, ptxas would serialize the loop's products
+            last = tl.minimum(last_key + lane, tokens - 1)
+            last_keys = tl.load(k + (last[:, None] * stride_kn + channel[None, :]))
+            last_p = tl.exp2(tl.dot(last_keys, rows.T) * scale - offset[None, :])
+            _store(last_p, sums, last_key + lane, tokens, groups - first_group, together, part > 0)
+        k_at = k + ((first_key + lane)[:, None] * stride_kn + channel[None, :])
+        for start in range(first_key, last_key, tile):
+            p = tl.exp2(tl.dot(tl.load(k_at), rows.T) * scale - offset[None, :])
+            _store(p, sums, start + lane, tokens, groups - first_group, together, part > 0)
+            k_at += tile * stride_kn

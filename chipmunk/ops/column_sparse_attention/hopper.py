@@ -3,8 +3,8 @@
 One warpgroup gathers keys and values into a ring of tiles in shared memory (cp.async, completing on barriers); one to
 three others own 64 query rows each. These start the scores of tile j, then the values product of tile j − 1, and
 compute the softmax of tile j while that product runs; since they do not wait for one another, one's softmax also runs
-beside another's products. The grid is persistent: the gathers for the next rows start while the last ones are being finished.
-The tile that is not full comes first, so that only the prologue masks.
+beside another's products. The grid is persistent: the gathers for the next rows start while the last ones are being
+finished. The tile that is not full comes first, so that only the prologue masks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Column-sparse attention in one Triton kernel: an online softmax over gathered keys, the addend joined at the end.
+"""Column-sparse attention in one kernel: an online softmax over gathered keys, the addend joined at the end.
 
 A program owns `rows` query rows of one group of one head and walks the group's list, `keys` at a time; the indices of
-the next tile are loaded one step ahead of its keys. With `ahead`, the scores of a tile are started before the previous
-tile's softmax, so that the tensor cores work during the exponentials. What `keys` does not divide is a narrower
-tile, the only one with a mask; it comes first, for behind the loop it would make ptxas serialize the loop's products.
+the next tile are loaded one step ahead of its keys. What `keys` does not divide is a narrower tile, the only one with a
+mask; it comes first, for behind the loop it would make ptxas serialize the loop's products. On Hopper, `hopper.py` has
+the same in Gluon for the group sizes that 64 divides.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from chipmunk.ops import tuning
 from chipmunk.ops.dispatch import groups_of
 
 _CANDIDATES = [
-    ({"rows": 128, "keys": 64, "warps": 8, "stages": 2, "ahead": 0}, 100 << 10),
-    ({"rows": 128, "keys": 128, "warps": 8, "stages": 2, "ahead": 0}, 164 << 10),
-    ({"rows": 128, "keys": 64, "warps": 4, "stages": 2, "ahead": 0}, 100 << 10),
-    ({"rows": 128, "keys": 32, "warps": 4, "stages": 2, "ahead": 0}, 66 << 10),
-    ({"rows": 64, "keys": 32, "warps": 4, "stages": 2, "ahead": 0}, 50 << 10),
+    ({"rows": 128, "keys": 64, "warps": 8, "stages": 2}, 100 << 10),
+    ({"rows": 128, "keys": 128, "warps": 8, "stages": 2}, 164 << 10),
+    ({"rows": 128, "keys": 64, "warps": 4, "stages": 2}, 100 << 10),
+    ({"rows": 128, "keys": 32, "warps": 4, "stages": 2}, 66 << 10),
+    ({"rows": 64, "keys": 32, "warps": 4, "stages": 2}, 50 << 10),
 ]
 
 
@@ -49,7 +49,16 @@ def column_sparse_attention(
 ) -> Tensor:
     """See `chipmunk.ops.column_sparse_attention`."""
     run = partial(_run, q, k, v, indices, addend, group, scale, subtract)
-    return run(tuning.parameters("column_sparse_attention", str(q.shape[-1]), q.device, _CANDIDATES, run))
+    width = q.shape[-1]
+    shape_class = f"{width}"
+    if tuning.gluon(q.device) and group % 64 == 0 and width in (64, 128):
+        shape_class += f" gluon {_consumers(group)}"
+    return run(tuning.parameters("column_sparse_attention", shape_class, q.device, _CANDIDATES, run))
+
+
+def _consumers(group: int) -> int:
+    """How many blocks of 64 rows share the gathered keys on Hopper."""
+    return 2 if group % 128 == 0 else 3 if group % 192 == 0 else 1
 
 
 def _run(
@@ -78,10 +87,10 @@ def _run(
         "keys": keys,
         "width": width,
     }
-    if parameters.get("gluon") and group % 64 == 0 and width in (64, 128):
+    if parameters.get("gluon"):
         from chipmunk.ops.column_sparse_attention.hopper import attention_kernel
 
-        consumers = 2 if group % 128 == 0 else 3 if group % 192 == 0 else 1
+        consumers = _consumers(group)
         parts = group // (64 * consumers)
         work = groups * parts * batch * heads
         registers = {1: (224, 56), 2: (224, 56), 3: (152, 56)}[consumers]
@@ -122,7 +131,6 @@ def _run(
         parts=parts,
         rows=rows,
         rest=max(16, triton.next_power_of_2(rest)) if rest else 0,
-        ahead=bool(parameters.get("ahead")) and full > 1,
         num_warps=parameters["warps"],
         num_stages=parameters["stages"],
         **({"maxnreg": parameters["registers"]} if parameters.get("registers") else {}),
@@ -178,7 +186,6 @@ def _kernel(
     keys: tl.constexpr,
     rest: tl.constexpr,
     width: tl.constexpr,
-    ahead: tl.constexpr,
 ):
     group = tl.program_id(0) // parts
     head = tl.program_id(1)
@@ -207,25 +214,12 @@ def _kernel(
 
     lane = tl.arange(0, keys)
     key = tl.load(chosen + lane, mask=lane < kept, other=0)
-    if ahead:
-        next_key = tl.load(chosen + keys + lane)
-        scores = tl.dot(queries, tl.load(k + (key[:, None] * stride_kn + channel[None, :])).T)
-        for step in range(1, full):
-            next_scores = tl.dot(queries, tl.load(k + (next_key[:, None] * stride_kn + channel[None, :])).T)
-            values = tl.load(v + (key[:, None] * stride_vn + channel[None, :]))
-            # both lists are read again, one step ahead: handing `next_key` on would keep the loop from being pipelined
-            key = tl.load(chosen + step * keys + lane)
-            next_key = tl.load(chosen + (step + 1) * keys + lane, mask=lane < kept - (step + 1) * keys, other=0)
-            acc, largest, total = _attend(scores, values, acc, largest, total, scale)
-            scores = next_scores
+    for step in range(full):
+        key_rows = tl.load(k + (key[:, None] * stride_kn + channel[None, :]))
         values = tl.load(v + (key[:, None] * stride_vn + channel[None, :]))
-        acc, largest, total = _attend(scores, values, acc, largest, total, scale)
-    else:
-        for step in range(full):
-            key_rows = tl.load(k + (key[:, None] * stride_kn + channel[None, :]))
-            values = tl.load(v + (key[:, None] * stride_vn + channel[None, :]))
-            key = tl.load(chosen + (step + 1) * keys + lane, mask=lane < kept - (step + 1) * keys, other=0)
-            acc, largest, total = _attend(tl.dot(queries, key_rows.T), values, acc, largest, total, scale)
+        key = tl.load(chosen + (step + 1) * keys + lane, mask=lane < kept - (step + 1) * keys, other=0)
+        acc, largest, total = _attend(tl.dot(queries, key_rows.T), values, acc, largest, total, scale)
+
     acc = acc / total[:, None]
     if negate:
         acc = -acc

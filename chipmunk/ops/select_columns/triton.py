@@ -48,7 +48,8 @@ def select_columns(scores: Tensor, seed: Tensor, keep: int, random: int) -> Tens
         padded=padded,
         has_best=keep > 0,
         has_random=random > 0,
-        num_warps=min(max(padded // (1024 if rows < 256 else 2048), 4), 16),
+        num_warps=tuning.override.get("select_columns", {}).get("warps", 0)
+        or min(max(padded // (1024 if rows < 256 else 2048), 4), 16),
     )
     return indices
 
