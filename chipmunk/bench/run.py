@@ -151,7 +151,10 @@ def run(root: Path, options: BenchOptions, progress: Progress = lambda event: No
             base, side="original", root=original, match_seconds=to_match, out=work / "original" / "runs.jsonl"
         )
         theirs = {run.variant: run for run in worker(spec)}
-        operators = time_operators(options.python, work) if options.operators else ()
+        operators: tuple[dict[str, Any], ...] = ()
+        if options.operators:
+            progress({"event": "operators", "side": "patched", "config": ""})
+            operators = time_operators(options.python, work)
     notes = [f"{run.config}: {note}" if len(ours) > 1 else note for run in ours for note in run.notes]
     if options.images < 3:
         notes.append(f"the last of {options.images} pictures stands for the steady ones; --images 4 is better")

@@ -18,7 +18,7 @@ Event = dict[str, Any]
     image    variant, size, steps, index, seconds    it is drawn
     error    kind, message, next, trace              why the worker ends without a result
 
-and `side` and `config` are added to each by the parent.
+and `side` and `config` are added to each by the parent, which also says `operators` when it begins to time those.
 """
 
 

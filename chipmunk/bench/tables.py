@@ -41,6 +41,8 @@ class LiveTable:
             row = self._rows.setdefault((_named(event), event["config"], event["size"]), [])
             row.append(event["seconds"])
             self._now = "waiting for the next one"
+        elif event["event"] == "operators":
+            self._now = "timing the operators"
 
     def render(self) -> RenderableType:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

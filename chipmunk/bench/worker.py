@@ -26,10 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import chipmunk
 from chipmunk.bench.compile_counts import CompileCounts
 from chipmunk.bench.measurement import Image, Run, steady, steps_that_fit
 from chipmunk.bench.spec import PROGRESS, Spec
-from chipmunk.runtime.session import ATTRIBUTE, statistics
+from chipmunk.runtime.layer_state import DONE, LayerState
+from chipmunk.runtime.session import ATTRIBUTE, Session, statistics
 from chipmunk.runtime.statistics import Statistics
 from chipmunk.verify.checkout import Checkout, CheckoutError
 from chipmunk.verify.placeholders import PlaceholderUsed
@@ -173,11 +175,11 @@ class Loop:
         return result
 
 
-def enable(model: nn.Module, spec: Spec) -> Any:
-    import chipmunk
-
+def enable(model: nn.Module, spec: Spec) -> Session:
+    """Turn Chipmunk on, with the defaults where no configuration is given."""
     chipmunk.enable(model, spec.config or {})
-    return model.__dict__[ATTRIBUTE]
+    session: Session = model.__dict__[ATTRIBUTE]
+    return session
 
 
 def fastest_sdpa(spec: Spec, model: nn.Module, width: int, height: int) -> str:
@@ -218,7 +220,7 @@ def mark() -> Any:
     return event
 
 
-def measure(spec: Spec, model: nn.Module, loop: Loop, session: Any) -> list[Run]:
+def measure(spec: Spec, model: nn.Module, loop: Loop, session: Session | None) -> list[Run]:
     """Draw the pictures of every size; the original also draws with fewer steps where a time to match is given."""
     counts = CompileCounts()
     images: list[Image] = []
@@ -246,7 +248,7 @@ def draw_counted(
     spec: Spec,
     model: nn.Module,
     loop: Loop,
-    session: Any,
+    session: Session | None,
     counts: CompileCounts,
     width: int,
     height: int,
@@ -277,7 +279,7 @@ def notes(counted: Statistics, images: Sequence[Image]) -> Iterator[str]:
 
 
 def draw(
-    spec: Spec, model: nn.Module, loop: Loop, session: Any, width: int, height: int, steps: int, index: int
+    spec: Spec, model: nn.Module, loop: Loop, session: Session | None, width: int, height: int, steps: int, index: int
 ) -> Image:
     given = loop.inputs(model, spec, width, height, seed=index + 1)
     times = [1 - step / steps for step in range(steps + 1)]
@@ -309,7 +311,7 @@ def draw(
 class Calls:
     """What is noted about each call of the model."""
 
-    def __init__(self, session: Any, cuda: bool) -> None:
+    def __init__(self, session: Session | None, cuda: bool) -> None:
         self.session = session
         self.cuda = cuda
         self.marks: list[tuple[Any, Any]] = []
@@ -322,8 +324,8 @@ class Calls:
     def after(self, *_: object) -> None:
         self.marks[-1] = (self.marks[-1][0], self._now())
         state = None if self.session is None else state_of_last_call(self.session)
-        self.kinds.append("dense" if state is None else f"{state.attention}/{state.mlp}")
-        if state is not None and "sparse" in (state.attention, state.mlp) and len(self.kept) < 2:
+        self.kinds.append("dense" if state is None else kind(state))
+        if state is not None and "sparse" in self.kinds[-1] and len(self.kept) < 2:
             if state.keys is not None and state.difference is not None:
                 self.kept["keys"] = state.keys.shape[-1] / state.difference.shape[2]
             if state.neurons is not None and state.activations is not None:
@@ -339,7 +341,7 @@ class Calls:
 
 
 @contextmanager
-def model_calls(model: nn.Module, session: Any, cuda: bool) -> Iterator[Calls]:
+def model_calls(model: nn.Module, session: Session | None, cuda: bool) -> Iterator[Calls]:
     """Note each call of the model between hooks."""
     calls = Calls(session, cuda)
     handles = [model.register_forward_pre_hook(calls.before), model.register_forward_hook(calls.after)]
@@ -350,14 +352,26 @@ def model_calls(model: nn.Module, session: Any, cuda: bool) -> Iterator[Calls]:
             handle.remove()
 
 
-def state_of_last_call(session: Any) -> Any:
+def state_of_last_call(session: Session) -> LayerState | None:
     """The state of the last layer after a call; None where the whole call was dense."""
     for generation in session.generations:
         for slot in generation.slots.values():
-            state = slot.layers[-1]
+            state: LayerState | None = slot.layers[-1]
             if state is not None and slot.last_step == generation.step:
                 return state
     return None
+
+
+def kind(state: LayerState) -> str:
+    """What a layer's attention and MLP did in the last call, `full/sparse` say, or `dense`.
+
+    What was planned and then did not pay, for so few tokens say, ran dense.
+    """
+    parts = (
+        state.attention if state.attention_done == DONE else "dense",
+        state.mlp if state.mlp_done == DONE else "dense",
+    )
+    return "dense" if parts == ("dense", "dense") else "/".join(parts)
 
 
 def describe(spec: Spec, model: nn.Module) -> dict[str, str]:
