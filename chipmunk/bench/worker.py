@@ -323,8 +323,11 @@ class Calls:
 
     def after(self, *_: object) -> None:
         self.marks[-1] = (self.marks[-1][0], self._now())
-        state = None if self.session is None else state_of_last_call(self.session)
-        self.kinds.append("dense" if state is None else kind(state))
+        if self.session is None:
+            self.kinds.append("dense")
+            return
+        state = state_of_last_call(self.session)
+        self.kinds.append("dense/dense" if state is None else kind(state))
         if state is not None and "sparse" in self.kinds[-1] and len(self.kept) < 2:
             if state.keys is not None and state.difference is not None:
                 self.kept["keys"] = state.keys.shape[-1] / state.difference.shape[2]
@@ -363,15 +366,13 @@ def state_of_last_call(session: Session) -> LayerState | None:
 
 
 def kind(state: LayerState) -> str:
-    """What a layer's attention and MLP did in the last call, `full/sparse` say, or `dense`.
+    """What a layer's attention and MLP did in the last call, `full/sparse` say.
 
     What was planned and then did not pay, for so few tokens say, ran dense.
     """
-    parts = (
-        state.attention if state.attention_done == DONE else "dense",
-        state.mlp if state.mlp_done == DONE else "dense",
-    )
-    return "dense" if parts == ("dense", "dense") else "/".join(parts)
+    attention = state.attention if state.attention_done == DONE else "dense"
+    mlp = state.mlp if state.mlp_done == DONE else "dense"
+    return f"{attention}/{mlp}"
 
 
 def describe(spec: Spec, model: nn.Module) -> dict[str, str]:

@@ -19,8 +19,8 @@ FEW = "fewer than two groups of rows"
         (("dense", DONE), ("full", DONE), "dense/full"),
         (("sparse", FEW), ("sparse", DONE), "dense/sparse"),
         (("sparse", None), ("full", DONE), "dense/full"),
-        (("sparse", FEW), ("full", FEW), "dense"),
-        (("dense", None), ("dense", None), "dense"),
+        (("sparse", FEW), ("full", FEW), "dense/dense"),
+        (("dense", None), ("dense", None), "dense/dense"),
     ],
 )
 def test_the_kind_of_a_call(attention: tuple[str, str | None], mlp: tuple[str, str | None], expected: str) -> None:
