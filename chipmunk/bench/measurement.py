@@ -23,7 +23,7 @@ class Image:
     step_ms: tuple[float, ...]
     """Time of each model call on the device, milliseconds."""
     kinds: tuple[str, ...]
-    """What each model call was: `dense`, or for the patched code attention and MLP of the last layer, `full/full` say."""
+    """What each model call was: `dense`, or, patched, attention and MLP of the last layer, `full/sparse` say."""
     peak_bytes: int
     """Largest memory that PyTorch had allocated while the picture was drawn."""
     compiled: dict[str, int] = field(default_factory=dict)
