@@ -61,6 +61,10 @@ def rule(context: Context) -> None:
             if loop not in loops:
                 homes[loop] = place
             loops.setdefault(loop, []).append(call)
+    for index, model in enumerate(context.models):
+        if not any(call.model == index for calls in loops.values() for call in calls):
+            reason = "no loop that calls the model was found: outside of one, its calls run dense"
+            context.left_dense(model.owner.source, model.forward.node.name, reason, matched=f"class {model.name}")
     _merge_nested(loops)
     for loop, calls in loops.items():
         if any(last_name(call.func) == "backward" for call, step in homes[loop].scope.calls if loop in step.loops):

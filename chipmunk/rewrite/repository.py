@@ -365,9 +365,11 @@ class Repository:
         if isinstance(value, cst.Call):
             meaning = self.resolve(value.func, method, step)
             if isinstance(meaning, Class):
-                if meaning not in found:
+                if meaning not in found and any(self.method(meaning, name) for name in ("forward", "__call__")):
                     found.append(meaning)
                 return
+        if isinstance(value, cst.BaseSimpleComp):
+            return self._built(value.elt, method, step, found, depth)
         if isinstance(value, cst.Name) and depth < 3:
             for binding in method.scope.reaching(value.value, step):
                 if binding.value is not None:

@@ -16,7 +16,8 @@ from chipmunk.rewrite.repository import Class, Function, Module, Repository
 from chipmunk.rewrite.syntax import bind, dotted, elements, is_call, last_name, self_attribute, target_names, walk
 
 CONCATENATIONS = ("cat", "concat", "concatenate")
-_LOOP_OVER_ATTRIBUTE = re.compile(rb"(\w+)[\s)]*\bin\b[\s(]*(?:[\w.]+\([\s(]*)*self\s*\.\s*(\w+)")
+_LOOP_OVER_ATTRIBUTE = re.compile(rb"\bin\b[\s(]*(?:[\w.]+\([\s(]*)*self\s*\.\s*(\w+)")
+_LAST_WORD = re.compile(rb"(\w+)[\s)]*\Z")
 
 
 @dataclass(eq=False)
@@ -72,10 +73,11 @@ def may_hold_model(content: bytes) -> bool:
     """The cheap test before a file is parsed: loops over two attributes, one of whose elements gives two streams."""
     if b"class " not in content or not any(name.encode() + b"(" in content for name in CONCATENATIONS):
         return False
-    loops = _LOOP_OVER_ATTRIBUTE.findall(content)
-    if len({attribute for _, attribute in loops}) < 2:
+    loops = list(_LOOP_OVER_ATTRIBUTE.finditer(content))
+    if len({loop.group(1) for loop in loops}) < 2:
         return False
-    elements = b"|".join(sorted({re.escape(name) for name, _ in loops}))
+    targets = [_LAST_WORD.search(content[max(loop.start() - 100, 0) : loop.start()]) for loop in loops]
+    elements = b"|".join(sorted({target.group(1) for target in targets if target is not None}))
     return re.search(rb"\w\s*,\s*\w+[\s),]*=\s*(?:[\w.]+\(\s*)*(?:" + elements + rb")\s*[.(,]", content) is not None
 
 

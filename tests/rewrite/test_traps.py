@@ -239,6 +239,24 @@ def test_a_mask_over_image_tokens_turns_the_order_off() -> None:
     assert "mask" in sites(plan, "model-forward", "patched")[0].reason
 
 
+def test_what_only_sizes_the_lists_of_blocks_is_no_block() -> None:
+    sizes = "class Sizes:\n    def __init__(self, *sizes):\n        self.pairs, self.joints = sizes\n\n\nclass Painter"
+    text = variant(
+        MODEL,
+        ("class Painter", sizes),
+        ("        super().__init__()\n", "        super().__init__()\n        sizes = Sizes(pairs, joints)\n"),
+        ("range(pairs)", "range(sizes.pairs)"),
+        ("range(joints)", "range(sizes.joints)"),
+    )
+    assert len(plan_of(model=text).models) == 1
+
+
+def test_a_model_without_a_loop_is_reported() -> None:
+    plan = plan_of(sampling="def sample(*_):\n    pass\n")
+    left = sites(plan, "step-clock", "left dense")
+    assert [(site.file, "no loop" in site.reason) for site in left] == [("flow/model.py", True)]
+
+
 def test_image_first() -> None:
     """The image is what is sliced off, wherever it stands."""
     plan = plan_of(
