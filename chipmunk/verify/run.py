@@ -20,7 +20,7 @@ from chipmunk.verify.process import Progress, run_workers
 from chipmunk.verify.report import Check, VerifyError, VerifyReport
 from chipmunk.verify.spec import Spec
 
-ATTEMPTS = 3
+ATTEMPTS = 4
 """Runs of a scenario in which rounding may have decided a selection: a fault fails all of them."""
 
 

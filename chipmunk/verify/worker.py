@@ -214,6 +214,8 @@ def environment(device: str) -> dict[str, str]:
 def main(path: str) -> None:
     spec = Spec.read(Path(path))
     os.chdir(spec.out)
+    if spec.weights is None:
+        torch.set_num_threads(1)  # the model is too small to share
     try:
         if spec.preload is not None:
             load_file(spec.preload, "chipmunk_verify_preload")

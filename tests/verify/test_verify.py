@@ -181,7 +181,7 @@ def build():
     return Flux(FluxParams(8, 8, 12, 24, 128, 2.0, 2, 3, 3, [8, 28, 28], 10_000, "oak", True, True))
 """
     Path("verify_factory.py").write_text(factory)
-    report = run(root, VerifyOptions(factory="verify_factory:build", only=("two call slots",)))
+    report = run(root, VerifyOptions(factory="verify_factory:build", only=("denoise",)))
     assert failures(report) == {}
 
 
@@ -191,7 +191,7 @@ def test_patched_code_that_does_not_run_fails(tmp_path: Path) -> None:
     patch(root)
     fault = tmp_path / "fault.py"
     fault.write_text("import chipmunk\nchipmunk.steps, chipmunk.attention = chipmunk.steps, None\n")
-    report = run(root, VerifyOptions(preload=fault, only=("two call slots",)))
+    report = run(root, VerifyOptions(preload=fault, only=("denoise",)))
     assert report.exit_code == 1
     assert list(failures(report)) == ["runs"]
     assert "TypeError: 'NoneType' object is not callable" in failures(report)["runs"]
