@@ -1,8 +1,9 @@
 """Selection in one Triton kernel, a program a row: no sort, no host synchronisation.
 
-The k-th largest score is found bit by bit (at most 32 counts over the row, in registers) on the scores' bits, mapped so
-that unsigned integers are ordered as the floats are. A running count then says for each column how many chosen ones
-come before it: that is its place in the result, which is ascending for nothing, and ties go to the lower column.
+The k-th largest score is searched for among the scores' bits, mapped so that unsigned integers order as floats do. A
+count over the row, held in registers, says on which side of a guess it lies, and the nearest value that occurs bounds
+the rest; guesses interpolate between the counts, and every fourth halves. A running count then says for each column how
+many chosen ones come before it: that is its place in the result, ascending for nothing. Ties go to the lower column.
 """
 
 from __future__ import annotations
@@ -64,29 +65,35 @@ def _mix(h):
 
 
 @triton.jit
-def _largest(ordered, free, wanted):
+def _largest(ordered, free, free_count, wanted):
     """Which of the `free` columns hold the `wanted` largest of unsigned integers, ties to the lower column."""
-    ordered = tl.where(free, ordered, 0)  # never counted: a threshold with a bit set is above it
-    highest = tl.max(ordered, 0)
-    differing = highest ^ tl.min(tl.where(free, ordered, 0xFFFFFFFF), 0)
-    bit = tl.full((), 0x80000000, tl.uint32)
-    while bit > differing:
-        bit = bit >> 1
-    # the leading bits that all have in common need no counting
-    threshold = highest & (tl.where(bit > 0, bit | (bit - 1), 0) ^ 0xFFFFFFFF)
-    reached = tl.sum(free.to(tl.int32), 0)
-    while (bit > 0) & (reached != wanted):
-        reaching = tl.sum((ordered >= (threshold | bit)).to(tl.int32), 0)
-        higher = reaching >= wanted
-        threshold = tl.where(higher, threshold | bit, threshold)
-        reached = tl.where(higher, reaching, reached)
-        bit = bit >> 1
+    ordered = tl.where(free, ordered, 0)  # never counted: every threshold below is above 0
+    low = tl.min(tl.where(free, ordered, 0xFFFFFFFF), 0).to(tl.int64)
+    high = tl.max(ordered, 0).to(tl.int64) + 1
+    # At least `wanted` values reach low, fewer reach high; low and high − 1 are values that occur.
+    reach_low = free_count
+    reach_high = 0
+    turn = 0
+    while (high - low > 1) & (reach_low != wanted):
+        share = (reach_low - wanted + 0.5) / (reach_low - reach_high).to(tl.float32)
+        share = tl.where(turn % 4 == 3, 0.5, share)  # so that no distribution takes long
+        middle = low + ((high - low).to(tl.float32) * share).to(tl.int64)
+        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
+        reaches = ordered >= middle.to(tl.uint32)
+        reach = tl.sum(reaches.to(tl.int32), 0)
+        if reach >= wanted:
+            low = tl.min(tl.where(reaches, ordered, 0xFFFFFFFF), 0).to(tl.int64)
+            reach_low = reach
+        else:
+            high = tl.max(tl.where(reaches, 0, ordered), 0).to(tl.int64) + 1
+            reach_high = reach
+        turn += 1
+    threshold = low.to(tl.uint32)
     chosen = (ordered >= threshold) & free
-    if reached != wanted:  # several at the threshold itself
+    if reach_low != wanted:  # several at the threshold itself
         equal = (ordered == threshold) & free
-        surplus = reached - wanted
         rank = tl.cumsum(equal.to(tl.int32), 0)
-        chosen = chosen & ((equal == 0) | (rank <= tl.sum(equal.to(tl.int32), 0) - surplus))
+        chosen = chosen & ((equal == 0) | (rank <= wanted - reach_high))
     return chosen
 
 
@@ -111,7 +118,7 @@ def _kernel(
         score = tl.load(scores + row.to(tl.int64) * columns + column, mask=inside, other=0.0)
         bits = (score + 0.0).to(tl.uint32, bitcast=True)  # −0 is +0
         ordered = bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000)
-        chosen = _largest(ordered, inside, keep)
+        chosen = _largest(ordered, inside, columns, keep)
     if has_random:
         golden = tl.full((), 0x9E3779B9, tl.uint32)
         h = _mix(tl.load(seed).to(tl.uint32))
@@ -119,6 +126,6 @@ def _kernel(
         h = _mix((row % groups).to(tl.uint32) + golden * h)
         h = _mix(column.to(tl.uint32) + golden * h)
         free = inside & ~chosen
-        chosen |= _largest(h ^ 0xFFFFFFFF, free, random)
+        chosen |= _largest(h ^ 0xFFFFFFFF, free, columns - keep, random)
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(indices + row.to(tl.int64) * (keep + random) + place, column, mask=chosen)
