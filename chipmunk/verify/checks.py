@@ -150,6 +150,8 @@ class Comparison:
             problems += [f"{name}: {problem}" for problem in self._coverage(scenario, expected, found)]
         sparse = sum(c.get("column_sparse_attention", 0) + c.get("sparse_mlp_in", 0) for c in counts.values())
         says = f"every block ran sparse when it was its turn: {sparse} sparse operator calls"
+        if not sparse:
+            problems.append("nothing ran sparse")
         if problems:
             says = problems[0] + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
         return Check("coverage", not problems, says, {"operators": counts, "problems": problems})

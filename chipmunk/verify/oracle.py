@@ -304,6 +304,9 @@ class Oracle:
         assert self._layer is not None
         assert self._current is not None
         config, layer = self.config.attn, self._layer
+        is_double = layer < len(getattr(self.model, self.facts.double))
+        if not (self.facts.double_block if is_double else self.facts.single_block).attention:
+            return dense
         batch, heads, tokens, _ = query.shape
         groups = _groups(tokens, config.mbm)
         keep, random = self._keys_kept(tokens)

@@ -116,6 +116,13 @@ def dense_on_both_sides(o: Outputs, p: Outputs, r: Results) -> None:
     calls.remove([3, "mlp", "sparse", 2])
 
 
+def nothing_sparse(o: Outputs, p: Outputs, r: Results) -> None:
+    """No block was handed to Chipmunk, and the oracle agrees."""
+    r[0]["oracle"]["denoise"]["calls"] = []
+    coverage = r[1]["coverage"]["denoise"]
+    coverage["statistics"]["layers"], coverage["operators"] = [], {}
+
+
 CHANGES: list[tuple[str, set[str], Change]] = [
     ("one bit when off", {"off"}, lambda o, p, r: last_bit(p, "off/denoise/1/001")),
     ("one bit before anything is enabled", {"off"}, lambda o, p, r: last_bit(p, "untouched/denoise/0/000")),
@@ -134,6 +141,7 @@ CHANGES: list[tuple[str, set[str], Change]] = [
     ("does not load", {"parameters"}, lambda o, p, r: r[1].update(loading="Missing key a.weight")),
     ("silently dense", {"coverage"}, silently_dense),
     ("dense on both sides", {"coverage"}, dense_on_both_sides),
+    ("nothing sparse", {"coverage"}, nothing_sparse),
     ("a full step too many", {"coverage"}, lambda o, p, r: layer(r, 2, "attention").update(full=3)),
     (
         "counted but not computed",
