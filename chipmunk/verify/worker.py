@@ -201,6 +201,13 @@ def write_config(name: str, folder: Path) -> Path:
     return path
 
 
+def require_device(device: str) -> None:
+    """Raise CheckoutError for a GPU that is not there."""
+    found = torch.device(device)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise CheckoutError(f"there is no device {device} for {sys.executable}", "chipmunk doctor")
+
+
 def environment(device: str) -> dict[str, str]:
     found = {
         "python": sys.version.split()[0],
@@ -217,6 +224,7 @@ def main(path: str) -> None:
     if spec.weights is None:
         torch.set_num_threads(1)  # the model is too small to share
     try:
+        require_device(spec.device)
         if spec.preload is not None:
             load_file(spec.preload, "chipmunk_verify_preload")
         result = Worker(spec).run()

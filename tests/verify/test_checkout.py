@@ -12,6 +12,7 @@ import pytest
 from chipmunk.verify.checkout import Checkout, CheckoutError, import_root
 from chipmunk.verify.original import rebuild
 from chipmunk.verify.placeholders import PlaceholderUsed
+from chipmunk.verify.worker import require_device
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +171,13 @@ def test_chipmunk_is_never_stood_in_for(tmp_path: Path, monkeypatch: pytest.Monk
     write(tmp_path, neti__model="import chipmunk")
     with pytest.raises(CheckoutError, match="chipmunk"):
         Checkout(tmp_path).load("neti/model.py")
+
+
+def test_a_gpu_that_is_not_there_is_an_error_with_a_next_command() -> None:
+    require_device("cpu")
+    with pytest.raises(CheckoutError, match="no device cuda:99") as missing:
+        require_device("cuda:99")
+    assert missing.value.next_command == "chipmunk doctor"
 
 
 # Rebuilding the original.
