@@ -1,0 +1,111 @@
+"""The kernels compiled for a GPU that is not there, with the parameters of the tuned table, by Triton's own ptxas.
+
+What would make them slow shows here: registers that do not suffice, products that ptxas serializes, gathers that are
+not asynchronous, more shared memory than there is.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from chipmunk.ops import tuning
+from chipmunk.ops.attention_with_column_sums import triton as sums
+from chipmunk.ops.column_sparse_attention import triton as sparse
+from chipmunk.ops.sparse_mlp_in import triton as mlp_in
+from chipmunk.ops.sparse_mlp_out import triton as mlp_out
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+SHARED_MEMORY = 227 * 1024
+TABLE = tuning.TABLE[9, 0]
+
+
+class _Absent:
+    """A driver for a Hopper GPU that nothing is ever launched on."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was compiled instead of launched."""
+    found: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, **options: Any) -> Any:
+        found.append(run(self, *args, **(options | {"warmup": True})))
+        return found[-1]
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 132)
+    driver.set_active(_Absent())
+    return found
+
+
+def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _check(kernel: Any, spilled: int = 0) -> None:
+    ptx = kernel.asm["ptx"]
+    command = [str(PTXAS), "-v", "-arch=sm_90a", "-o", "/dev/null", "/dev/stdin"]
+    said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
+    assert "serializ" not in said, said
+    spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", said))
+    assert spills <= spilled, said
+    assert kernel.metadata.shared <= SHARED_MEMORY
+    assert "wgmma.mma_async" in ptx
+    assert "cp.async" in ptx
+
+
+@pytest.mark.parametrize("group", [64, 128, 192])
+def test_sparse_attention_in_gluon(group: int, compiled: list[Any]) -> None:
+    q = _tensor(1, 640, 24, 128).transpose(1, 2)
+    indices = _tensor(1, 24, -(-640 // group), 672, dtype=torch.int32)
+    parameters = TABLE[f"column_sparse_attention/128 gluon {sparse._consumers(group)}"]
+    sparse._run(q, q, q, indices, q, group, 0.1, False, parameters)
+    _check(compiled[-1], spilled=32)
+
+
+def test_sparse_attention_in_triton(compiled: list[Any]) -> None:
+    q = _tensor(1, 640, 24, 128).transpose(1, 2)
+    indices = _tensor(1, 24, 5, 672, dtype=torch.int32)
+    sparse._run(q, q, q, indices, q, 128, 0.1, True, {"rows": 128, "keys": 64, "warps": 8, "stages": 3})
+    _check(compiled[-1])
+
+
+def test_column_sums(compiled: list[Any]) -> None:
+    q = _tensor(1, 600, 24, 128).transpose(1, 2)
+    lse = _tensor(1, 24, 600, dtype=torch.float32)
+    sums.column_sums(q, q, lse, 128, 0.1, TABLE["attention_with_column_sums/128"])
+    _check(compiled[-1])
+
+
+def test_gathered_products(compiled: list[Any]) -> None:
+    x, cache = _tensor(1, 4352, 3072), _tensor(1, 12288, 4352).transpose(1, 2)
+    indices = _tensor(1, 34, 4352, dtype=torch.int32)
+    mlp_in._run(
+        x, _tensor(12288, 3072), _tensor(12288), indices, cache, 128, "gelu_tanh", parameters=TABLE["sparse_mlp_in"]
+    )
+    _check(compiled[0])
+    delta, weight = _tensor(1, 4352, 4352), _tensor(12288, 3072).T
+    mlp_out._run(delta, weight, indices, x, 128, parameters=TABLE["sparse_mlp_out"])
+    _check(compiled[2])
+    assert len(compiled) == 4  # each with the kernel that finishes the tiles that were cut

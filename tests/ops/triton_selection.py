@@ -1,0 +1,84 @@
+"""Selection under Triton's interpreter makes exactly the reference's choice; the table of launch parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from poison import poisoned_memory, test_the_poison_works  # noqa: F401
+from torch import Tensor
+
+from chipmunk import ops
+from chipmunk.ops import tuning
+
+
+def _scores(kind: str, shape: tuple[int, ...]) -> Tensor:
+    uniform = torch.rand(shape)
+    return {
+        "uniform": uniform,
+        "few values": (uniform * 9).round(),
+        "all equal": torch.zeros(shape),
+        "negative and tiny": -uniform * 1e-30,
+        "both signs, and both zeros": torch.randn(shape).round() * 0.5,
+        "wide range": torch.exp(30 * torch.randn(shape)),
+        "one far off": uniform + 1e30 * (uniform == uniform.max()),
+        "infinite": torch.where(uniform > 0.9, torch.inf, uniform),
+        "bfloat16 differences": (uniform.bfloat16().float() - torch.rand(shape).bfloat16().float()).abs(),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "uniform",
+        "few values",
+        "all equal",
+        "negative and tiny",
+        "both signs, and both zeros",
+        "wide range",
+        "one far off",
+        "infinite",
+        "bfloat16 differences",
+    ],
+)
+@pytest.mark.parametrize("shape", [(1, 2, 2, 100), (2, 1, 257)])
+def test_the_choice_is_the_references(kind: str, shape: tuple[int, ...]) -> None:
+    scores, columns = _scores(kind, shape), shape[-1]
+    for keep, random in ((20, 0), (columns, 0), (20, 9), (0, 1), (columns - 5, 5)):
+        seed = torch.randint(0, 2**40, (3,))
+        chosen = ops.select_columns(scores, seed, keep, random, "triton")
+        assert torch.equal(chosen, ops.select_columns(scores, seed, keep, random, "reference")), (keep, random)
+
+
+def test_one_column() -> None:
+    assert ops.select_columns(torch.rand(2, 3, 1), torch.zeros(3, dtype=torch.int64), 1, 0, "triton").sum() == 0
+
+
+def test_a_row_too_long_says_so() -> None:
+    scores = torch.zeros(1, 1, 131073)
+    with pytest.raises(NotImplementedError, match="rows longer than 131072"):
+        ops.select_columns(scores, torch.zeros(3, dtype=torch.int64), 1, 0, "triton")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', "{"])
+def test_a_damaged_tuning_file_is_forgotten(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "chipmunk").mkdir()
+    (tmp_path / "chipmunk" / "tuning.json").write_text(content)
+    assert tuning._read() == {}
+
+
+def test_the_tuning_file_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = {"some GPU, triton 3.6.0, sparse_mlp_in": {"rows": 128, "warps": 8}}
+    tuning._write(found)
+    assert tuning._read() == found
+    assert [path.name for path in (tmp_path / "chipmunk").iterdir()] == ["tuning.json"]
+
+
+def test_a_home_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    tuning._write({})
+    assert tuning._read() == {}
