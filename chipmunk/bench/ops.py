@@ -125,6 +125,10 @@ def error(out: Tensor, exact: Tensor) -> float:
     return difference if difference == difference else float("inf")
 
 
+def _one(run: Callable[..., Tensor], *args: Any) -> tuple[Tensor]:
+    return (run(*args),)
+
+
 def _twice(run: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], bool]:
     with poisoned():
         first, second = run(), run()
@@ -159,7 +163,7 @@ def check_attention(
             "reference",
         )
         args = (q, k, v, indices, added, group, scale, subtract)
-        (out,), same = _twice(lambda args=args: (ops.column_sparse_attention(*args, "triton"),))
+        (out,), same = _twice(partial(_one, ops.column_sparse_attention, *args, "triton"))
         sign = "" if added is None else ("−" if subtract else "+")
         yield Check(f"column_sparse_attention {sign} {label}", error(out, wanted), bound, same)
 
@@ -211,7 +215,7 @@ def check_selection(shape: tuple[int, ...], keep: int, random: int) -> Iterator[
     scores = torch.rand(shape, device="cuda")
     seed = torch.randint(0, 1000, (3,), device="cuda")
     for name, values in (("", scores), (" with ties", (scores * 50).round()), (" all equal", torch.zeros_like(scores))):
-        (out,), same = _twice(lambda values=values: (ops.select_columns(values, seed, keep, random, "triton"),))
+        (out,), same = _twice(partial(_one, ops.select_columns, values, seed, keep, random, "triton"))
         wanted = ops.select_columns(values, seed, keep, random, "reference")
         equal = torch.equal(out, wanted)
         yield Check(f"select_columns {shape} {keep} + {random}{name}", 0.0 if equal else 1.0, 0.5, same)
@@ -240,7 +244,7 @@ def checks() -> Iterator[Check]:
 def milliseconds(runs: Sequence[Run], budget: float = 0.12) -> float:
     """Milliseconds a run: median of replays of a graph that holds each of `runs`, for about `budget` seconds."""
     torch.cuda.synchronize()  # the inputs were made on another stream
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for run in runs:
             run()
@@ -255,7 +259,7 @@ def milliseconds(runs: Sequence[Run], budget: float = 0.12) -> float:
     torch.cuda.synchronize()
     started = time.perf_counter()
     while len(times) < 5 or (time.perf_counter() - started < budget and len(times) < 400):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         graph.replay()
         end.record()
@@ -297,13 +301,14 @@ def _sparse_attention(tokens: int, kept: int, group: int) -> list[Run]:
 
 def _selecting_attention(tokens: int, group: int) -> list[Run]:
     sets = [_qkv(tokens) for _ in range(INPUT_SETS)]
-    return [partial(ops.attention_with_column_sums, *s, group, WIDTH**-0.5, "triton") for s in sets]
+    return [partial(ops.attention_with_column_sums, q, k, v, group, WIDTH**-0.5, "triton") for q, k, v in sets]
 
 
 def _dense_with_lse(tokens: int) -> list[Run]:
     from chipmunk.ops.attention_with_column_sums.triton import dense_attention
 
-    return [partial(dense_attention, *_qkv(tokens), WIDTH**-0.5) for _ in range(INPUT_SETS)]
+    sets = [_qkv(tokens) for _ in range(INPUT_SETS)]
+    return [partial(dense_attention, q, k, v, WIDTH**-0.5) for q, k, v in sets]
 
 
 def _select(shape: tuple[int, ...], keep: int, random: int) -> list[Run]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -25,7 +24,6 @@ from chipmunk.ops.column_sparse_attention import triton as sparse
 from chipmunk.ops.sparse_mlp_in import triton as mlp_in
 from chipmunk.ops.sparse_mlp_out import triton as mlp_out
 
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 SHARED_MEMORY = 227 * 1024
 TABLE = tuning.TABLE[9, 0]
 
@@ -65,7 +63,7 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def _check(kernel: Any, spilled: int = 0) -> None:
     ptx = kernel.asm["ptx"]
-    command = [str(PTXAS), "-v", "-arch=sm_90a", "-o", "/dev/null", "/dev/stdin"]
+    command = [get_ptxas(90).path, "-v", "-arch=sm_90a", "-o", "/dev/null", "/dev/stdin"]
     said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
     assert "serializ" not in said, said
     spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", said))

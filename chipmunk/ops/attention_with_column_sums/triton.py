@@ -7,8 +7,12 @@ within a thread. A program owns `queries` query rows (whole groups, or a part of
 Every row is looked at: sums over some of the rows keep too little of the mass (docs/kernels.md).
 """
 
+# The kernels are in Triton's language, which has no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -66,17 +70,20 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     # out, log-sum-exp; attn_bias None, compute_log_sumexp True, dropout 0, not causal, no debug mask
-    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)[:2]
+    found = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)
+    return found[0], found[1]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+    found = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)
+    return found[0], found[1]
 
 
-_libraries: dict[torch.device, object] = {}
+_Dense = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+_libraries: dict[torch.device, _Dense] = {}
 
 
-def _library(device: torch.device):  # type: ignore[no-untyped-def]
+def _library(device: torch.device) -> _Dense:
     """The first of cuDNN and FlashAttention that runs on this device."""
     if device not in _libraries:
         probe = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16, device=device)

@@ -7,6 +7,9 @@ beside another's products. The grid is persistent: the gathers for the next rows
 finished. The tile that is not full comes first, so that only the prologue masks.
 """
 
+# The kernels are in Triton's language, which has no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 from __future__ import annotations
 
 from triton.experimental import gluon
@@ -19,6 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name since Triton 3.7
+
 
 @gluon.jit
 def _next(slot, phase, stages: gl.constexpr):
@@ -30,7 +35,7 @@ def _next(slot, phase, stages: gl.constexpr):
 @gluon.jit
 def _release(barrier):
     """Tell the producer that all of this warpgroup has read a tile."""
-    gl.thread_barrier()
+    _barrier()
     mbarrier.arrive(barrier, count=1)
 
 
@@ -126,7 +131,7 @@ def _consume(
         at = q + (batch * stride_qb + head * stride_qh) + (row[:, None] * stride_qn + channel[None, :])
         q_tile.store(gl.load(at))
         fence_async_shared()
-        gl.thread_barrier()
+        _barrier()
 
         mbarrier.wait(k_full.index(slot), phase)
         fence_async_shared()

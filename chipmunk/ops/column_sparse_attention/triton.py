@@ -6,6 +6,9 @@ mask; it comes first, for behind the loop it would make ptxas serialize the loop
 the same in Gluon for the group sizes that 64 divides.
 """
 
+# The kernels are in Triton's language, which has no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 from __future__ import annotations
 
 from functools import partial

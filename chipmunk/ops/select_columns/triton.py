@@ -6,6 +6,9 @@ the rest; guesses interpolate between the counts, and every fourth halves. A run
 many chosen ones come before it: that is its place in the result, ascending for nothing. Ties go to the lower column.
 """
 
+# The kernels are in Triton's language, which has no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 from __future__ import annotations
 
 import torch

@@ -4,6 +4,9 @@ A tile is `rows` rows of one group × `neurons` of its kept neurons. Tiles are n
 kept neurons ascend, so the programs that run at one time gather from the same part of the weight, which stays in L2.
 """
 
+# The kernels are in Triton's language, which has no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 from __future__ import annotations
 
 from functools import partial

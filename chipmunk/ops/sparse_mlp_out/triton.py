@@ -5,6 +5,9 @@ whose indices are loaded one step ahead. Kept neurons ascend, so the programs th
 part of the weight, which stays in L2. The weight is fast when its transpose is contiguous (stride 1 along C).
 """
 
+# The kernels are in Triton's language, which has no types.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
 from __future__ import annotations
 
 from functools import partial
