@@ -30,9 +30,9 @@ import chipmunk
 from chipmunk.bench.compile_counts import CompileCounts
 from chipmunk.bench.measurement import Image, Run, steady, steps_that_fit
 from chipmunk.bench.spec import PROGRESS, Spec
+from chipmunk.runtime.counts import Statistics
 from chipmunk.runtime.layer_state import DONE, LayerState
 from chipmunk.runtime.session import ATTRIBUTE, Session, statistics
-from chipmunk.runtime.statistics import Statistics
 from chipmunk.verify.checkout import Checkout, CheckoutError
 from chipmunk.verify.placeholders import PlaceholderUsed
 from chipmunk.verify.subject import load_file, randomise

@@ -21,9 +21,9 @@ from chipmunk import config as configuration
 from chipmunk.config import Config
 from chipmunk.runtime.clock import Generation, run_steps
 from chipmunk.runtime.compiling import BlockCompiler
+from chipmunk.runtime.counts import MAIN_SLOT, Recorder, Statistics
 from chipmunk.runtime.find_model import MARK, ForwardSpec, find_model, spec_of
 from chipmunk.runtime.model_call import run_model_call
-from chipmunk.runtime.statistics import MAIN_SLOT, Recorder, Statistics
 from chipmunk.runtime.weight_layout import WeightLayout
 
 ATTRIBUTE = "_chipmunk_session"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import chipmunk
-from chipmunk.runtime.statistics import Calls
+from chipmunk.runtime.counts import Calls
 
 
 @pytest.fixture(autouse=True)
