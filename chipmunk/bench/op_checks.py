@@ -1,0 +1,220 @@
+"""Inputs for the operators' benchmark, and its checks: each operator against float64 on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from chipmunk import ops
+
+HEADS, WIDTH, HIDDEN, NEURONS = 24, 128, 3072, 12288  # FLUX.1-dev
+
+
+# --------------------------------------------------------------------------------------------------------- inputs
+def random_lists(batch: Sequence[int], columns: int, kept: int, device: str = "cuda") -> Tensor:
+    """Random lists of `kept` of `columns`, ascending: (…, kept) int32."""
+    scores = torch.rand(*batch, columns, device=device)
+    return scores.topk(kept, dim=-1).indices.sort(dim=-1).values.int()
+
+
+def projection(
+    tokens: int, heads: int = HEADS, width: int = WIDTH, batch: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """q, k, v (B, H, N, D) as views of one packed projection, which is how a model produces them."""
+    packed = torch.randn(batch, tokens, 3, heads, width, device="cuda", dtype=dtype)
+    return packed.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+@dataclass
+class Mlp:
+    """One MLP's tensors; the second weight's transpose is contiguous, as the runtime keeps it on a GPU."""
+
+    x: Tensor
+    weight_in: Tensor
+    bias: Tensor
+    weight_out: Tensor
+    indices: Tensor
+    act_cache: Tensor
+    out_cache: Tensor
+
+
+def random_mlp(
+    tokens: int,
+    kept: int,
+    group: int = 128,
+    width: int = HIDDEN,
+    neurons: int = NEURONS,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    transposed_cache: bool = True,
+    transposed_weight: bool = True,
+) -> Mlp:
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, device="cuda") * scale).to(dtype)
+
+    cache = random(batch, tokens, neurons)
+    weight_out = random(width, neurons, scale=neurons**-0.5)
+    return Mlp(
+        random(batch, tokens, width),
+        random(neurons, width, scale=width**-0.5),
+        random(neurons),
+        weight_out.T.contiguous().T if transposed_weight else weight_out,
+        random_lists((batch, -(-tokens // group)), neurons, kept),
+        cache.transpose(1, 2).contiguous().transpose(1, 2) if transposed_cache else cache,
+        random(batch, tokens, width),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- checks
+@dataclass
+class Check:
+    name: str
+    error: float
+    bound: float
+    repeatable: bool
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.bound and self.repeatable
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory holds NaN, or the largest integer."""
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    before, mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=mode)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    """‖out − exact‖ / ‖exact‖ in float64; NaN anywhere gives infinity."""
+    difference = float((out.double() - exact).norm() / exact.norm())
+    return difference if difference == difference else float("inf")
+
+
+def _one(run: Callable[..., Tensor], *args: Any) -> tuple[Tensor]:
+    return (run(*args),)
+
+
+def _twice(run: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], bool]:
+    with poisoned():
+        first, second = run(), run()
+    return first, all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def check_attention(
+    tokens: int, kept: int, group: int, width: int, dtype: torch.dtype, batch: int = 1
+) -> Iterator[Check]:
+    heads, scale = 3, width**-0.5
+    q, k, v = projection(tokens, heads, width, batch, dtype)
+    label = f"N={tokens} K={kept} group={group} D={width} B={batch} {str(dtype)[6:]}"
+    exact_q, exact_k, exact_v = q.double(), k.double(), v.double()
+    exact_out, exact_sums = ops.attention_with_column_sums(exact_q, exact_k, exact_v, group, scale, "reference")
+    dense = functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    bound = 2 * error(dense, exact_out)
+    (out, sums), same = _twice(lambda: ops.attention_with_column_sums(q, k, v, group, scale, "triton"))
+    yield Check(f"attention_with_column_sums, output, {label}", error(out, exact_out), bound, same)
+    yield Check(f"attention_with_column_sums, sums, {label}", error(sums, exact_sums), bound, same)
+    indices = random_lists((batch, heads, -(-tokens // group)), tokens, kept)
+    addend = torch.randn(batch, tokens, heads, width, device="cuda", dtype=dtype).transpose(1, 2)
+    for added, subtract in ((None, False), (addend, False), (addend, True)):
+        wanted = ops.column_sparse_attention(
+            exact_q,
+            exact_k,
+            exact_v,
+            indices,
+            None if added is None else added.double(),
+            group,
+            scale,
+            subtract,
+            "reference",
+        )
+        args = (q, k, v, indices, added, group, scale, subtract)
+        (out,), same = _twice(partial(_one, ops.column_sparse_attention, *args, "triton"))
+        sign = "" if added is None else ("−" if subtract else "+")
+        yield Check(f"column_sparse_attention {sign} {label}", error(out, wanted), bound, same)
+
+
+def check_mlp(
+    tokens: int, kept: int, group: int, activation: str, dtype: torch.dtype, **options: Any
+) -> Iterator[Check]:
+    m = random_mlp(tokens, kept, group, dtype=dtype, **options)
+    label = f"M={tokens} K={kept} group={group} {activation} {str(dtype)[6:]} {options or ''}"
+    exact_cache, exact_out = m.act_cache.double(), m.out_cache.double()
+    bias = m.bias.double()
+    wanted = ops.sparse_mlp_in(
+        m.x.double(), m.weight_in.double(), bias, m.indices, exact_cache, group, activation, "reference"
+    )
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    rows = torch.arange(tokens, device="cuda") // group
+    chosen = m.indices[:, rows].long()
+    dense = functional.gelu(functional.linear(m.x, m.weight_in, m.bias), approximate=approximate).gather(-1, chosen)
+    cached = m.act_cache.gather(-1, chosen)
+
+    def run_in() -> tuple[Tensor, Tensor]:
+        cache = m.act_cache.clone(memory_format=torch.preserve_format)
+        return ops.sparse_mlp_in(m.x, m.weight_in, m.bias, m.indices, cache, group, activation, "triton"), cache
+
+    (delta, cache), same = _twice(run_in)
+    yield Check(f"sparse_mlp_in, delta, {label}", error(delta, wanted), 2 * error(dense - cached, wanted), same)
+    exact_new = exact_cache.gather(-1, chosen)
+    yield Check(
+        f"sparse_mlp_in, cache, {label}", error(cache.gather(-1, chosen), exact_new), 2 * error(dense, exact_new), same
+    )
+    untouched = torch.ones_like(cache, dtype=torch.bool).scatter_(-1, chosen, False)
+    kept_rest = bool((cache == m.act_cache)[untouched].all())
+    yield Check(f"sparse_mlp_in, rest of the cache, {label}", 0.0 if kept_rest else 1.0, 0.5, True)
+
+    ops.sparse_mlp_out(delta.double(), m.weight_out.double(), m.indices, exact_out, group, "reference")
+    spread = torch.zeros_like(cache).scatter_(-1, chosen, delta)
+    dense_out = m.out_cache + functional.linear(spread, m.weight_out)
+
+    def run_out() -> tuple[Tensor]:
+        out = m.out_cache.clone()
+        ops.sparse_mlp_out(delta, m.weight_out, m.indices, out, group, "triton")
+        return (out,)
+
+    (out,), same = _twice(run_out)
+    yield Check(f"sparse_mlp_out, {label}", error(out, exact_out), 2 * error(dense_out, exact_out), same)
+
+
+def check_selection(shape: tuple[int, ...], keep: int, random: int) -> Iterator[Check]:
+    scores = torch.rand(shape, device="cuda")
+    seed = torch.randint(0, 1000, (3,), device="cuda")
+    for name, values in (("", scores), (" with ties", (scores * 50).round()), (" all equal", torch.zeros_like(scores))):
+        (out,), same = _twice(partial(_one, ops.select_columns, values, seed, keep, random, "triton"))
+        wanted = ops.select_columns(values, seed, keep, random, "reference")
+        equal = torch.equal(out, wanted)
+        yield Check(f"select_columns {shape} {keep} + {random}{name}", 0.0 if equal else 1.0, 0.5, same)
+
+
+def checks() -> Iterator[Check]:
+    bf16, fp16 = torch.bfloat16, torch.float16
+    yield from check_attention(4352, 672, 128, 128, bf16)
+    yield from check_attention(1091, 163, 192, 128, bf16, batch=2)
+    yield from check_attention(777, 320, 128, 64, fp16)
+    yield from check_attention(300, 300, 64, 64, bf16, batch=2)
+    yield from check_attention(515, 16, 256, 128, fp16)
+    yield from check_attention(1091, 130, 128, 128, bf16)
+    yield from check_mlp(4352, 4352, 128, "gelu_tanh", bf16)
+    yield from check_mlp(1000, 700, 128, "gelu", fp16, width=320, neurons=1280, batch=2)
+    yield from check_mlp(333, 96, 64, "gelu_tanh", bf16, width=136, neurons=500, transposed_cache=False)
+    yield from check_mlp(700, 512, 192, "gelu_tanh", bf16, width=256, neurons=1024, batch=2, transposed_weight=False)
+    yield from check_selection((1, HEADS, 34, 4352), 672, 0)
+    yield from check_selection((2, 34, NEURONS), 3738, 614)
+    yield from check_selection((1, 3, 133, 16896), 2800, 100)
+    yield from check_selection((1, 2, 3, 1), 1, 0)
+    yield from check_selection((3, 5, 1000), 0, 7)
