@@ -21,8 +21,8 @@ from typing import Any
 HEAD = """# Real repositories
 
 What `chipmunk` makes of them. Each was copied, patched, patched once more (which must change nothing), verified with
-its own classes at a small size on a CPU, and reverted (which must give every byte back). Sites: places in the code that the
-tool looked at. Written by `python docs/compatibility.py NAME@COMMIT=PATH …` from repositories at hand.
+its own classes at a small size on a CPU, and reverted (which must give every byte back). Sites: places in the code that
+the tool looked at. Written by `python docs/compatibility.py NAME@COMMIT=PATH …` from repositories at hand.
 
 | repository | commit | patch | sites patched | left dense | in `forward` | second patch | verify | revert |
 |---|---|---|---|---|---|---|---|---|
