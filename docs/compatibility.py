@@ -58,7 +58,7 @@ def examine(source: Path) -> tuple[list[str], list[dict[str, Any]]]:
         once = tree_hash(root)
         again = chipmunk("patch", root)[0] == 0 and tree_hash(root) == once
         verified, report = chipmunk("verify", root)
-        passed = sum(check["passed"] for check in report.get("checks", []))
+        passed = sum(check["holds"] for check in report.get("checks", []))
         reverted = chipmunk("revert", root)[0] == 0 and tree_hash(root) == before
         left = [site for site in patched["sites"] if site["status"] in ("left dense", "refused")]
         return [

@@ -173,7 +173,9 @@ def _enable(context: Context, place: Place, loads: list[Binding], option: str, o
         indentation = source.indentation(statement)
         at = _end_of(source.text, source.span(statement)[1])
         context.edit(source, at, at, f"\n{indentation}{context.runtime(source)}.enable({load.name}, {option})")
-        others = "; where another branch puts an engine in its place, no patched code runs"
+        others = (
+            "; where another branch puts an engine in its place, no patched code runs, and giving the option says so"
+        )
         context.patched(source, load.step.node, reason + (others if _has_other(context, place, load) else ""))
 
 
@@ -206,25 +208,25 @@ def _is_enabled(context: Context, place: Place, name: str) -> bool:
 
 
 def _after_branches(context: Context, place: Place, binding: Binding) -> cst.CSTNode:
-    """The statement after which the model is there: the assignment, or an `if` whose every branch loads the model."""
+    """The statement after which the model is there: the assignment, or an `if` whose every branch assigns the name.
+
+    Where a branch assigns something that is no model (a TensorRT engine, say), `enable` says so if the option is given.
+    """
     statement: cst.CSTNode = binding.step.statement
     for node, _ in reversed(binding.step.chain):
         if not isinstance(node, cst.If):
             break
-        if _loads_in_all(context, place, node, binding.name):
+        if _assigned_in_all(place, node, binding.name):
             statement = node
     return statement
 
 
-def _loads_in_all(context: Context, place: Place, node: cst.If, name: str) -> bool:
-    """Whether each branch of the `if` gives the name a model, and none anything else (a TensorRT engine, say)."""
+def _assigned_in_all(place: Place, node: cst.If, name: str) -> bool:
     inside = [b for b in place.scope.bindings.get(name, ()) if any(other is node for other, _ in b.step.chain)]
-    if any(context.values.model_of(context.values.bound(b, place)) is None for b in inside):
-        return False
     branches = {branch for b in inside for other, branch in b.step.chain if other is node}
     if branches < {"body", "orelse"}:
         return False
-    return not isinstance(node.orelse, cst.If) or _loads_in_all(context, place, node.orelse, name)
+    return not isinstance(node.orelse, cst.If) or _assigned_in_all(place, node.orelse, name)
 
 
 def _add_option(context: Context, function: Function, kind: str) -> bool:

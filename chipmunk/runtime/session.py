@@ -134,12 +134,13 @@ def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, An
 
     config: a file, a `chipmunk.config.Config`, its content as a mapping, or None: then the file that `CHIPMUNK_CONFIG`
     names, `chipmunk-config.yml` in the working directory, or the one in the root of the patched repository; where there
-    is none of them, the model is off. Raises TypeError if there is a configuration and `model` holds no patched model,
-    and ValueError (`chipmunk.config.ConfigError` for a file) for a wrong configuration.
+    is none of them, the model is off. Raises TypeError if a configuration is given and `model` holds no patched model
+    (where none is given, nothing happens: `steps` will warn), and ValueError (`chipmunk.config.ConfigError` for a file)
+    for a wrong configuration.
     """
     owner = find_model(model)
     if owner is None:
-        if config is None and configuration.find(None) is None:
+        if config is None:
             return
         raise TypeError(
             f"{type(model).__name__} holds no model that Chipmunk knows (or several): its forward has no "

@@ -403,7 +403,7 @@ def test_signatures_and_docstrings() -> None:
     assert "            at least one\n        chipmunk_config: Chipmunk configuration file" in result
 
 
-def test_an_engine_in_another_branch_is_not_enabled() -> None:
+def test_where_another_branch_has_an_engine_enable_comes_after_both_and_can_tell() -> None:
     text = variant(
         COMMAND,
         (
@@ -411,10 +411,12 @@ def test_an_engine_in_another_branch_is_not_enabled() -> None:
             "    if steps:\n        model = load_painter(name)\n    else:\n        model = engines[name]\n",
         ),
     )
-    assert (
-        "        model = load_painter(name)\n        chipmunk.enable(model, chipmunk_config)\n    else:\n"
-        in command(text)
-    )
+    assert "        model = engines[name]\n    chipmunk.enable(model, chipmunk_config)\n" in command(text)
+
+
+def test_a_branch_without_a_model_keeps_enable_inside_the_other() -> None:
+    text = variant(COMMAND, ("    model = load_painter(name)\n", "    if steps:\n        model = load_painter(name)\n"))
+    assert "        model = load_painter(name)\n        chipmunk.enable(model, chipmunk_config)\n" in command(text)
 
 
 PROGRAM = """\
