@@ -109,7 +109,7 @@ def show_report(out: Console, report: VerifyReport) -> None:
 
 
 def python_of(repo: Path, python: str | None) -> str:
-    """The Python that was named; else the repository's, if Chipmunk is installed there; else this one."""
+    """The Python that was named; else the repository's, if it has both Chipmunk and torch; else this one."""
     import os
     import shutil
     import sys
@@ -123,7 +123,7 @@ def python_of(repo: Path, python: str | None) -> str:
             raise Failure(f"there is no Python at {python}", next_command="chipmunk doctor --python EXECUTABLE")
         return os.path.abspath(found)
     try:
-        environment = inspect(locate(repo), None)
+        environment = inspect(locate(repo), None, ("torch",))
     except Failure:
         return sys.executable
-    return environment.executable if environment.importable else sys.executable
+    return environment.executable if environment.importable and environment.packages.get("torch") else sys.executable

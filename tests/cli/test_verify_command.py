@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -44,8 +45,13 @@ def test_what_cannot_be_verified_is_refused(starter: Path) -> None:
 @pytest.mark.slow
 def test_demo_walks_through_everything(tmp_path: Path) -> None:
     folder = tmp_path / "my demo"
-    done = process("demo", folder)
+    another = tmp_path / "bin" / "python3"
+    another.parent.mkdir()
+    another.write_text("#!/bin/sh\nexit 1\n")
+    another.chmod(0o755)
+    done = process("demo", folder, PATH=os.pathsep.join((str(another.parent), os.environ["PATH"])))
     assert done.code == 0, done.err
+    assert not [line for line in done.lines if line.startswith("Note")]  # it is not the Python on the PATH that counts
     headings = [line for line in done.lines if line.startswith("== ")]
     commands = [line.split()[2] for line in done.lines if line.startswith("$ chipmunk ")]
     assert commands == ["patch", "diff", "status", "verify", "revert", "patch", "config"]
@@ -92,3 +98,17 @@ def test_a_progress_bar_comes_after_a_second_and_only_in_a_terminal(tmp_path: Pa
         assert shown.code == 0, shown.out
         assert ("first [str]" in shown.out) is expected
         assert ("second" in shown.out) is expected
+
+
+def test_a_python_without_torch_is_passed_over(starter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A venv nobody activated: the Python on the PATH sees the checkout through PYTHONPATH, and has no torch."""
+    bare = tmp_path / "bin" / "python3"
+    bare.parent.mkdir()
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(bare.parent), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    assert command.python_of(starter, None) == sys.executable
+    assert command.python_of(starter, str(bare)) == str(bare)
