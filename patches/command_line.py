@@ -22,7 +22,7 @@ API = 1
 VERSION = "1"
 
 OPTION = "chipmunk_config"
-HELP = "Chipmunk configuration file; without one, the model runs as before"
+HELP = "Chipmunk configuration file"
 
 
 def rule(context: Context) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ def demo(
 ) -> None:
     """Write a small FLUX repository and try it all.
 
-    Every step is a command that you could type: patch, diff, status, verify, revert, and patch again.
+    Every step is a command that you could type: patch, diff, status, verify, revert, patch again, and config init.
     """
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.terminal import exact, say, screen
@@ -59,7 +60,8 @@ def _step(title: str, words: list[str]) -> None:
     _heading(title)
     typer.secho(f"$ chipmunk {shlex.join(words)}", bold=True)
     sys.stdout.flush()
-    code = subprocess.run([sys.executable, "-m", "chipmunk.cli", *words], check=False).returncode
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix}  # this Python runs the starter, not the one on the PATH
+    code = subprocess.run([sys.executable, "-m", "chipmunk.cli", *words], env=environment, check=False).returncode
     if code != 0:
         raise Failure(f"this step ended with exit code {code}", exit_code=code if code in (1, 2, 3, 130) else 2)
 

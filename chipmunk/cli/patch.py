@@ -95,7 +95,7 @@ def _say_next(out: Console, repo: Path, *, written: bool, verifying: bool) -> No
         lines = [
             (f"chipmunk diff {root}", "the change, line by line"),
             (f"chipmunk verify {root}", "prove that it computes what it did"),
-            (f"chipmunk config init {root}", "turn Chipmunk on, with a chipmunk-config.yml to edit"),
+            (f"chipmunk config init {root}", "turn it on: a chipmunk-config.yml to edit"),
             (f"chipmunk revert {root}", "undo it, to the byte"),
         ]
         if verifying:

@@ -94,7 +94,7 @@ class Waiting:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._state = ("", 0, 1)
+        self._state = ("starting", 0, 1)
         self._bar: Progress | None = None
         self._timer = threading.Timer(_PATIENCE, self._begin)
         self._timer.daemon = True

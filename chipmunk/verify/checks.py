@@ -114,7 +114,10 @@ class Comparison:
         worst_call = max((error for found in chosen for error in found["calls"]), default=math.inf)
         worst_image = max((found["latents"] for found in chosen), default=math.inf)
         finite = math.isfinite(worst_call) and math.isfinite(worst_image)
-        says = f"sparse against dense: error of a step at most {worst_call:.1%}, of the image at most {worst_image:.1%}"
+        says = (
+            f"sparse against dense, reported without a limit: a step differs by at most {worst_call:.1%}, "
+            f"the image by at most {worst_image:.1%}"
+        )
         if not finite:
             says = "the sparse run gives numbers that are not finite"
         return Check("sparse error", finite, says, {"errors": errors})
