@@ -50,8 +50,8 @@ def demo(
     exact(out, f"  cd {quoted(folder)}\n  {python} -m flux --num-steps 12 --seed 1 --width 320 --height 256")
     say(
         out,
-        "Edit chipmunk-config.yml and run it again; move that file away to compare with the dense model. On a CPU the "
-        "sparse model is the slower one: its operators are plain PyTorch there. The speed-up needs a GPU.",
+        "Edit chipmunk-config.yml and run it again. To compare with the dense model, move that file away and add "
+        "--output-dir dense. On a CPU the operators are plain PyTorch: the speed-up needs a GPU.",
     )
 
 
