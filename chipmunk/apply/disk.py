@@ -127,7 +127,11 @@ def exclusive(lock: Path, root: Path) -> Iterator[None]:
             make_folder(lock.parent)
         try:
             if not stat.S_ISDIR(os.lstat(lock.parent).st_mode):
-                raise Refused(f"{lock.parent.name} must be a folder, not a link or a file", file=lock.parent.name)
+                raise Refused(
+                    f"{lock.parent.name} must be a folder, not a link or a file",
+                    file=lock.parent.name,
+                    next_command=f"ls -ld {quoted(lock.parent)}",
+                )
             fd = os.open(lock, os.O_RDWR | os.O_CREAT | _NO_FOLLOW | _BINARY, 0o644)
         except FileNotFoundError:
             continue  # another run has just tidied the folder away

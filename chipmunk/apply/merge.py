@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import ast
 import difflib
+import io
 import keyword
 import re
+import tokenize
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -100,9 +102,12 @@ def merge(base: bytes, ours: bytes, theirs: bytes, same: Callable[[bytes, bytes]
 
 def merge_python(base: bytes, ours: bytes, theirs: bytes) -> Merged:
     """`merge` for Python: what a formatter did to the lines that `theirs` replaces does not count as an edit of them,
-    and if `ours` and `theirs` are valid Python, so must the result be.
+    and if `ours` and `theirs` are valid Python, so must the result be. Where lines cannot be told apart in a file that
+    nothing but a formatter has changed, the result is `theirs`.
     """
     merged = merge(base, ours, theirs, same_code)
+    if merged.data is None and same_program(base, ours):
+        return Merged(theirs)
     if merged.data is None or merged.data in (ours, theirs):
         return merged
     line = _syntax_error(merged.data)
@@ -116,6 +121,22 @@ def same_code(one: bytes, other: bytes) -> bool:
     in the first line's indentation), in a comma before a closing bracket that means nothing, and in the kind of quotes.
     """
     return _indentation(one) == _indentation(other) and _tokens(one) == _tokens(other)
+
+
+def same_program(one: bytes, other: bytes) -> bool:
+    """Whether two files have the same syntax tree and the same comments in the same order: only the layout differs."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            same = ast.dump(ast.parse(one)) == ast.dump(ast.parse(other))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return same and _comments(one) == _comments(other)
+
+
+def _comments(source: bytes) -> list[str]:
+    found = tokenize.tokenize(io.BytesIO(source).readline)
+    return [token.string.lstrip("# ").rstrip() for token in found if token.type == tokenize.COMMENT]
 
 
 def map_line(old: bytes, new: bytes, line: int) -> int:

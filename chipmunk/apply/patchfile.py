@@ -193,6 +193,7 @@ def _read(root: Path, file: FilePatch, misfits: list[Place]) -> bytes | None:
             raise PatchInvalid(
                 "the path goes through a symbolic link; nothing was changed",
                 places=[Place(file.path, None, f"{parent} is a link")],
+                next_command=f"ls -l {quoted(root / parent)}",
             )
     path = root / file.path
     if not path.is_file():

@@ -72,12 +72,13 @@ def status(root: Path) -> RepositoryStatus:
     root = locate(root)
     store = Store(root)
     if disk.is_locked(store.lock):
-        return RepositoryStatus(root, State.BUSY, message=disk.busy(root).message)
+        busy = disk.busy(root)
+        return RepositoryStatus(root, State.BUSY, message=busy.message, next_command=busy.next_command)
     try:
         journal = store.load()
         callers = calls_without_journal(root) if journal is None else []
     except Busy as error:
-        return RepositoryStatus(root, State.BUSY, message=error.message)
+        return RepositoryStatus(root, State.BUSY, message=error.message, next_command=error.next_command)
     except Interrupted as error:
         files = _half_done(store)
         return RepositoryStatus(root, State.INTERRUPTED, files, message=error.message, next_command=error.next_command)

@@ -68,7 +68,8 @@ def plan_revert(root: Path) -> Reverted:
         if file.current is None or file.unpatched is None or file.current == file.unpatched:
             continue
         changes.append(FileChange(file.path, file.current, file.unpatched))
-        if file.state is FileState.EDITED:
+        entry = journal.file(file.path)
+        if file.state is FileState.EDITED and (entry is None or file.unpatched != entry.original):
             merged.append(file.path)
             leftovers += [
                 Place(file.path, number, "still calls Chipmunk, in a line of your own")

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from chipmunk.apply import disk
 from chipmunk.apply.errors import Conflict, quoted
 from chipmunk.apply.journal import Journal, JournalFile, Store
-from chipmunk.apply.merge import map_line, same_code
+from chipmunk.apply.merge import map_line, same_code, same_program
 from chipmunk.apply.patchfile import apply_patch
 from chipmunk.apply.repository import Repository, read
 from chipmunk.apply.state import FileState, FileStatus, examine
@@ -54,7 +55,7 @@ def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Upda
     repository = read(root)
     in_force = Store(repository.root).load()
     journal = in_force or Journal()
-    standing = {file.path: file for file in examine(repository.root, journal)}
+    standing = _standing(repository, journal)
     files = dict(repository.files)
     for path in files:
         file = standing.get(repository.links.get(path, path))
@@ -72,7 +73,8 @@ def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Upda
         wanted = _wanted(standing.get(path), planned.get(path))
         if current is None or wanted is None or wanted == current:
             continue
-        formatted = path in standing and standing[path].state is FileState.EDITED and same_code(wanted, current)
+        edited = path in standing and standing[path].state is FileState.EDITED
+        formatted = edited and (same_code(wanted, current) or same_program(wanted, current))
         if not formatted:  # a formatter's work on patched lines is left as it is
             changes.append(FileChange(path, current, wanted))
     touched = {change.path for change in changes}
@@ -97,7 +99,7 @@ def plan_patch_file(root: Path, patch: bytes) -> Update:
     in_force = Store(repository.root).load()
     journal = in_force or Journal()
     changes, sites = apply_patch(repository.root, patch)
-    standing = {file.path: file for file in examine(repository.root, journal)}
+    standing = _standing(repository, journal)
     kept = {file.path: file for file in journal.files}
     for change in changes:
         entry = _entry(repository.root, kept.get(change.path), standing.get(change.path), change)
@@ -113,6 +115,15 @@ def carry_out(update: Update) -> None:
     """Make a planned change; with nothing to change, nothing is written. Raises what `commit` raises."""
     if update.changes:
         commit(update.repository.root, update.changes, update.journal, replaces=update.replaces)
+
+
+def _standing(repository: Repository, journal: Journal) -> dict[str, FileStatus]:
+    """The journal's files by path. Raises `Busy` if another run has changed one since the repository was read."""
+    standing = {file.path: file for file in examine(repository.root, journal)}
+    for path, file in standing.items():
+        if file.current is not None and repository.files.get(path, file.current) != file.current:
+            raise disk.busy(repository.root)
+    return standing
 
 
 def _entry(

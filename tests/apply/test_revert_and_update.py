@@ -648,6 +648,42 @@ def test_a_formatter_s_work_on_patched_lines_is_no_edit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("formatted", "goes_back"),
+    [
+        (b"import chipmunk\n\nx = chipmunk.sdpa(\n    q\n) + (\n    a  # one\n    + b\n)\n", True),
+        (b"import chipmunk\n\nx = chipmunk.sdpa(\n    q\n) + (\n    a  # two\n    + b\n)\n", False),
+        (b"import chipmunk\n\nx = chipmunk.sdpa(\n    q\n) + (\n    a  # one\n    - b\n)\n", False),
+    ],
+    ids=["layout", "comment", "code"],
+)
+def test_a_file_that_only_a_formatter_changed_goes_back_even_where_its_lines_overlap(
+    formatted: bytes, goes_back: bool, tmp_path: Path
+) -> None:
+    make(tmp_path, {"m.py": b"x = sdpa(q) + (a + b) # one\n"})
+    before = snapshot(tmp_path)
+    patch(tmp_path)
+    (tmp_path / "m.py").write_bytes(formatted)
+    if goes_back:
+        assert plan_update(tmp_path, rules).changes == ()
+        assert revert(tmp_path).merged == ()  # to the byte
+        assert snapshot(tmp_path) == before
+    else:
+        with pytest.raises(Conflict):
+            revert(tmp_path)
+        assert (tmp_path / "m.py").read_bytes() == formatted
+
+
+def test_code_moved_out_of_a_branch_is_an_edit_though_its_words_are_the_same(tmp_path: Path) -> None:
+    make(tmp_path, {"m.py": b"if a:\n    x = sdpa(q)\n    y = 1\n"})
+    patch(tmp_path)
+    moved = b"import chipmunk\nif a:\n    x = (\n        chipmunk.sdpa(q))\ny = 1\n"
+    (tmp_path / "m.py").write_bytes(moved)
+    with pytest.raises(Conflict):
+        revert(tmp_path)
+    assert (tmp_path / "m.py").read_bytes() == moved
+
+
+@pytest.mark.parametrize(
     ("one", "other", "same"),
     [
         (b"  f(a, b)\n", b"  f(\n    a,\n    b,\n  )\n", True),

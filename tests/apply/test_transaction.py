@@ -22,11 +22,13 @@ from chipmunk.apply import (
     Journal,
     Recovery,
     Refused,
+    Repository,
     State,
     Store,
     carry_out,
     commit,
     plan_update,
+    read,
     recover,
     revert,
     status,
@@ -490,6 +492,7 @@ def test_a_second_run_is_told_that_the_first_is_at_work(tmp_path: Path) -> None:
             assert holder.stdout is not None
             assert holder.stdout.readline() == b"held\n"
             assert status(tmp_path).state is State.BUSY
+            assert status(tmp_path).next_command is not None
             for action in (patch, recover):
                 with pytest.raises(Busy, match="another chipmunk run") as caught:
                     action(tmp_path)
@@ -554,3 +557,22 @@ def test_a_chipmunk_folder_that_leads_elsewhere_is_refused(tmp_path: Path) -> No
     with pytest.raises(Refused, match="not a link"):
         patch(root)
     assert not list(elsewhere.iterdir())
+
+
+def test_a_run_that_finishes_between_reading_and_planning_is_told_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read is no longer what is there: neither nothing to do, nor a plan on old bytes."""
+    make(tmp_path, SMALL)
+
+    def read_and_then_the_other_run(root: Path) -> Repository:
+        repository = read(root)
+        monkeypatch.undo()
+        patch(root)
+        return repository
+
+    monkeypatch.setattr("chipmunk.apply.update.read", read_and_then_the_other_run)
+    with pytest.raises(Busy) as refused:
+        plan_update(tmp_path, rules)
+    assert refused.value.next_command is not None
+    assert status(tmp_path).state is State.PATCHED
