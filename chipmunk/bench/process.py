@@ -95,7 +95,7 @@ def _died(spec: Spec, root: Path, python: str, code: int, failure: Event | None,
         if "No module named 'chipmunk" in last:
             return BenchError(
                 f"Chipmunk's benchmark cannot be imported by {python}\n\n{last}",
-                next_command=f"{python} -m pip install chipmunk-flux",
+                next_command=f"chipmunk doctor --python {quoted(Path(python))}",
             )
         why = f"exit code {code}"
         if code < 0:

@@ -30,20 +30,18 @@ def init(
 ) -> None:
     """Write the default configuration, commented."""
     from chipmunk.apply.errors import quoted
-    from chipmunk.cli.terminal import next_commands, say, screen
+    from chipmunk.cli.terminal import next_commands, say, screen, write_file
     from chipmunk.config import FILE_NAME
     from chipmunk.registry import data_path
 
     path = place / FILE_NAME if place.is_dir() else place
     data = data_path(FILE_NAME).read_bytes()
-    try:
-        with open(path, "wb" if force else "xb") as file:
-            file.write(data)
-    except FileExistsError:
+    if path.exists() and not force:
         raise Failure(
             f"{path} is there already; nothing was written",
             next_command=f"chipmunk config check {quoted(path)}   (or: chipmunk config init --force {quoted(place)})",
-        ) from None
+        )
+    write_file(path, data)
     out = screen()
     say(out, f"Wrote {path}, the default configuration.")
     next_commands(out, [(f"chipmunk config check {quoted(path)}", "once you have edited it")])
@@ -67,7 +65,7 @@ def check(place: Place = None, as_json: Json = False) -> None:
         if as_json:
             print_json({"status": "check failed", "file": str(path), "problems": problems, "notes": []})
         failure = explain(error)
-        report(Failure(failure.message, failure.places), as_json=False)
+        report(failure, as_json=False)
         raise typer.Exit(UNMET) from None
     found = notes(config)
     if as_json:

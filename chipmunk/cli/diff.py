@@ -34,7 +34,7 @@ def diff(
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.diff_view import show_diff
     from chipmunk.cli.plan_view import plan_object, size_of
-    from chipmunk.cli.terminal import print_json, say, screen, write_bytes
+    from chipmunk.cli.terminal import print_json, say, screen, write_bytes, write_file
 
     root = locate(repo)
     journal = Store(root).load()
@@ -49,7 +49,7 @@ def diff(
     if output is not None:
         if output.is_dir():
             raise Failure(f"{output} is a folder: name a file", next_command=f"chipmunk diff {quoted(repo)} -o x.patch")
-        output.write_bytes(data)
+        write_file(output, data)
     if as_json:
         print_json({**plan_object(status, name, changes, sites), "diff": data.decode("utf-8", "surrogateescape")})
     elif output is not None:

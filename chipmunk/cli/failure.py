@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any, ParamSpec
 
 import typer
@@ -68,6 +70,7 @@ def command(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
 def explain(error: BaseException) -> Failure:
     """Say in the user's words what an exception means."""
     from chipmunk.apply import ApplyError
+    from chipmunk.apply.errors import quoted
     from chipmunk.config import ConfigError
     from chipmunk.registry import RegistryError
     from chipmunk.rewrite import SelectionError
@@ -82,7 +85,9 @@ def explain(error: BaseException) -> Failure:
             Where(problem.source, problem.line, f"{problem.key} {problem.message}" if problem.key else problem.message)
             for problem in error.problems
         )
-        return Failure("the configuration cannot be used", places, "chipmunk config check FILE")
+        source = Path(error.problems[0].source)
+        verb = "check" if source.exists() else "init"
+        return Failure("the configuration cannot be used", places, f"chipmunk config {verb} {quoted(source)}")
     if isinstance(error, SelectionError):
         return Failure(str(error), next_command=f"chipmunk {'targets' if 'target' in str(error) else 'patches'} list")
     if isinstance(error, RegistryError):
@@ -93,7 +98,11 @@ def explain(error: BaseException) -> Failure:
         file = str(error.filename) if error.filename is not None else None
         reason = error.strerror or str(error)
         places = () if file is None else (Where(file, None, reason),)
-        return Failure(reason if file is None else "a file cannot be read or written", places)
+        if file is None:
+            return Failure(reason)
+        full = error.errno == errno.ENOSPC
+        look = f"df -h {quoted(Path(file).parent)}" if full else f"ls -ld {quoted(Path(file))}"
+        return Failure("a file cannot be read or written", places, look)
     traceback.print_exception(error, file=sys.stderr)
     return Failure(f"this is a fault in Chipmunk: {type(error).__name__}: {error}", next_command="chipmunk doctor")
 

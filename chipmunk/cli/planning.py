@@ -37,16 +37,17 @@ def refuse_if_nothing_fits(update: Update) -> None:
     root = update.repository.root
     refused = [site for site in update.plan.sites if site.status is SiteStatus.REFUSED]
     places = tuple(Where(site.file, site.line, site.reason) for site in refused)
+    again = f"chipmunk patch --dry-run {quoted(root)}   (once these files can be read)"
     if not update.plan.models:
         count = len(update.repository.files)
         raise Failure(
             f"no FLUX model was found in {root} ({count} Python {'file' if count == 1 else 'files'}): no forward that "
             "goes through one list of blocks with two streams and then one with a single stream. Nothing was written",
             places,
-            "chipmunk targets   (what is known)",
+            again if refused else "chipmunk targets   (what is known)",
         )
     if refused:
-        raise Failure("the repository cannot be patched as it stands. Nothing was written", places, None)
+        raise Failure("the repository cannot be patched as it stands. Nothing was written", places, again)
     raise Failure(
         "a FLUX model was found, but nothing in it can be handed to Chipmunk. Nothing was written",
         tuple(Where(site.file, site.line, site.reason) for site in update.plan.sites),

@@ -26,6 +26,7 @@ _NEXT = {
         ("chipmunk revert", "undo it; your edits stay"),
     ),
 }
+_STUCK = (("chipmunk diff", "what Chipmunk changed: put the places above back like that, then revert or patch"),)
 
 
 @command
@@ -89,7 +90,8 @@ def _show(out: Console, repo: str, found: RepositoryStatus, sites: list[Site]) -
     if found.next_command is not None:
         next_commands(out, [(found.next_command, "")])
     else:
-        steps = _NEXT.get(found.state.value, ())
+        stuck = any(file.places for file in found.files)
+        steps = _STUCK if stuck else _NEXT.get(found.state.value, ())
         next_commands(out, [(f"{command} {quoted(Path(repo))}", what) for command, what in steps])
 
 

@@ -11,6 +11,8 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -80,6 +82,24 @@ def print_json(value: Any) -> None:
     """Write one object to stdout, exact whatever the encoding: every character beyond ASCII is escaped."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
     sys.stdout.flush()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: on a full disk, what was there stays. Raises OSError that names the file."""
+    from chipmunk.apply import disk
+
+    if path.exists() and not path.is_file():  # a pipe or a device
+        path.write_bytes(data)
+        return
+    final = path.resolve()
+    temporary = final.with_name(f".{final.name}.chipmunk.tmp")
+    try:
+        disk.write_new(temporary, data, final if final.exists() else None)
+        disk.rename(temporary, final)
+    except OSError as error:
+        with suppress(OSError):
+            disk.remove(temporary)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_bytes(data: bytes) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import chipmunk
+from chipmunk.apply.errors import quoted
 from chipmunk.verify.report import VerifyError
 from chipmunk.verify.spec import PROGRESS, Spec
 
@@ -88,7 +89,7 @@ def _result(spec: Spec, python: str, code: int) -> dict[str, Any]:
             why = "another package called chipmunk is installed there"
         raise VerifyError(
             f"the runtime cannot be imported by {python}: {why}",
-            next_command=f"{python} -m pip install chipmunk-flux",
+            next_command=f"chipmunk doctor --python {quoted(Path(python))}",
         )
     if code < 0:
         last = f"killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")

@@ -239,7 +239,7 @@ def test_a_python_without_chipmunk(starter: Path, tmp_path: Path) -> None:
     python = script(tmp_path / "python", "echo \"ModuleNotFoundError: No module named 'chipmunk'\" >&2; exit 1")
     with pytest.raises(BenchError) as caught:
         run(starter, BenchOptions(python=str(python)))
-    assert caught.value.next_command == f"{python} -m pip install chipmunk-flux"
+    assert caught.value.next_command == f"chipmunk doctor --python {python}"
 
 
 def test_ctrl_c_ends_the_worker_and_what_it_started(starter: Path, tmp_path: Path) -> None:

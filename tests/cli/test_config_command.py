@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -87,3 +88,29 @@ def test_schema_is_one_that_editors_take(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "schema.json").read_text()) == schema
     shipped = yaml.safe_load((ROOT / "chipmunk-config.yml").read_text("utf-8"))
     jsonschema.Draft202012Validator(schema).validate(shipped)
+
+
+def test_each_refusal_names_the_next_command(tmp_path: Path) -> None:
+    (tmp_path / "bad.yml").write_text("attn: {}\nattn: {}\n")
+    assert "Next   chipmunk config check bad.yml" in chipmunk("config", "check", "bad.yml").err
+    assert "Next   chipmunk config init none.yml" in chipmunk("config", "check", "none.yml").err
+    assert "Next   ls -ld none.patch" in chipmunk("apply", "none.patch", tmp_path).err
+
+
+def test_on_a_full_disk_nothing_is_left_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty configuration would be a valid one, and turn Chipmunk on."""
+
+    def full(fd: int, data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "chipmunk-config.yml"
+    with monkeypatch.context() as patched:
+        patched.setattr("chipmunk.apply.disk.os.write", full)
+        done = chipmunk("config", "init", str(tmp_path))
+        assert done.code == 2
+        assert f"{path}: No space left on device" in done.err
+        assert f"Next   df -h {tmp_path}" in done.err
+        assert list(tmp_path.iterdir()) == []
+        path.write_text("steps: 50\n")
+        assert chipmunk("config", "init", "--force", str(tmp_path)).code == 2
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["steps: 50\n"]

@@ -271,6 +271,27 @@ def test_what_is_no_flux_repository_is_refused(
     assert snapshot(tmp_path) == before
 
 
+def test_a_model_in_a_file_that_cannot_be_parsed_is_refused_with_what_to_do(starter: Path, snapshot: Snapshot) -> None:
+    model = starter / "flux/model.py"
+    model.write_text(model.read_text() + "def f(:\n")
+    before = snapshot(starter)
+    done = chipmunk("patch", starter)
+    assert done.code == 2
+    assert "at     flux/model.py:" in done.err
+    assert f"Next   chipmunk patch --dry-run {starter}" in done.err
+    assert snapshot(starter) == before
+
+
+def test_status_sends_nobody_to_a_revert_that_will_not_go(patched: Path) -> None:
+    math = patched / "flux/math.py"
+    math.write_text(math.read_text().replace("_attention, q, k, v", "_attention, q * 2, k, v"))
+    assert chipmunk("revert", patched).code == 3
+    done = chipmunk("status", patched)
+    assert done.code == 0
+    assert f"chipmunk diff {patched}" in done.out
+    assert "chipmunk revert" not in done.out
+
+
 def test_unknown_names_are_refused_with_the_known_ones(starter: Path) -> None:
     assert "Known: attention" in chipmunk("patch", starter, "--only", "attn").err
     assert "Known: flux" in chipmunk("patch", starter, "--target", "sd3").err

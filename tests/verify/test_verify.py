@@ -147,7 +147,7 @@ def test_a_python_without_chipmunk_is_refused_with_what_to_install(tmp_path: Pat
     bare.chmod(0o755)
     with pytest.raises(VerifyError, match=f"runtime cannot be imported by .*: {why}") as refused:
         run(root, VerifyOptions(python=str(bare)))
-    assert refused.value.next_command == f"{bare} -m pip install chipmunk-flux"
+    assert refused.value.next_command == f"chipmunk doctor --python {bare}"
 
 
 def edited(root: Path, file: str, before: str, after: str) -> Path:
