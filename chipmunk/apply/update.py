@@ -69,7 +69,8 @@ def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Upda
         entry = _entry(repository.root, journal.file(path), standing.get(path), planned.get(path))
         if entry is not None:
             entries.append(entry)
-        current = (repository.root / path).read_bytes() if path not in standing else standing[path].current
+        # as planned on, not as it is by now: a run that ended meanwhile is noticed when the change is made
+        current = planned[path].before if path not in standing else standing[path].current
         wanted = _wanted(standing.get(path), planned.get(path))
         if current is None or wanted is None or wanted == current:
             continue

@@ -34,7 +34,7 @@ from chipmunk.apply import (
     status,
 )
 from chipmunk.apply import disk as disk_module
-from chipmunk.rewrite.plan import FileChange
+from chipmunk.rewrite.plan import FileChange, Plan
 
 CALLS = [
     "write",
@@ -550,6 +550,27 @@ def test_a_lock_that_is_removed_while_it_is_awaited_is_not_taken(tmp_path: Path)
             assert lock.exists()
 
 
+@pytest.mark.parametrize("call", ["mkdir", "open"])
+def test_a_folder_that_another_run_tidies_away_meanwhile_is_made_again(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / ".chipmunk" / "lock"
+    if call == "open":
+        lock.parent.mkdir()
+    real = getattr(os, call)
+
+    def then_tidied_away(path: Path, *rest: int) -> object:
+        monkeypatch.undo()
+        result = real(path, *rest)
+        lock.unlink(missing_ok=True)
+        lock.parent.rmdir()
+        return result
+
+    monkeypatch.setattr(disk_module.os, call, then_tidied_away)
+    with disk_module.exclusive(lock, tmp_path):
+        assert disk_module.is_locked(lock)
+
+
 def test_a_chipmunk_folder_that_leads_elsewhere_is_refused(tmp_path: Path) -> None:
     root, elsewhere = make(tmp_path / "root"), tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -576,3 +597,20 @@ def test_a_run_that_finishes_between_reading_and_planning_is_told_as_one(
         plan_update(tmp_path, rules)
     assert refused.value.next_command is not None
     assert status(tmp_path).state is State.PATCHED
+
+
+def test_a_run_that_finishes_while_rules_are_planning_is_noticed(tmp_path: Path) -> None:
+    """Not taken for a repository in which there is nothing to do."""
+    make(tmp_path, SMALL)
+
+    def rules_and_the_other_run(files: dict[str, bytes]) -> Plan:
+        patch(tmp_path)
+        return rules(files)
+
+    update = plan_update(tmp_path, rules_and_the_other_run)
+    after = snapshot(tmp_path)
+    assert update.changes
+    with pytest.raises(Conflict) as refused:
+        carry_out(update)
+    assert refused.value.next_command is not None
+    assert snapshot(tmp_path) == after
