@@ -123,8 +123,14 @@ def exclusive(lock: Path, root: Path) -> Iterator[None]:
     removed file sees that its name is gone, and starts again.
     """
     while True:
-        with contextlib.suppress(FileExistsError):
+        try:
             make_folder(lock.parent)
+        except FileExistsError:
+            pass
+        except FileNotFoundError:
+            if not root.is_dir():
+                raise
+            continue  # another run tidied it away as soon as it was there
         try:
             if not stat.S_ISDIR(os.lstat(lock.parent).st_mode):
                 raise Refused(
@@ -140,7 +146,6 @@ def exclusive(lock: Path, root: Path) -> Iterator[None]:
                 os.rmdir(lock.parent)  # only if it is empty: if we made it
             raise
         try:
-            _give(fd, lock.parent)
             patience = time.monotonic() + _PATIENCE
             while not _try_lock(fd):
                 if time.monotonic() > patience:
@@ -148,6 +153,7 @@ def exclusive(lock: Path, root: Path) -> Iterator[None]:
                 time.sleep(_PATIENCE / 20)
             if not _is_named(fd, lock):
                 continue
+            _give(fd, lock.parent)
             yield
             return
         finally:
