@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from chipmunk.ops.launch import compile_ahead
+
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 _fallbacks: ContextVar[Counter[str] | None] = ContextVar("chipmunk_fallbacks", default=None)
@@ -63,6 +65,17 @@ def call(operator: str, implementation: str, reference: Callable[..., Result], d
     if counter is not None:
         counter[f"{operator}: {reason}"] += 1
     return reference(*args)
+
+
+def prepare(operator: str, implementation: str, device_of: Tensor, *args: Any) -> None:
+    """Compile what `call` with these arguments, which may hold no data, is going to run. To be called from fakes."""
+    if implementation == "reference" or device_of.device.type != "cuda":
+        return
+    if not all(type(size) is int for arg in args if isinstance(arg, Tensor) for size in arg.shape):
+        return  # a graph for any size: asking for one would tie it to that
+    module = _triton_module(operator)
+    if not isinstance(module, str) and module.unsupported(*args) is None:
+        compile_ahead(getattr(module, operator), device_of.device, *args)
 
 
 def groups_of(rows: int, group: int) -> int:

@@ -17,6 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
+from chipmunk.ops.launch import is_ahead
+
 Parameters = dict[str, int]
 
 # Capability → operator and shape class → parameters. Measured on an H100 (docs/kernels.md has the attempts).
@@ -111,6 +113,8 @@ def parameters(
         fitting = [each for each, needed in candidates if needed <= _shared_memory(device)] or [candidates[-1][0]]
         if torch.cuda.is_current_stream_capturing():
             return fitting[0]
+        if is_ahead():
+            raise RuntimeError("nothing is known of this GPU yet, and nothing can be timed without data")
         _found[key] = _fastest(fitting, trial)
         _write(_found)
     return _found[key]

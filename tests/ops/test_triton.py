@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
         ("triton_mlp.py", True),
         ("triton_selection.py", True),
         ("triton_compiled.py", False),
+        ("triton_ahead.py", False),
     ],
 )
 def test_triton(cases: str, interpreted: bool, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def _operator(q, k, v, group, scale, implementation):  # type: ignore[no-untyped
 
 @_operator.register_fake
 def _(q, k, v, group, scale, implementation):  # type: ignore[no-untyped-def]
+    dispatch.prepare(_NAME, implementation, q, q, k, v, group, scale)
     batch, heads, rows, width = q.shape
     out = q.new_empty(batch, rows, heads, width).transpose(1, 2)
     sums_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

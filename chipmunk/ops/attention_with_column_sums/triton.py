@@ -22,6 +22,7 @@ from torch import Tensor
 
 from chipmunk.ops import tuning
 from chipmunk.ops.dispatch import groups_of
+from chipmunk.ops.launch import is_ahead, launch
 
 _CANDIDATES = [
     ({"queries": 128, "tile": 128, "warps": 8, "stages": 3, "splits": 2}, 132 << 10),
@@ -55,6 +56,8 @@ def attention_with_column_sums(q: Tensor, k: Tensor, v: Tensor, group: int, scal
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Dense attention and its natural log-sum-exp (B, H, N) float32: cuDNN's, or else FlashAttention's."""
     batch, heads, tokens, width = q.shape
+    if is_ahead():  # the library needs no compilation
+        return torch.empty_like(q), torch.empty(batch, heads, tokens, dtype=torch.float32, device=q.device)
     if q.device.type != "cuda":  # Triton's interpreter: no library kernel returns the log-sum-exp there
         scores = q.float() @ k.float().transpose(-1, -2) * scale
         out = torch.softmax(scores, -1) @ v.float()
@@ -110,7 +113,9 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, group: int, scale: float, par
     together, parts = max(queries // group, 1), max(group // queries, 1)
     tiles = triton.cdiv(tokens, tile)
     splits = min(parameters["splits"], tiles)
-    _kernel[(triton.cdiv(groups, together), splits, batch * heads)](
+    launch(
+        _kernel,
+        (triton.cdiv(groups, together), splits, batch * heads),
         q,
         k,
         lse,

@@ -50,5 +50,6 @@ def _operator(q, k, v, indices, addend, group, scale, subtract, implementation):
 
 @_operator.register_fake
 def _(q, k, v, indices, addend, group, scale, subtract, implementation):  # type: ignore[no-untyped-def]
+    dispatch.prepare(_NAME, implementation, q, q, k, v, indices, addend, group, scale, subtract)
     batch, heads, rows, width = q.shape
     return q.new_empty(batch, rows, heads, width).transpose(1, 2)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from chipmunk.ops import tuning
 from chipmunk.ops.dispatch import groups_of
+from chipmunk.ops.launch import launch
 
 _CANDIDATES = [
     ({"rows": 128, "keys": 64, "warps": 8, "stages": 2}, 100 << 10),
@@ -97,7 +98,9 @@ def _run(
         parts = group // (64 * consumers)
         work = groups * parts * batch * heads
         registers = {1: (224, 56), 2: (224, 56), 3: (152, 56)}[consumers]
-        attention_kernel[(min(work, tuning.multiprocessors(q.device) * (2 if consumers == 1 else 1)),)](
+        launch(
+            attention_kernel,
+            (min(work, tuning.multiprocessors(q.device) * (2 if consumers == 1 else 1)),),
             *tensors,
             heads,
             tokens,
@@ -121,7 +124,9 @@ def _run(
         rows //= 2
     parts = group // rows
     full, rest = divmod(kept, keys)
-    _kernel[(groups * parts, batch * heads)](
+    launch(
+        _kernel,
+        (groups * parts, batch * heads),
         *tensors,
         heads,
         tokens,

@@ -38,4 +38,5 @@ def _operator(scores, seed, keep, random, implementation):  # type: ignore[no-un
 
 @_operator.register_fake
 def _(scores, seed, keep, random, implementation):  # type: ignore[no-untyped-def]
+    dispatch.prepare(_NAME, implementation, scores, scores, seed, keep, random)
     return scores.new_empty((*scores.shape[:-1], keep + random), dtype=torch.int32)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk.ops import tuning
+from chipmunk.ops.launch import launch
 
 _LONGEST = 131072
 
@@ -41,7 +42,9 @@ def select_columns(scores: Tensor, seed: Tensor, keep: int, random: int) -> Tens
     rows = scores.numel() // columns
     indices = torch.empty(*scores.shape[:-1], keep + random, dtype=torch.int32, device=scores.device)
     padded = triton.next_power_of_2(columns)
-    _kernel[(rows,)](
+    launch(
+        _kernel,
+        (rows,),
         scores,
         seed.contiguous(),
         indices,

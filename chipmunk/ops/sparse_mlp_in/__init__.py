@@ -52,4 +52,5 @@ def _operator(x, weight, bias, indices, act_cache, group, activation, implementa
 
 @_operator.register_fake
 def _(x, weight, bias, indices, act_cache, group, activation, implementation):  # type: ignore[no-untyped-def]
+    dispatch.prepare(_NAME, implementation, x, x, weight, bias, indices, act_cache, group, activation)
     return x.new_empty(x.shape[0], x.shape[1], indices.shape[-1])

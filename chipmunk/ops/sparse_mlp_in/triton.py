@@ -19,6 +19,7 @@ from torch import Tensor
 from chipmunk.ops import balance, tuning
 from chipmunk.ops.balance import piece, pieces, place, split_columns, sum_of_parts
 from chipmunk.ops.dispatch import groups_of
+from chipmunk.ops.launch import launch
 
 _CANDIDATES = [
     ({"rows": 128, "neurons": 256, "depth": 64, "warps": 8, "stages": 3, "split": 4}, 160 << 10),
@@ -84,7 +85,9 @@ def _run(
     strides = (1 if bias is None else bias.stride(0), *act_cache.stride())
     shape = {"group": group, "per_group": per_group, "rows": rows, "neurons": neurons, "split": parameters["split"]}
     epilogue = {"has_bias": bias is not None, "tanh": activation == "gelu_tanh"}
-    _kernel[(share.programs,)](
+    launch(
+        _kernel,
+        (share.programs,),
         x,
         weight,
         *tensors,
@@ -102,8 +105,16 @@ def _run(
         num_stages=parameters["stages"],
     )
     if share.left:
-        _finish_kernel[(share.left, parameters["split"])](
-            *tensors, *where, *cut, *strides, **shape, **epilogue, num_warps=8
+        launch(
+            _finish_kernel,
+            (share.left, parameters["split"]),
+            *tensors,
+            *where,
+            *cut,
+            *strides,
+            **shape,
+            **epilogue,
+            num_warps=8,
         )
     return delta
 

@@ -39,4 +39,5 @@ def _operator(delta, weight, indices, out_cache, group, implementation):  # type
 
 @_operator.register_fake
 def _(delta, weight, indices, out_cache, group, implementation):  # type: ignore[no-untyped-def]
+    dispatch.prepare(_NAME, implementation, delta, delta, weight, indices, out_cache, group)
     return None

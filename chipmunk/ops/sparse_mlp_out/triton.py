@@ -20,6 +20,7 @@ from torch import Tensor
 from chipmunk.ops import balance, tuning
 from chipmunk.ops.balance import piece, pieces, place, split_columns, sum_of_parts
 from chipmunk.ops.dispatch import groups_of
+from chipmunk.ops.launch import launch
 
 _CANDIDATES = [
     ({"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 3, "split": 4}, 160 << 10),
@@ -76,7 +77,9 @@ def _run(
     where = (tokens, width, groups, row_tiles, column_tiles, parameters.get("band", 0) or row_tiles)
     cut = (share.whole, share.left, share.parts)
     shape = {"group": group, "per_group": per_group, "rows": rows, "columns": columns, "split": parameters["split"]}
-    _kernel[(share.programs,)](
+    launch(
+        _kernel,
+        (share.programs,),
         delta,
         weight,
         indices,
@@ -97,8 +100,16 @@ def _run(
         num_stages=parameters["stages"],
     )
     if share.left:
-        _finish_kernel[(share.left, parameters["split"])](
-            out_cache, sums, *where, *cut, *out_cache.stride(), **shape, num_warps=8
+        launch(
+            _finish_kernel,
+            (share.left, parameters["split"]),
+            out_cache,
+            sums,
+            *where,
+            *cut,
+            *out_cache.stride(),
+            **shape,
+            num_warps=8,
         )
 
 
