@@ -1,4 +1,4 @@
-"""The six operators that sparse FLUX is made of, each with `reference.py` (PyTorch, the oracle) and `triton.py`.
+"""The seven operators that sparse FLUX is made of, each with `reference.py` (PyTorch, the oracle) and `triton.py`.
 
 Every operator is registered with `torch.library` under `chipmunk::` and takes `implementation`: `auto` (Triton where
 it supports the input on a CUDA device, otherwise the reference, with the reason handed to `record_fallbacks`),
@@ -12,6 +12,7 @@ from chipmunk.ops.reorder_tokens import reorder_tokens
 from chipmunk.ops.select_columns import select_columns
 from chipmunk.ops.sparse_mlp_in import sparse_mlp_in
 from chipmunk.ops.sparse_mlp_out import sparse_mlp_out
+from chipmunk.ops.sparse_swiglu_in import sparse_swiglu_in
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -22,4 +23,5 @@ __all__ = [
     "select_columns",
     "sparse_mlp_in",
     "sparse_mlp_out",
+    "sparse_swiglu_in",
 ]
