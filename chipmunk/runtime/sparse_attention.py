@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from chipmunk import ops
 from chipmunk.ops.dispatch import groups_of
+from chipmunk.runtime.attention_calls import AttentionCall, read_call
 from chipmunk.runtime.layer_state import DONE, LayerState, state_of
 
-_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -30,53 +29,46 @@ def attention(layer: LayerState | None, function: Callable[..., Tensor], *args: 
     """`function(*args, **kwargs)`, or its sparse form.
 
     layer: what `chipmunk.layer` handed down, None while Chipmunk is off. function: the code's own attention function;
-    only `torch.nn.functional.scaled_dot_product_attention` on query, key and value of one shape (B, H, N, D), without a
-    mask, dropout or causality, has a sparse form. Returns (B, H, N, D), never the storage of a cache.
+    those that `attention_calls` knows have a sparse form, on query, key and value of one shape (B, H, N, D) or
+    (B, N, H, D), without a mask, dropout or causality. Returns what the function would, in its layout, never the
+    storage of a cache.
     """
     if layer is None:
         return function(*args, **kwargs)
-    given = dict(zip(_PARAMETERS, args, strict=False))
-    given.update(kwargs)
-    reason = _why_dense(layer, function, given)
-    if reason is not None or layer.attention == "dense":
+    call = read_call(function, args, kwargs)
+    reason = call if isinstance(call, str) else _why_dense(layer, call)
+    if isinstance(call, str) or reason is not None or layer.attention == "dense":
         layer.attention_done = DONE if reason is None else reason
         return function(*args, **kwargs)
 
-    q, k, v = given["query"], given["key"], given["value"]
-    scale = given.get("scale")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
+    q, k, v = call.query, call.key, call.value
+    scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
     rules, implementation = layer.attention_rules, layer.implementation
     if layer.attention == "sparse":
         assert layer.keys is not None
-        out = ops.column_sparse_attention(
+        x = ops.column_sparse_attention(
             q, k, v, layer.keys, layer.difference, rules.group, scale, False, implementation
         )
+        out = call.result(x)
     else:
         if layer.select_keys:
             assert layer.attention_seed is not None
-            out, sums = ops.attention_with_column_sums(q, k, v, rules.group, scale, implementation)
+            x, sums = ops.attention_with_column_sums(q, k, v, rules.group, scale, implementation)
             keep, random = rules.kept(q.shape[2])
             layer.keys = ops.select_columns(sums, layer.attention_seed, keep, random, implementation)
+            out = call.result(x)
         else:
             out = function(*args, **kwargs)
+            x = call.heads_first(out)
         assert layer.keys is not None
-        layer.difference = ops.column_sparse_attention(
-            q, k, v, layer.keys, out, rules.group, scale, True, implementation
-        )
+        layer.difference = ops.column_sparse_attention(q, k, v, layer.keys, x, rules.group, scale, True, implementation)
     layer.attention_done = DONE
     return out
 
 
-def _why_dense(layer: LayerState, function: Callable[..., Tensor], given: dict[str, Any]) -> str | None:
+def _why_dense(layer: LayerState, call: AttentionCall) -> str | None:
     """Why this call has no sparse form, or is faster without."""
-    if function is not functional.scaled_dot_product_attention:
-        return "the attention function is not scaled_dot_product_attention"
-    q, k, v = given["query"], given["key"], given["value"]
-    if given.get("attn_mask") is not None:
-        return "an attention mask is given"
-    if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
-        return "dropout, causal or grouped-query attention is asked for"
+    q, k, v = call.query, call.key, call.value
     if q.dim() != 4 or q.shape != k.shape or q.shape != v.shape:
         return "query, key and value differ in shape"
     if q.dtype not in _DTYPES or q.dtype != k.dtype or q.dtype != v.dtype:
