@@ -13,6 +13,7 @@ from chipmunk.cli.bench import bench
 from chipmunk.cli.demo import demo
 from chipmunk.cli.diff import diff
 from chipmunk.cli.doctor import doctor
+from chipmunk.cli.fidelity import fidelity
 from chipmunk.cli.patch import patch
 from chipmunk.cli.revert import revert
 from chipmunk.cli.status import status
@@ -52,6 +53,7 @@ app.command()(revert)
 app.command()(apply)
 app.command()(verify)
 app.command()(bench)
+app.command()(fidelity)
 app.add_typer(patches.app, name="patches")
 app.add_typer(targets.app, name="targets")
 app.add_typer(config.app, name="config")

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 _ENDLESS = 100_000
@@ -112,7 +112,10 @@ def write_bytes(data: bytes) -> None:
 class Waiting:
     """A progress bar on stderr, once a second has passed; none where stderr is no terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, time_left: bool = False) -> None:
+        text = TextColumn("{task.description}", markup=False)
+        left = (TextColumn("left"), TimeRemainingColumn()) if time_left else ()
+        self._columns: tuple[ProgressColumn, ...] = (text, BarColumn(), TimeElapsedColumn(), *left)
         self._lock = threading.Lock()
         self._state = ("starting", 0, 1)
         self._bar: Progress | None = None
@@ -142,8 +145,7 @@ class Waiting:
         with self._lock:
             if self._timer.finished.is_set():  # it was over before the lock was free
                 return
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
-            self._bar = Progress(*columns, console=screen(stderr=True), transient=True)
+            self._bar = Progress(*self._columns, console=screen(stderr=True), transient=True)
             self._bar.add_task("")
             self._update()
             self._bar.start()

@@ -9,19 +9,37 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import chipmunk
 from chipmunk.apply.errors import quoted
 from chipmunk.verify.report import VerifyError
-from chipmunk.verify.spec import PROGRESS, Spec
+from chipmunk.verify.spec import PROGRESS
 
 Progress = Callable[[str, int, int], None]
 """Called with what was done last, how much is done, and how much there is."""
 
 
-def run_workers(specs: Sequence[Spec], python: str, progress: Progress | None, timeout: float) -> list[dict[str, Any]]:
-    """Run one worker for each spec; returns their results, which may hold an `error`.
+class Order(Protocol):
+    """What a worker is told, as far as it matters here."""
+
+    @property
+    def side(self) -> str: ...
+    @property
+    def out(self) -> Path: ...
+    @property
+    def weights(self) -> Path | None: ...
+    def write(self, path: Path) -> None: ...
+
+
+def run_workers(
+    specs: Sequence[Order],
+    python: str,
+    progress: Progress | None,
+    timeout: float,
+    module: str = "chipmunk.verify.worker",
+) -> list[dict[str, Any]]:
+    """Run one worker, `module`, for each spec; returns their results, which may hold an `error`.
 
     At the same time, unless they hold a model of the user's size.
 
@@ -48,7 +66,7 @@ def run_workers(specs: Sequence[Spec], python: str, progress: Progress | None, t
             spec.write(spec.out / "spec.json")
             with open(spec.out / "stderr.txt", "w") as errors:
                 worker = subprocess.Popen(
-                    [python, "-m", "chipmunk.verify.worker", str(spec.out / "spec.json")],
+                    [python, "-m", module, str(spec.out / "spec.json")],
                     cwd=spec.out,
                     env=environment(python),
                     stdin=subprocess.DEVNULL,
@@ -66,7 +84,7 @@ def run_workers(specs: Sequence[Spec], python: str, progress: Progress | None, t
     except FileNotFoundError as error:
         raise VerifyError(f"{python} cannot be run: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
-        raise VerifyError(f"verifying took longer than {timeout:.0f} s and was stopped") from error
+        raise VerifyError(f"it took longer than {timeout:.0f} s and was stopped") from error
     finally:
         for worker in workers:
             worker.kill()
@@ -76,7 +94,7 @@ def run_workers(specs: Sequence[Spec], python: str, progress: Progress | None, t
     return [_result(spec, python, code) for spec, code in zip(specs, codes, strict=True)]
 
 
-def _result(spec: Spec, python: str, code: int) -> dict[str, Any]:
+def _result(spec: Order, python: str, code: int) -> dict[str, Any]:
     path = spec.out / "result.json"
     if path.exists():
         result: dict[str, Any] = json.loads(path.read_text())

@@ -83,14 +83,17 @@ class Subject:
         return self._models[name]
 
     def _build(self, name: str) -> nn.Module:
+        model: nn.Module
         if name == "model" and self.spec.factory is not None:
-            return self._from_factory(self.spec.factory)
+            model = self._from_factory(self.spec.factory)
+            randomise(model, self.spec.seed)
+            return model
         if name == "model" and self.spec.weights is not None:
             from safetensors.torch import load_file as load_tensors
 
             tensors = load_tensors(self.spec.weights)
             values = self.target.values_of({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-            model: nn.Module = self.target.build(self.model_class, values)
+            model = self.target.build(self.model_class, values)
             model.load_state_dict(tensors, strict=True)
             return model.float()
         values = dict(self.target.SMALL)
@@ -110,7 +113,6 @@ class Subject:
         if not isinstance(model, self.model_class):
             where = f"{type(model).__name__} of {sys.modules[type(model).__module__].__file__}"
             raise BuildError(f"{factory} returned a {where}, not the {self.facts.name} of {self.facts.file}")
-        randomise(model, self.spec.seed)
         return model
 
     def _find_subclasses(self) -> list[type[nn.Module]]:

@@ -1,0 +1,104 @@
+"""How much of what a sparse step leaves out it may leave out: attention mass and MLP change that is covered.
+
+Computed beside the sparse step, on its own inputs, exactly: for one picture of a configuration, with uncompiled blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import chipmunk
+from chipmunk.runtime import sparse_mlp
+from chipmunk.runtime.layer_state import DONE, LayerState
+
+Coverage = dict[int, list[tuple[int, float]]]
+"""By layer, the model call and the share that was covered."""
+
+
+@contextmanager
+def coverage(model: nn.Module, blocks: list[nn.Module]) -> Iterator[dict[str, Coverage]]:
+    """While this is open, note what each sparse step covers.
+
+    `attention`: mean share of the probability that lies on the kept keys. `mlp`: share of the activations' absolute
+    change that is at the kept neurons.
+    """
+    found: dict[str, Coverage] = {"attention": {}, "mlp": {}}
+    index = {id(block): number for number, block in enumerate(blocks)}
+    call, inside = [-1], [0]
+    original_attention, original_change = chipmunk.attention, sparse_mlp._changed_activations
+
+    def before_model(*_: object) -> None:
+        call[0] += 1
+
+    def before_block(block: nn.Module, _: object) -> None:
+        inside[0] = index[id(block)]
+
+    def attention(layer: LayerState | None, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = original_attention(layer, function, *args, **kwargs)
+        if layer is not None and layer.attention == "sparse" and layer.attention_done == DONE:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            assert layer.keys is not None
+            share = kept_mass(
+                given["query"], given["key"], layer.keys, layer.attention_rules.group, kwargs.get("scale")
+            )
+            found["attention"].setdefault(inside[0], []).append((call[0], share))
+        return out
+
+    def changed(state: LayerState, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+        assert state.activations is not None
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        change = functional.gelu(functional.linear(x, weight, bias), approximate=approximate) - state.activations
+        delta: Tensor = original_change(state, x, weight, bias, activation)
+        assert state.neurons is not None
+        share = kept_change(change, state.neurons, state.mlp_rules.group)
+        found["mlp"].setdefault(inside[0], []).append((call[0], share))
+        return delta
+
+    handles = [model.register_forward_pre_hook(before_model)]
+    handles += [block.register_forward_pre_hook(before_block) for block in blocks]
+    _put(attention, changed)
+    try:
+        yield found
+    finally:
+        _put(original_attention, original_change)
+        for handle in handles:
+            handle.remove()
+
+
+def _put(attention: Callable[..., Any], change: Callable[..., Any]) -> None:
+    """Make these what patched code, and the runtime, call."""
+    setattr(chipmunk, "attention", attention)  # noqa: B010
+    setattr(sparse_mlp, "_changed_activations", change)  # noqa: B010
+
+
+def kept_mass(q: Tensor, k: Tensor, keys: Tensor, group: int, scale: float | None = None) -> float:
+    """Mean, over all rows and heads, of the probability of dense attention that lies on the kept keys.
+
+    q, k: (B, H, N, D). keys: (B, H, groups, K) indices. scale: 1 / √D by default.
+    """
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    total = 0.0
+    for number in range(keys.shape[2]):
+        rows = q[:, :, number * group : (number + 1) * group].float()
+        probability = torch.softmax(rows @ k.float().transpose(-1, -2) * factor, dim=-1)
+        kept = keys[:, :, number].long()[:, :, None].expand(-1, -1, rows.shape[2], -1)
+        total += float(probability.gather(-1, kept).sum())
+    return total / (q.shape[0] * q.shape[1] * q.shape[2])
+
+
+def kept_change(change: Tensor, neurons: Tensor, group: int) -> float:
+    """Share of the sum of |change| (B, N, F) at the neurons (B, groups, K) that each group of rows keeps; 1 where there
+    is no change at all."""
+    kept, size = 0.0, change.float().abs()
+    for number in range(neurons.shape[1]):
+        rows = size[:, number * group : (number + 1) * group]
+        chosen = neurons[:, number].long()[:, None].expand(-1, rows.shape[1], -1)
+        kept += float(rows.gather(-1, chosen).sum())
+    whole = float(size.sum())
+    return kept / whole if whole else 1.0
