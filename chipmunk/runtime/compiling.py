@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from chipmunk.ops import launch
+
 BACKEND = "inductor"
 _RECOMPILE_LIMIT = 64
 """Graphs of one block class: four kinds of step for each of sixteen image sizes."""
@@ -26,6 +28,13 @@ class BlockCompiler:
     @property
     def has_compiled(self) -> bool:
         return len(self._compiled) > 0
+
+    def prepare(self) -> None:
+        """Load the compiler and start its worker processes now, so that the first image does not wait for them."""
+        if self.wanted is not False and torch.cuda.is_available() and _is_worth_it(torch.device("cuda")):
+            import torch._inductor.compile_fx  # noqa: F401
+
+            launch.workers()
 
     def compile(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
         """Compile the blocks that are not compiled yet, if the configuration and the device ask for it."""

@@ -23,7 +23,9 @@ from chipmunk.runtime.clock import Generation, run_steps
 from chipmunk.runtime.compiling import BlockCompiler
 from chipmunk.runtime.counts import MAIN_SLOT, Recorder, Statistics
 from chipmunk.runtime.find_model import MARK, ForwardSpec, find_model, spec_of
+from chipmunk.runtime.guards import is_exporting
 from chipmunk.runtime.model_call import run_model_call
+from chipmunk.runtime.timestep_clock import TimestepClock
 from chipmunk.runtime.weight_layout import WeightLayout
 
 ATTRIBUTE = "_chipmunk_session"
@@ -47,6 +49,7 @@ class Session:
         self.lock = threading.RLock()
         self.recorder = Recorder()
         self.compiler = BlockCompiler(config.compile)
+        self.compiler.prepare()
         # Made here and not at import, which would import the whole compiler for those who leave Chipmunk off.
         self.call_eagerly: Callable[..., Any] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
         self.layout = WeightLayout()
@@ -55,6 +58,8 @@ class Session:
         self.keep_order: str | None = None
         """Why the order of tokens is left alone, once the model's output turned out not to be tokens."""
         self.generations: weakref.WeakSet[Generation] = weakref.WeakSet()
+        self.clock = None if spec.timesteps is None else TimestepClock(self)
+        """Counts steps where no sampling loop does."""
 
     def begin(self, at_most: int | None) -> Generation:
         """A sampling loop of `at_most` steps (None: unknown) starts."""
@@ -67,6 +72,8 @@ class Session:
         with self.lock:
             for generation in list(self.generations):
                 generation.drop_caches()
+            if self.clock is not None:
+                self.clock.free()
             self.compiler.undo()
             self.layout.undo()
 
@@ -74,7 +81,9 @@ class Session:
         """What the caches of all running generations take."""
         slots = [slot for generation in list(self.generations) for slot in list(generation.slots.values())]
         states = [state for slot in slots for state in slot.layers if state is not None]
-        return sum(cache.numel() * cache.element_size() for state in states for cache in state.caches())
+        caches = [cache for state in states for cache in state.caches()]
+        caches += [cache for slot in slots if slot.steps is not None for cache in slot.steps.caches()]
+        return sum(cache.numel() * cache.element_size() for cache in caches)
 
     def __deepcopy__(self, memo: object) -> None:
         """A copy of a model carries no state."""
@@ -83,24 +92,27 @@ class Session:
         return type(None), ()
 
 
-def model_forward(*, double: str, single: str, image: str, ids: str | None = None) -> Callable[[Function], Function]:
+def model_forward(
+    *, double: str, single: str, image: str, ids: str | None = None, timesteps: str | None = None
+) -> Callable[[Function], Function]:
     """Mark the forward of a FLUX model, as a decorator.
 
     double, single: attributes of the model with its double and single blocks. image: parameter of forward with the
     image tokens (B, L, C). ids: parameter with their positions, (L, axes) or (B, L, axes); without it their order is
-    left alone. While Chipmunk is off, the decorated forward is the original one.
+    left alone. timesteps: parameter with the timestep, one number for all of the batch; with it, steps are counted by
+    its changes wherever no `steps` loop does. While Chipmunk is off, the decorated forward is the original one.
     """
 
     def decorate(forward: Function) -> Function:
         signature = inspect.signature(forward)
-        spec = ForwardSpec(double, single, image, ids, forward.__code__.co_filename)
-        for name in (image, ids):
+        spec = ForwardSpec(double, single, image, ids, forward.__code__.co_filename, timesteps)
+        for name in (image, ids, timesteps):
             if name is not None and name not in signature.parameters:
                 raise TypeError(f"{forward.__qualname__} has no parameter {name!r}")
 
         @functools.wraps(forward)
         def chipmunk_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() and not is_exporting():
                 # The whole model is being compiled; getattr, so that Dynamo guards on the absence of a session.
                 session = getattr(self, ATTRIBUTE, None)
                 if not session:

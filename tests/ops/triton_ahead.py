@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +32,18 @@ class _Absent:
         return 0
 
 
+class _Here:
+    """Runs a job at once, in this process."""
+
+    def submit(self, job: Any, *args: Any) -> Future[None]:
+        future: Future[None] = Future()
+        try:
+            future.set_result(job(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     """Name of each kernel that was compiled or launched, and whether it was compiled only."""
@@ -43,14 +58,10 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     monkeypatch.setattr(tuning, "capability", lambda device: (9, 0))
     monkeypatch.setattr(launch, "_asked", set())
     monkeypatch.setattr(launch, "_pending", {})
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "workers", _Here)
     driver.set_active(_Absent())
     return found
-
-
-def _wait() -> None:
-    for futures in launch._pending.values():
-        for future in futures:
-            future.result()
 
 
 def _trace(dtype: torch.dtype = torch.bfloat16, implementation: str = "auto") -> None:
@@ -73,7 +84,6 @@ def _trace(dtype: torch.dtype = torch.bfloat16, implementation: str = "auto") ->
 def test_every_kernel_of_a_traced_step_is_compiled_once_and_none_is_launched(built: list[tuple[str, bool]]) -> None:
     _trace()
     _trace()  # the compiler asks for shapes several times
-    _wait()
     names = [name for name, _ in built]
     assert set(names) == {
         "attention_with_column_sums",
@@ -89,7 +99,6 @@ def test_every_kernel_of_a_traced_step_is_compiled_once_and_none_is_launched(bui
 def test_what_triton_does_not_run_is_not_compiled(built: list[tuple[str, bool]]) -> None:
     _trace(dtype=torch.float32)
     _trace(implementation="reference")
-    _wait()
     assert {name for name, _ in built} <= {"select_columns"}  # its scores are float32 always
 
 
@@ -102,7 +111,6 @@ def test_an_unknown_gpu_is_left_to_the_search_at_the_first_launch(
     monkeypatch.setattr(tuning, "_shared_memory", lambda device: 100 << 10)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     _trace()
-    _wait()
     assert {name for name, _ in built} == {"select_columns"}
 
 
@@ -110,24 +118,67 @@ def test_a_launch_waits_for_the_compilation_of_its_kernel(built: list[tuple[str,
     _trace()
     (kernel,) = [each for each in launch._pending if "select" in each.fn.__module__]
     launch.launch(kernel, (1,), 7)
-    assert built[-1] == ("select_columns", False)
     assert [only_compiled for name, only_compiled in built if name == "select_columns"] == [True, False]
     assert kernel not in launch._pending
 
 
-def test_a_kernel_that_cannot_be_compiled_ahead_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
-        launched = False
+class _Kernel:
+    """Stands for a kernel with two arguments and a constant; notes how it was launched."""
 
-        def warmup(self, *args: object, **options: object) -> None:
-            raise RuntimeError("no compiler")
+    arg_names = ("x", "n", "size")
 
-        def __getitem__(self, grid: object) -> Any:
-            return lambda *args: setattr(self, "launched", True)
+    def __init__(self) -> None:
+        self.through_triton: list[object] = []
+        self.direct: list[object] = []
 
-    kernel = Broken()
-    with launch.compiling_ahead(torch.device("cpu")):
-        launch.launch(kernel, (1,), 1)
-    assert not kernel.launched
-    launch.launch(kernel, (1,), 1)
-    assert kernel.launched
+    def __getitem__(self, grid: object) -> Any:
+        def first(*args: object, **options: object) -> Any:
+            self.through_triton.append((grid, *args, options["size"]))
+            return self
+
+        def again(*args: object) -> None:
+            self.direct.append((grid, *args))
+
+        return again if grid == (3, 1, 1) else first
+
+
+def test_the_second_launch_goes_past_triton_unless_something_differs() -> None:
+    kernel, x = _Kernel(), torch.zeros(64)
+    launch.launch(kernel, (3,), x, 7, size=16, num_warps=4)
+    launch.launch(kernel, (3,), x, 7, size=16, num_warps=4)
+    assert kernel.direct == [((3, 1, 1), x, 7, 16)]
+    for other in (torch.zeros(64, dtype=torch.float16), torch.zeros(65)[1:]):  # another dtype, another alignment
+        launch.launch(kernel, (3,), other, 7, size=16, num_warps=4)
+    launch.launch(kernel, (3,), x, 1, size=16, num_warps=4)
+    launch.launch(kernel, (3,), x, 7, size=32, num_warps=4)
+    launch.launch(kernel, (3,), x, 7, size=16, num_warps=8)
+    assert len(kernel.through_triton) == 6
+    assert len(kernel.direct) == 1
+
+
+def test_a_worker_leaves_the_compiled_kernel_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    args = [torch.float32, torch.int64, torch.int32, 640, 96, 0, 5]
+    options = {"padded": 1024, "has_best": True, "has_random": False, "num_warps": 4}
+    with suppress(Exception):  # the launcher, which comes after the kernel, is linked with the driver of a GPU
+        launch.compile_to_disk(
+            "chipmunk.ops.select_columns.triton", "_kernel", GPUTarget("cuda", 90, 32), args, options, {}
+        )
+    assert list(tmp_path.rglob("_kernel.cubin"))
+
+
+def test_a_kernel_that_cannot_be_compiled_ahead_costs_nothing(
+    built: list[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(launch, "compile_to_disk", broken)
+    _trace()
+    assert not built
+    for kernel in list(launch._pending):
+        launch.launch(kernel, (1,), 7)
+    assert [only_compiled for _, only_compiled in built] == [False] * len(built)
+    monkeypatch.setattr(launch, "workers", lambda: None)
+    _trace()
+    assert not launch._pending

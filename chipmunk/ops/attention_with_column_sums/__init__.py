@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from chipmunk.ops import dispatch
+from chipmunk.ops import dispatch, register
 from chipmunk.ops.attention_with_column_sums import reference
 
 _NAME = "attention_with_column_sums"
@@ -23,10 +23,9 @@ def attention_with_column_sums(
     return result
 
 
-@torch.library.custom_op(
-    f"chipmunk::{_NAME}",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, SymInt group, float scale, str implementation) -> (Tensor, Tensor)",
+@register.operator(
+    _NAME,
+    "(Tensor q, Tensor k, Tensor v, SymInt group, float scale, str implementation) -> (Tensor, Tensor)",
 )
 def _operator(q, k, v, group, scale, implementation):  # type: ignore[no-untyped-def]
     dispatch.check(q.dim() == 4 and q.shape == k.shape == v.shape, _NAME, "q, k and v must have one shape (B, H, N, D)")
@@ -34,7 +33,7 @@ def _operator(q, k, v, group, scale, implementation):  # type: ignore[no-untyped
     return dispatch.call(_NAME, implementation, reference.attention_with_column_sums, q, q, k, v, group, scale)
 
 
-@_operator.register_fake
+@register.fake(_NAME)
 def _(q, k, v, group, scale, implementation):  # type: ignore[no-untyped-def]
     dispatch.prepare(_NAME, implementation, q, q, k, v, group, scale)
     batch, heads, rows, width = q.shape

@@ -12,7 +12,6 @@ Every row is looked at: sums over some of the rows keep too little of the mass (
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -63,7 +62,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
         out = torch.softmax(scores, -1) @ v.float()
         lse = torch.logsumexp(scores, -1)
     else:
-        out, lse = _library(q.device)(q, k, v, scale)
+        out, lse = _library(q, k, v, scale)
         lse = lse.reshape(-1)[: batch * heads * tokens].view(batch, heads, tokens) if lse.numel() else lse
     wanted = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
     if out.stride() == wanted.stride() and out.dtype == q.dtype:
@@ -82,22 +81,19 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     return found[0], found[1]
 
 
-_Dense = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
-_libraries: dict[torch.device, _Dense] = {}
+_without_cudnn: set[torch.device] = set()
 
 
-def _library(device: torch.device) -> _Dense:
-    """The first of cuDNN and FlashAttention that runs on this device."""
-    if device not in _libraries:
-        probe = torch.ones(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
-        _libraries[device] = _flash
+def _library(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Dense attention by the first of cuDNN and FlashAttention that runs on this device."""
+    if q.device not in _without_cudnn and torch.backends.cudnn.is_available():
         try:
-            if torch.backends.cudnn.is_available():
-                _cudnn(probe, probe, probe, 1.0)
-                _libraries[device] = _cudnn
-        except RuntimeError:
-            pass  # this build of cuDNN has no attention for this GPU
-    return _libraries[device]
+            return _cudnn(q, k, v, scale)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            _without_cudnn.add(q.device)  # this build of cuDNN has no attention for this GPU
+    return _flash(q, k, v, scale)
 
 
 def column_sums(q: Tensor, k: Tensor, lse: Tensor, group: int, scale: float, parameters: tuning.Parameters) -> Tensor:

@@ -1,9 +1,8 @@
 """Attention in which each query group looks at its own list of keys only."""
 
-import torch
 from torch import Tensor
 
-from chipmunk.ops import dispatch
+from chipmunk.ops import dispatch, register
 from chipmunk.ops.column_sparse_attention import reference
 
 _NAME = "column_sparse_attention"
@@ -31,10 +30,9 @@ def column_sparse_attention(
     return result
 
 
-@torch.library.custom_op(
-    f"chipmunk::{_NAME}",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? addend, SymInt group, float scale, bool subtract, "
+@register.operator(
+    _NAME,
+    "(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor? addend, SymInt group, float scale, bool subtract, "
     "str implementation) -> Tensor",
 )
 def _operator(q, k, v, indices, addend, group, scale, subtract, implementation):  # type: ignore[no-untyped-def]
@@ -48,7 +46,7 @@ def _operator(q, k, v, indices, addend, group, scale, subtract, implementation):
     return dispatch.call(_NAME, implementation, reference.column_sparse_attention, q, *args)
 
 
-@_operator.register_fake
+@register.fake(_NAME)
 def _(q, k, v, indices, addend, group, scale, subtract, implementation):  # type: ignore[no-untyped-def]
     dispatch.prepare(_NAME, implementation, q, q, k, v, indices, addend, group, scale, subtract)
     batch, heads, rows, width = q.shape

@@ -1,9 +1,8 @@
 """Tokens in another order."""
 
-import torch
 from torch import Tensor
 
-from chipmunk.ops import dispatch
+from chipmunk.ops import dispatch, register
 from chipmunk.ops.reorder_tokens import reference
 
 _NAME = "reorder_tokens"
@@ -15,14 +14,12 @@ def reorder_tokens(x: Tensor, order: Tensor, implementation: str = "auto") -> Te
     return result
 
 
-@torch.library.custom_op(
-    f"chipmunk::{_NAME}", mutates_args=(), schema="(Tensor x, Tensor order, str implementation) -> Tensor"
-)
+@register.operator(_NAME, "(Tensor x, Tensor order, str implementation) -> Tensor")
 def _operator(x, order, implementation):  # type: ignore[no-untyped-def]
     dispatch.check(x.dim() >= 2 and order.dim() == 1, _NAME, "x must be (B, L, …) and the order (L)")
     return dispatch.call(_NAME, implementation, reference.reorder_tokens, x, x, order)
 
 
-@_operator.register_fake
+@register.fake(_NAME)
 def _(x, order, implementation):  # type: ignore[no-untyped-def]
     return x.new_empty((x.shape[0], order.shape[0], *x.shape[2:]))

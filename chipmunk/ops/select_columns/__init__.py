@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from chipmunk.ops import dispatch
+from chipmunk.ops import dispatch, register
 from chipmunk.ops.select_columns import reference
 
 _NAME = "select_columns"
@@ -22,10 +22,9 @@ def select_columns(scores: Tensor, seed: Tensor, keep: int, random: int, impleme
     return result
 
 
-@torch.library.custom_op(
-    f"chipmunk::{_NAME}",
-    mutates_args=(),
-    schema="(Tensor scores, Tensor seed, SymInt keep, SymInt random, str implementation) -> Tensor",
+@register.operator(
+    _NAME,
+    "(Tensor scores, Tensor seed, SymInt keep, SymInt random, str implementation) -> Tensor",
 )
 def _operator(scores, seed, keep, random, implementation):  # type: ignore[no-untyped-def]
     columns = scores.shape[-1]
@@ -36,7 +35,7 @@ def _operator(scores, seed, keep, random, implementation):  # type: ignore[no-un
     return dispatch.call(_NAME, implementation, reference.select_columns, scores, scores, seed, keep, random)
 
 
-@_operator.register_fake
+@register.fake(_NAME)
 def _(scores, seed, keep, random, implementation):  # type: ignore[no-untyped-def]
     dispatch.prepare(_NAME, implementation, scores, scores, seed, keep, random)
     return scores.new_empty((*scores.shape[:-1], keep + random), dtype=torch.int32)

@@ -1,9 +1,8 @@
 """The first linear of an MLP and its activation, at the neurons that each group of rows keeps."""
 
-import torch
 from torch import Tensor
 
-from chipmunk.ops import dispatch
+from chipmunk.ops import dispatch, register
 from chipmunk.ops.sparse_mlp_in import reference
 
 _NAME = "sparse_mlp_in"
@@ -31,10 +30,9 @@ def sparse_mlp_in(
     return result
 
 
-@torch.library.custom_op(
-    f"chipmunk::{_NAME}",
-    mutates_args={"act_cache"},
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor indices, Tensor(a!) act_cache, SymInt group, "
+@register.operator(
+    _NAME,
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor indices, Tensor(a!) act_cache, SymInt group, "
     "str activation, str implementation) -> Tensor",
 )
 def _operator(x, weight, bias, indices, act_cache, group, activation, implementation):  # type: ignore[no-untyped-def]
@@ -50,7 +48,7 @@ def _operator(x, weight, bias, indices, act_cache, group, activation, implementa
     return dispatch.call(_NAME, implementation, reference.sparse_mlp_in, x, *args)
 
 
-@_operator.register_fake
+@register.fake(_NAME)
 def _(x, weight, bias, indices, act_cache, group, activation, implementation):  # type: ignore[no-untyped-def]
     dispatch.prepare(_NAME, implementation, x, x, weight, bias, indices, act_cache, group, activation)
     return x.new_empty(x.shape[0], x.shape[1], indices.shape[-1])

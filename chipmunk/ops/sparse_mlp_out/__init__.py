@@ -1,9 +1,8 @@
 """The second linear of an MLP at the neurons that each group of rows keeps, added to the cached output."""
 
-import torch
 from torch import Tensor
 
-from chipmunk.ops import dispatch
+from chipmunk.ops import dispatch, register
 from chipmunk.ops.sparse_mlp_out import reference
 
 _NAME = "sparse_mlp_out"
@@ -20,11 +19,9 @@ def sparse_mlp_out(
     _operator(delta, weight, indices, out_cache, group, implementation)
 
 
-@torch.library.custom_op(
-    f"chipmunk::{_NAME}",
-    mutates_args={"out_cache"},
-    schema="(Tensor delta, Tensor weight, Tensor indices, Tensor(a!) out_cache, SymInt group, "
-    "str implementation) -> ()",
+@register.operator(
+    _NAME,
+    "(Tensor delta, Tensor weight, Tensor indices, Tensor(a!) out_cache, SymInt group, str implementation) -> ()",
 )
 def _operator(delta, weight, indices, out_cache, group, implementation):  # type: ignore[no-untyped-def]
     dispatch.check(delta.dim() == 3 and weight.dim() == 2, _NAME, "delta must be (B, N, K) and the weight (C, F)")
@@ -37,7 +34,7 @@ def _operator(delta, weight, indices, out_cache, group, implementation):  # type
     dispatch.call(_NAME, implementation, reference.sparse_mlp_out, delta, *args)
 
 
-@_operator.register_fake
+@register.fake(_NAME)
 def _(delta, weight, indices, out_cache, group, implementation):  # type: ignore[no-untyped-def]
     dispatch.prepare(_NAME, implementation, delta, delta, weight, indices, out_cache, group)
     return None
