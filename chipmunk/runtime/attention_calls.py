@@ -44,7 +44,7 @@ class AttentionCall(NamedTuple):
         if self.layout == "heads first":
             return out
         if self.layout == "merged":
-            out = out.unflatten(2, (self.query.shape[1], -1))
+            out = out.view(*out.shape[:2], self.query.shape[1], -1)
         return out.transpose(1, 2)
 
 
@@ -54,7 +54,7 @@ class _Form(NamedTuple):
     parameters: tuple[str, ...]
     scale: str = "scale"
     masks: tuple[str, ...] = ()
-    """Options that must be None."""
+    """Options that must be None: masks and their like."""
     off: tuple[str, ...] = ()
     """Options that must be None, False or 0: dropout, causality and their like."""
     free: tuple[str, ...] = ()
@@ -98,6 +98,13 @@ _FORMS = {
         free=("transformer_options",),
     ),
 }
+_GIVEN = {
+    "attn_precision": "attention in another precision is asked for",
+    "output_dtype": "attention in another precision is asked for",
+    "parallel_config": "attention is spread over several devices",
+}
+"""What it means that such an option is given, where it is no mask."""
+
 _NAMES = {
     "flash_attn_func": ("flash_attn", 6),
     "memory_efficient_attention": ("xformers", 6),
@@ -139,7 +146,7 @@ def _why_not_plain(kind: str, form: _Form, given: dict[str, Any]) -> str | None:
             continue
         if name in form.masks:
             if value is not None:
-                return MASK if name != "attn_precision" else "attention in another precision is asked for"
+                return _GIVEN.get(name, MASK)
         elif name in form.off:
             if value:
                 return OPTIONS
@@ -158,12 +165,12 @@ def _laid_out(
     kind: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None, given: dict[str, Any]
 ) -> AttentionCall | str:
     if kind == "heads":
-        heads = given.get("heads")
+        heads: Any = given.get("heads")
         merged = not given.get("skip_reshape")
         if merged and (not isinstance(heads, int) or any(x.dim() != 3 or x.shape[2] % heads for x in (q, k, v))):
             return "query, key and value are not (B, N, heads · D)"
         if merged:
-            q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+            q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
         return AttentionCall(q, k, v, None, "heads first" if given.get("skip_output_reshape") else "merged")
     heads_first = kind == "sdpa"
     if kind == "sage":

@@ -187,7 +187,7 @@ MASK = torch.ones(5, 5, dtype=torch.bool)
         (sageattn, (Q, Q, Q, "DNH"), {}, "order"),
         (sageattn, (Q, Q, Q), {"return_lse": True}, "dropout"),
         (sageattn, (Q, Q, Q), {"attn_mask": MASK}, "mask"),
-        (dispatch_attention_fn, (Q, Q, Q), {"parallel_config": object()}, "mask"),
+        (dispatch_attention_fn, (Q, Q, Q), {"parallel_config": object()}, "several devices"),
         (dispatch_attention_fn, (Q, Q, Q), {"attention_kwargs": {"window": 3}}, "dropout"),
         (attention_of_heads, (Q, Q, Q, 2, MASK), {"skip_reshape": True}, "mask"),
         (attention_of_heads, (Q, Q, Q, 2), {"skip_reshape": True, "attn_precision": torch.float32}, "precision"),
