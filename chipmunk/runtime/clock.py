@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from operator import length_hint
@@ -47,7 +48,7 @@ class Generation:
     """One run of a sampling loop: its position, its call slots and their caches."""
 
     def __init__(self, session: Session, at_most: int | None) -> None:
-        self.session = session
+        self._session = weakref.ref(session)
         self.at_most = at_most
         """The number of steps, where it is known."""
         self.step = -1
@@ -66,7 +67,8 @@ class Generation:
         """Free all caches; the loop around this one, if it is alive, goes on."""
         self.closed = True
         self.drop_caches()
-        if current_generation(self.session) is self:
+        session = self._session()
+        if session is not None and current_generation(session) is self:
             outer = self._outer
             while outer is not None and outer.closed:
                 outer = outer._outer
@@ -80,9 +82,11 @@ class Generation:
 
     def _become_current(self, generation: Generation | None) -> None:
         running = dict(_running.get({}))
-        running.pop(self.session, None)
-        if generation is not None:
-            running[self.session] = generation
+        session = self._session()
+        if session is not None:
+            running.pop(session, None)
+            if generation is not None:
+                running[session] = generation
         _running.set(running)
 
 

@@ -25,6 +25,8 @@ class ForwardSpec:
     """Parameter of forward with their positions; None where another spatial input forbids reordering."""
     file: str
     """Where the forward is written."""
+    timesteps: str | None = None
+    """Parameter of forward with the timestep; None where only marked sampling loops count steps."""
 
     @property
     def root(self) -> Path | None:

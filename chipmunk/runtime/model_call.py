@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from chipmunk.ops import record_fallbacks
 from chipmunk.runtime.clock import CallSlot, Generation, current_generation
+from chipmunk.runtime.guards import why_dense_here
 from chipmunk.runtime.layer_state import ATTRIBUTE, DONE, AttentionRules, LayerState, MlpRules
 from chipmunk.runtime.schedule import attention_step, mlp_step
+from chipmunk.runtime.timestep_clock import shapes_of
 from chipmunk.runtime.token_order import TokenOrder, find_order
 
 if TYPE_CHECKING:
@@ -50,44 +52,59 @@ def run_model_call(
             bound = signature.bind(model, *args, **kwargs)
         except TypeError:
             return forward(model, *args, **kwargs)  # which raises the error that the user expects
-        generation = current_generation(session)
-        while True:
-            reason = _why_dense(session, generation, name, bound.arguments)
-            if reason is not None or generation is None:
-                session.recorder.dense_model_calls[str(reason)] += 1
-                with session.compiler.settings():
-                    return forward(model, *args, **kwargs)
-            result = _attempt(session, generation, name, forward, bound, blocks)
-            if result is not _AGAIN:
-                return result
+        with _placed(session, name, bound) as (generation, place, reason):
+            while True:
+                if reason is None and generation is not None:
+                    reason = _why_dense_in(session, generation, place)
+                if reason is not None or generation is None:
+                    session.recorder.dense_model_calls[str(reason)] += 1
+                    with session.compiler.settings():
+                        return forward(model, *args, **kwargs)
+                result = _attempt(session, generation, place, forward, bound, blocks)
+                if result is not _AGAIN:
+                    return result
+
+
+@contextmanager
+def _placed(
+    session: Session, name: str, bound: inspect.BoundArguments
+) -> Iterator[tuple[Generation | None, str, str | None]]:
+    """The generation and slot of a call tagged `name`, or why it runs dense; open while the call runs."""
+    generation, clock = current_generation(session), session.clock
+    reason = _why_dense(session, bound.arguments)
+    if generation is not None or clock is None or reason is not None:
+        if clock is not None and torch.is_grad_enabled():
+            clock.free()  # training needs the memory
+        yield generation, name, reason or (None if generation is not None else "outside a sampling loop")
+        return
+    placed = clock.place(name, bound)
+    try:
+        yield (None, name, placed) if isinstance(placed, str) else (*placed, None)
+    finally:
+        clock.returned(name if isinstance(placed, str) else placed[1])
 
 
 def _blocks(session: Session, model: nn.Module) -> list[nn.Module]:
     return [*getattr(model, session.spec.double), *getattr(model, session.spec.single)]
 
 
-def _why_dense(session: Session, generation: Generation | None, name: str, arguments: dict[str, Any]) -> str | None:
-    """Why the whole call runs dense."""
-    config, image = session.config, arguments.get(session.spec.image)
+def _why_dense(session: Session, arguments: dict[str, Any]) -> str | None:
+    """Why the whole call runs dense, in whichever generation."""
+    config = session.config
     if not config.attn.is_enabled and not config.mlp.is_enabled:
         return "neither attn nor mlp is enabled"
-    if generation is None:
-        return "outside a sampling loop"
+    return why_dense_here(arguments.get(session.spec.image))
+
+
+def _why_dense_in(session: Session, generation: Generation, name: str) -> str | None:
+    """Why the whole call runs dense in this generation and slot."""
+    config = session.config
     if generation.dense_reason is not None:
         return generation.dense_reason
     if generation.at_most is not None and generation.at_most < config.min_steps:
         return f"the loop has fewer than {config.min_steps} steps (min_steps)"
     if name in generation.slots and generation.slots[name].last_step == generation.step:
         return "a second call from the same place in one step (see chipmunk.slot)"
-    if torch.is_grad_enabled():
-        return "autograd is on"
-    if not isinstance(image, Tensor) or image.dim() < 2:
-        return "the image is not one tensor (B, L, …)"
-    if image.device.type == "meta":
-        return "the model is on the meta device"
-    kind = image.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != image.dtype:
-        return "autocast to another dtype is on"
     return None
 
 
@@ -146,8 +163,7 @@ def _slot(
     session: Session, generation: Generation, name: str, bound: inspect.BoundArguments, blocks: Sequence[nn.Module]
 ) -> CallSlot:
     """The call slot `name`, new if this is its first call, or if what it remembers does not fit this one."""
-    tensors = [value for value in bound.arguments.values() if isinstance(value, Tensor)]
-    signature = (len(blocks), *((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors))
+    signature = (len(blocks), *shapes_of(bound))
     inference = torch.is_inference_mode_enabled()
     slot = generation.slots.get(name)
     if slot is not None:

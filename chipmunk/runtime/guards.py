@@ -1,0 +1,52 @@
+"""Circumstances in which a model call is left exactly as it was: training, tracing, and whatever is no plain call."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_is_exporting: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)  # since PyTorch 2.7
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` runs the model to write its program down: that program is the dense one."""
+    return _is_exporting is not None and _is_exporting()
+
+
+def why_dense_here(image: Any) -> str | None:
+    """Why a call with these image tokens (B, L, …) runs dense, whatever the step."""
+    tracer = _tracer()
+    if tracer is not None:
+        return f"{tracer} records the program"
+    if not isinstance(image, Tensor) or image.dim() < 2:
+        return "the image is not one tensor (B, L, …)"
+    if torch._C._functorch.is_functorch_wrapped_tensor(image):
+        return "torch.func transforms the call"
+    if type(image) is not Tensor and type(image) is not nn.Parameter:
+        return f"the image is a {type(image).__name__}"
+    if torch.is_grad_enabled():
+        return "autograd is on"
+    if image.device.type == "meta":
+        return "the model is on the meta device"
+    kind = image.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != image.dtype:
+        return "autocast to another dtype is on"
+    if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured"
+    return None
+
+
+def _tracer() -> str | None:
+    """What turns this call into a program of its own; such a program has no steps, and is to be the dense one."""
+    if is_exporting():
+        return "torch.export"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace"
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")  # not imported: then nobody uses it
+    if proxies is not None and proxies.get_proxy_mode() is not None:
+        return "torch.fx"
+    return None
