@@ -6,6 +6,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -32,8 +33,7 @@ class BlockCompiler:
     def prepare(self) -> None:
         """Load the compiler and start its worker processes now, so that the first image does not wait for them."""
         if self.wanted is not False and torch.cuda.is_available() and _is_worth_it(torch.device("cuda")):
-            import torch._inductor.compile_fx  # noqa: F401
-
+            import_module("torch._inductor.compile_fx")
             launch.workers()
 
     def compile(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
