@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from chipmunk.runtime import (
+        activate,
         attention,
         cat_linear,
         disable,
         enable,
+        held_linear,
         layer,
         mlp,
+        mlp_linear,
         model_forward,
         slot,
+        split_held,
         split_linear,
         statistics,
         steps,
@@ -27,14 +31,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "activate",
     "attention",
     "cat_linear",
     "disable",
     "enable",
+    "held_linear",
     "layer",
     "mlp",
+    "mlp_linear",
     "model_forward",
     "slot",
+    "split_held",
     "split_linear",
     "statistics",
     "steps",

@@ -14,7 +14,10 @@ from chipmunk.rewrite.source import PACKAGE, Edit, Source, import_edit, runtime_
 from chipmunk.rewrite.syntax import dotted, last_name, parameters
 from chipmunk.rewrite.values import Values
 
-RUNTIME = {"attention", "cat_linear", "enable", "layer", "mlp", "model_forward", "slot", "split_linear", "steps"}
+RUNTIME = {
+    "activate", "attention", "cat_linear", "enable", "held_linear", "layer", "mlp", "mlp_linear", "model_forward",
+    "slot", "split_held", "split_linear", "steps",
+}  # fmt: skip
 """The runtime's functions that rules insert."""
 
 

@@ -2,17 +2,21 @@
 
 from chipmunk.runtime.session import disable, enable, model_forward, slot, statistics, steps
 from chipmunk.runtime.sparse_attention import attention, layer
-from chipmunk.runtime.sparse_mlp import cat_linear, mlp, split_linear
+from chipmunk.runtime.sparse_mlp import activate, cat_linear, held_linear, mlp, mlp_linear, split_held, split_linear
 
 __all__ = [
+    "activate",
     "attention",
     "cat_linear",
     "disable",
     "enable",
+    "held_linear",
     "layer",
     "mlp",
+    "mlp_linear",
     "model_forward",
     "slot",
+    "split_held",
     "split_linear",
     "statistics",
     "steps",

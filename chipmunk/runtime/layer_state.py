@@ -90,7 +90,9 @@ class LayerState:
         self.attention_done: str | None = None
         self.mlp_done: str | None = None
         self.single_mlp = "dense"
-        """What `split_linear` did, for `cat_linear` in the same call."""
+        """What the first piece of a single block's MLP did, for the other pieces in the same call."""
+        self.held: tuple[nn.Module, Tensor] | None = None
+        """The linear and its input, between `held_linear` and `split_held`."""
 
         # Caches.
         self.keys: Tensor | None = None
@@ -104,9 +106,9 @@ class LayerState:
         self.output: Tensor | None = None
         """(B, N, C); in a single block the MLP's part of linear2, without bias."""
         self.means: Tensor | None = None
-        """fc1 of the mean input of each part of each group of rows, (B, G, parts, F)."""
+        """fc1 of the mean input of each part of each group of rows, (B, G, parts, F), 2F with two rows a neuron."""
         self.activation = ""
-        """Of a single block: `gelu_tanh` or `gelu`, found on the full step."""
+        """Of a single block: its name (see `linears`), found on the full step."""
 
         # Own counts: calls that reached this layer. Only the session reads them.
         self.attention_count = 0
@@ -122,7 +124,7 @@ class LayerState:
     def forget_mlp(self) -> None:
         """Start the MLP over: the next call is the first one."""
         self.mlp_count = 0
-        self.neurons = self.activations = self.output = self.means = None
+        self.neurons = self.activations = self.output = self.means = self.held = None
         self.neurons_are_fresh = False
 
     def forget(self) -> None:
@@ -144,8 +146,13 @@ class LayerState:
         return type(None), ()
 
 
-def state_of(block: nn.Module) -> LayerState | None:
-    """The state that the session gave to `block` for the call that is running; None while Chipmunk is off."""
+def state_of(block: nn.Module | LayerState | None) -> LayerState | None:
+    """The state that the session gave to `block` for the call that is running; None while Chipmunk is off.
+
+    What was handed down from the block as its state is returned as it is.
+    """
+    if block is None or isinstance(block, LayerState):
+        return block
     # getattr, not __dict__: Dynamo guards on the absence of an attribute, but not on that of a key.
     state: LayerState | None = getattr(block, ATTRIBUTE, None)
     return state

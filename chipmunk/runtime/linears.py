@@ -1,13 +1,50 @@
-"""Which linear layers are understood well enough to take over, and which MLPs.
+"""Which linear layers, activations and MLPs are understood well enough to take over.
 
-The question is asked at every call: LoRA, quantisation and hooks come and go after a model is loaded.
+The question is asked at every call: LoRA, quantisation and hooks come and go after a model is loaded. An MLP is known by
+the exact types of its parts; where the repository has a class of its own for it, the patch has read that class, and
+names the parts and the classes that it has seen.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn import functional
+
+GELUS = {"gelu_tanh": "tanh", "gelu": "none"}
+"""Names of activations → `approximate` of `torch.nn.functional.gelu`."""
+GATED = {"swiglu": 0, "swiglu_value_first": 1}
+"""Names of gated activations → which half of the first linear's rows is the gate: `silu(gate) · value`."""
+
+_PLAIN = (nn.Sequential, nn.ModuleList, nn.Identity, nn.GELU, nn.SiLU)
+
+
+class MlpForm(NamedTuple):
+    """What an MLP is made of."""
+
+    first: nn.Linear
+    activation: str
+    """A key of GELUS or GATED."""
+    second: nn.Linear
+
+    @property
+    def neurons(self) -> int:
+        return self.first.weight.shape[0] // rows_per_neuron(self.activation)
+
+
+def rows_per_neuron(activation: str) -> int:
+    """How many rows of the first linear belong to one neuron."""
+    return 2 if activation in GATED else 1
+
+
+def activate(activation: str, hidden: Tensor) -> Tensor:
+    """The activation of that name, of (…, F) or, where it is gated, (…, 2F): (…, F)."""
+    if activation in GELUS:
+        return functional.gelu(hidden, approximate=GELUS[activation])
+    halves = hidden.chunk(2, dim=-1)
+    gate = GATED[activation]
+    return functional.silu(halves[gate]) * halves[1 - gate]
 
 
 def why_not_linear(linear: nn.Module, x: Tensor, width: int) -> str | None:
@@ -16,7 +53,7 @@ def why_not_linear(linear: nn.Module, x: Tensor, width: int) -> str | None:
     None if it can.
     """
     if type(linear) is not nn.Linear:
-        return f"the linear layer is a {type(linear).__name__}"
+        return f"the linear layer is a {_name_of(linear)}"
     if _is_hooked(linear):
         return "a hook watches or changes the linear layer"
     weight, bias = linear.weight, linear.bias
@@ -31,26 +68,90 @@ def why_not_linear(linear: nn.Module, x: Tensor, width: int) -> str | None:
     return None
 
 
-def activation_name(activation: object) -> str | None:
-    """`gelu_tanh` or `gelu` where `activation` is exactly that module, otherwise None."""
+def activation_name(activation: Any, kind: str = "", of: str = "") -> str | None:
+    """The name of an activation, a key of GELUS or GATED; None if it is not understood.
+
+    activation: a module, or the name itself where the code called a function. kind, of: what the patch has read in the
+    classes `of` (names, separated by commas) of an activation of the repository's own.
+    """
+    if isinstance(activation, str):
+        return activation if activation in GELUS or activation in GATED else None
+    if kind:
+        return kind if isinstance(activation, nn.Module) and _why_unseen(activation, of) is None else None
     if type(activation) is not nn.GELU or _is_hooked(activation):
         return None
     return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
 
 
-def why_not_mlp(mlp: Any, x: Tensor) -> str | None:
-    """Why `mlp` is not a plain Linear → GELU → Linear on x (B, N, C); None if it is."""
-    if type(mlp) is not nn.Sequential or len(mlp) != 3:
-        return f"the MLP is a {type(mlp).__name__} that is not understood"
-    if _is_hooked(mlp):
-        return "a hook watches or changes the MLP"
-    if activation_name(mlp[1]) is None:
-        return f"the activation is a {type(mlp[1]).__name__} that is not understood"
+def mlp_form(mlp: Any, x: Tensor, parts: str = "", of: str = "") -> MlpForm | str:
+    """What `mlp` is made of, if it is a Linear, an activation and a Linear on x (B, N, C); otherwise why it is not.
+
+    parts: where they are in the module, as in "net.0.proj, gelu_tanh, net.2" (the activation's name, or its place);
+    without it, a Sequential of them. of: the repository's own classes among the module and its sub-modules.
+    """
+    found: list[Any]
+    if parts:
+        places = parts.split(", ")
+        activation = places[1]
+        found = [_at(mlp, places[0]), None, _at(mlp, places[2])]
+        if activation not in GELUS and activation not in GATED:
+            found[1] = _at(mlp, activation)
+    else:
+        if type(mlp) is not nn.Sequential:
+            return f"the MLP is a {_name_of(mlp)} that is not understood"
+        activation = ""
+        found = [part for part in mlp if type(part) is not nn.Identity and not _is_idle_dropout(part)]
+        if len(found) != 3:
+            return "the MLP is a Sequential that is not understood"
+    first, module, second = found
+    if module is not None:
+        name = activation_name(module)
+        if name is None:
+            return f"the activation is a {_name_of(module)} that is not understood"
+        activation = name
+    if first is None or second is None:
+        return "the MLP has lost a part that the patch has seen"
     if x.dim() != 3:
         return "the MLP's input is not (B, N, C)"
-    first: Any = mlp[0]
     reason = why_not_linear(first, x, x.shape[-1])
-    return reason if reason is not None else why_not_linear(mlp[2], x, first.weight.shape[0])
+    if reason is None:
+        reason = why_not_linear(second, x, first.weight.shape[0] // rows_per_neuron(activation))
+    if reason is None:
+        reason = _why_unseen(mlp, of)
+    return MlpForm(first, activation, second) if reason is None else reason
+
+
+def _why_unseen(module: nn.Module, of: str) -> str | None:
+    """Why the module may do something else than the patch has read, apart from linear layers; None if it does not."""
+    seen = of.split(", ")
+    for part in module.modules():
+        if _is_hooked(part):
+            return "a hook watches or changes the MLP"
+        if type(part) in _PLAIN or type(part) is nn.Linear or type(part).__name__ in seen:
+            continue
+        if type(part) is nn.Dropout:
+            if not _is_idle_dropout(part):
+                return "dropout is active in the MLP"
+            continue
+        return f"the MLP holds a {_name_of(part)}, which is not understood"
+    return None
+
+
+def _is_idle_dropout(module: nn.Module) -> bool:
+    return type(module) is nn.Dropout and (module.p == 0 or not module.training)
+
+
+def _at(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _name_of(module: object) -> str:
+    """The class's name; with its module where it is not the one of that name in torch."""
+    kind = type(module)
+    is_torch = getattr(nn, kind.__name__, kind) is kind
+    return kind.__name__ if is_torch else f"{kind.__module__}.{kind.__name__}"
 
 
 def _is_hooked(module: nn.Module) -> bool:
