@@ -17,7 +17,7 @@ class ForwardSpec:
     """What `model_forward` was told about a model's forward."""
 
     double: str
-    """Attribute of the model with the double blocks."""
+    """Attribute of the model with the double blocks, dotted where they lie in a ModuleDict."""
     single: str
     image: str
     """Parameter of forward with the image tokens (B, L, …)."""
@@ -27,6 +27,8 @@ class ForwardSpec:
     """Where the forward is written."""
     timesteps: str | None = None
     """Parameter of forward with the timestep; None where only marked sampling loops count steps."""
+    per_token: tuple[str, ...] = ()
+    """Parameters of forward: where one is given, tokens keep their order."""
 
     @property
     def root(self) -> Path | None:

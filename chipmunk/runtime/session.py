@@ -9,7 +9,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from torch import nn
 
 from chipmunk import config as configuration
 from chipmunk.config import Config
+from chipmunk.runtime.block_list import blocks_of
 from chipmunk.runtime.clock import Generation, run_steps
 from chipmunk.runtime.compiling import BlockCompiler
 from chipmunk.runtime.counts import MAIN_SLOT, Recorder, Statistics
@@ -93,20 +94,28 @@ class Session:
 
 
 def model_forward(
-    *, double: str, single: str, image: str, ids: str | None = None, timesteps: str | None = None
+    *,
+    double: str,
+    single: str,
+    image: str,
+    ids: str | None = None,
+    timesteps: str | None = None,
+    per_token: Sequence[str] = (),
 ) -> Callable[[Function], Function]:
     """Mark the forward of a FLUX model, as a decorator.
 
-    double, single: attributes of the model with its double and single blocks. image: parameter of forward with the
-    image tokens (B, L, C). ids: parameter with their positions, (L, axes) or (B, L, axes); without it their order is
-    left alone. timesteps: parameter with the timestep, one number for all of the batch; with it, steps are counted by
-    its changes wherever no `steps` loop does. While Chipmunk is off, the decorated forward is the original one.
+    double, single: attributes of the model with its double and single blocks, dotted (`lists.image`) where they lie in
+    a ModuleDict. image: parameter of forward with the image tokens (B, L, C). ids: parameter with their positions,
+    (L, axes) or (B, L, axes); without it their order is left alone. timesteps: parameter with the timestep, one number
+    for all of the batch; with it, steps are counted by its changes wherever no `steps` loop does. per_token: parameters
+    that may hold something for each image token (a ControlNet's residuals); where one of them is given, the order is
+    left alone. While Chipmunk is off, the decorated forward is the original one.
     """
 
     def decorate(forward: Function) -> Function:
         signature = inspect.signature(forward)
-        spec = ForwardSpec(double, single, image, ids, forward.__code__.co_filename, timesteps)
-        for name in (image, ids, timesteps):
+        spec = ForwardSpec(double, single, image, ids, forward.__code__.co_filename, timesteps, tuple(per_token))
+        for name in (image, ids, timesteps, *per_token):
             if name is not None and name not in signature.parameters:
                 raise TypeError(f"{forward.__qualname__} has no parameter {name!r}")
 
@@ -181,11 +190,7 @@ def statistics(model: Any) -> Statistics:
     session = None if owner is None else _stored(owner)
     if owner is None or session is None:
         return Statistics(enabled=False)
-    names = [
-        f"{attribute}.{index}"
-        for attribute in (session.spec.double, session.spec.single)
-        for index in range(len(getattr(owner, attribute)))
-    ]
+    names = [name for name, _ in blocks_of(owner, session.spec)]
     with session.lock:
         return session.recorder.report(names, session.cache_bytes())
 
