@@ -44,7 +44,7 @@ def _tracer() -> str | None:
     """What turns this call into a program of its own; such a program has no steps, and is to be the dense one."""
     if is_exporting():
         return "torch.export"
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return "torch.jit.trace"
     proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")  # not imported: then nobody uses it
     if proxies is not None and proxies.get_proxy_mode() is not None:

@@ -12,21 +12,22 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from inspect import BoundArguments
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from chipmunk.runtime.clock import Generation
-from chipmunk.runtime.counts import MAIN_SLOT
 
 if TYPE_CHECKING:
     from chipmunk.runtime.session import Session
 
 IDLE_SECONDS = 60.0
-"""A pause after which the image is taken for finished, or given up; four times the longest one seen, if that is more."""
+"""A pause after which the image is taken for finished, or given up; four times the longest one seen, if longer."""
 
 LIKENESS = 0.5
 """The cosine between an image and the same image one step later is at least this."""
@@ -197,7 +198,7 @@ class TimestepClock:
     def _patience(self) -> float:
         return max(IDLE_SECONDS, 4 * self._longest_pause)
 
-    # A thread of its own wakes up once nothing has happened for a while. It keeps neither the session nor a model alive.
+    # A thread of its own wakes up once nothing has happened for a while. It keeps neither session nor model alive.
 
     def _wait(self, seconds: float) -> None:
         self._timer = threading.Timer(seconds, _free_if_idle, (self._session,))
@@ -279,7 +280,7 @@ def _read(timestep: Any, compared: list[tuple[Tensor, Tensor]]) -> tuple[float, 
 
 
 def _schedule(session: Session, now: float, bound: BoundArguments) -> list[float] | None:
-    """The timesteps from `now` to the last one, where some input lists them: a row of numbers in order, `now` among them.
+    """The timesteps from `now` to the last one, where an input lists them: a row of falling numbers, `now` among them.
 
     A 0 at the end is where the image is finished: the model is not called there.
     """
@@ -290,7 +291,7 @@ def _schedule(session: Session, now: float, bound: BoundArguments) -> list[float
         for entry in value.values() if isinstance(value, dict) else (value,):
             if isinstance(entry, Tensor) and entry.dim() == 1 and 2 <= entry.numel() <= 1000 and not entry.is_complex():
                 times = [float(time) for time in entry.tolist()]
-                falls = all(a > b for a, b in zip(times[:-1], times[1:], strict=True))
+                falls = all(a > b for a, b in pairwise(times))
                 close = [index for index, time in enumerate(times) if _close(time, now)]
                 if falls and len(close) == 1 and times[close[0] :] != [0.0]:
                     return [time for time in times[close[0] :] if time != 0 or time == now]
@@ -301,8 +302,6 @@ def _owner() -> tuple[int, int]:
     """The thread, and the asyncio task if there is one, that makes the call."""
     task = None
     if "asyncio" in sys.modules:
-        try:
+        with suppress(RuntimeError):  # no event loop runs here
             task = sys.modules["asyncio"].current_task()
-        except RuntimeError:  # no event loop runs here
-            pass
     return threading.get_ident(), id(task)
