@@ -69,6 +69,12 @@ class BlockFacts:
     """Single block: attribute of the fused input linear (`linear1`)."""
     linear_out: str | None = None
     """Single block: attribute of the fused output linear (`linear2`)."""
+    gated: bool = False
+    """Whether the activation is a SwiGLU: the first linear has two rows for each neuron."""
+    mlp_first_in: bool = False
+    """Single block: whether the MLP's rows come before the attention's in the first linear."""
+    mlp_first_out: bool = False
+    """Single block: whether the MLP's columns come before the attention's in the second linear."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,9 @@ class Block:
     mlp: str | None = None
     linear_in: str | None = None
     linear_out: str | None = None
+    gated: bool = False
+    mlp_first_in: bool = False
+    mlp_first_out: bool = False
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
 """Which linear layers, activations and MLPs are understood well enough to take over.
 
-The question is asked at every call: LoRA, quantisation and hooks come and go after a model is loaded. An MLP is known by
-the exact types of its parts; where the repository has a class of its own for it, the patch has read that class, and
+The question is asked at every call: LoRA, quantisation and hooks come and go after a model is loaded. An MLP is known
+by the exact types of its parts; where the repository has a class of its own for it, the patch has read that class, and
 names the parts and the classes that it has seen.
 """
 

@@ -85,7 +85,7 @@ def held_linear(block: Block, linear: Any, x: Tensor) -> Tensor:
 
 
 def split_held(block: Block, held: Tensor, sizes: Sequence[int], *, mlp_first: bool = False) -> Sequence[Tensor]:
-    """`torch.split(held, sizes, dim=-1)` of what `held_linear` gave, or its sparse form; arguments as `split_linear`'s."""
+    """`torch.split(held, sizes, dim=-1)` of what `held_linear` gave, or its sparse form. Arguments: see there."""
     state = state_of(block)
     if state is None or state.held is None or state.single_mlp == "dense":
         return _split(held, sizes)
@@ -253,7 +253,7 @@ def _joined(attended: Tensor, activations: Tensor, mlp_first: bool) -> Tensor:
 
 
 def _columns(weight: Tensor, width: int, mlp_first: bool) -> tuple[Tensor, Tensor]:
-    """The columns of a second linear's weight that are the MLP's, and those, `width` of them, that are the attention's."""
+    """The columns of a second linear's weight that are the MLP's, and the `width` ones that are the attention's."""
     if mlp_first:
         return weight[:, :-width], weight[:, -width:]
     return weight[:, width:], weight[:, :width]

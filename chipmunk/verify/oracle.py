@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import TracebackType
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from chipmunk.config import Config
-from chipmunk.rewrite.plan import ModelFacts
+from chipmunk.rewrite.plan import BlockFacts, ModelFacts
 
 RENEW_ALWAYS_BEFORE = 10
 """A sparse MLP step with a lower count of its own selects its neurons anew, whatever `block_mask_cache` says."""
@@ -57,7 +58,7 @@ class MlpCache:
     output: Tensor | None = None
     """(B, N, C)"""
     means: list[list[list[Tensor]]] = field(default_factory=list)
-    """fc1 of the mean input, float64 (F,), by batch element, row group and part of the group."""
+    """fc1 of the mean input, float64 (F,), with a gate (2F,), by batch element, row group and part of the group."""
 
 
 @dataclass
@@ -174,24 +175,30 @@ class Oracle:
     def _hook_double_mlp(self, block: nn.Module, layer: int) -> None:
         if self.facts.double_block.mlp is None:
             return
-        mlp = getattr(block, self.facts.double_block.mlp)
+        mlp = attrgetter(self.facts.double_block.mlp)(block)
         linears = [part for part in mlp.modules() if isinstance(part, nn.Linear)]
         if [type(linear) for linear in linears] != [nn.Linear, nn.Linear]:
             return  # a LoRA or quantised layer: the MLP stays as it is
-        self._hook_linears(layer, linears[0], linears[1])
+        self._hook_linears(layer, linears[0], linears[1], self.facts.double_block)
 
     def _hook_single_mlp(self, block: nn.Module, layer: int) -> None:
         names = self.facts.single_block.linear_in, self.facts.single_block.linear_out
         if names[0] is None or names[1] is None:
             return
-        linear_in, linear_out = getattr(block, names[0]), getattr(block, names[1])
+        linear_in, linear_out = attrgetter(names[0])(block), attrgetter(names[1])(block)
         if type(linear_in) is nn.Linear and type(linear_out) is nn.Linear:
-            self._hook_linears(layer, linear_in, linear_out)
+            self._hook_linears(layer, linear_in, linear_out, self.facts.single_block)
 
-    def _hook_linears(self, layer: int, linear_in: nn.Linear, linear_out: nn.Linear) -> None:
-        """fc1 is the last F rows of `linear_in` and fc2 the last F columns of `linear_out`: all of them in a double
-        block, those after [q k v] and after the attention's output in a single block."""
-        attention_width = 0 if linear_in.out_features == linear_out.in_features else linear_out.out_features
+    def _hook_linears(self, layer: int, linear_in: nn.Linear, linear_out: nn.Linear, facts: BlockFacts) -> None:
+        """fc1 is the last rows of `linear_in` and fc2 the last F columns of `linear_out`: all of them in a double
+        block, those after [q k v], if it makes these too, and after the attention's output in a single block. Where
+        the facts say so, they are the first ones. fc1 has F rows, with a gate 2F."""
+        attention_width = 0 if facts.linear_out is None else linear_out.out_features
+        neurons = linear_out.in_features - attention_width
+        rows = 2 * neurons if facts.gated else neurons
+        of_mlp_in = slice(rows) if facts.mlp_first_in else slice(linear_in.out_features - rows, None)
+        of_mlp_out = slice(neurons) if facts.mlp_first_out else slice(attention_width, None)
+        of_attention = slice(neurons, None) if facts.mlp_first_out else slice(attention_width)
 
         def before_in(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._mlp_input = args[0]
@@ -200,17 +207,16 @@ class Oracle:
             x, self._mlp_input = self._mlp_input, None
             if self._layer is None or self._current is None or x is None:
                 return None
-            neurons = linear_out.in_features - attention_width
-            weight_in = linear_in.weight[-neurons:]
-            bias_in = None if linear_in.bias is None else linear_in.bias[-neurons:]
-            weight_out = linear_out.weight[:, attention_width:]
-            attended, activation = args[0][..., :attention_width], args[0][..., attention_width:]
+            weight_in = linear_in.weight[of_mlp_in]
+            bias_in = None if linear_in.bias is None else linear_in.bias[of_mlp_in]
+            weight_out = linear_out.weight[:, of_mlp_out]
+            attended, activation = args[0][..., of_attention], args[0][..., of_mlp_out]
             if attention_width == 0:
                 return self._mlp(layer, x, activation, weight_in, bias_in, weight_out, dense)
             output = self._mlp(layer, x, activation, weight_in, bias_in, weight_out, activation @ weight_out.T)
             if output is None:
                 return None
-            projected = attended @ linear_out.weight[:, :attention_width].T
+            projected = attended @ linear_out.weight[:, of_attention].T
             return output + (projected if linear_out.bias is None else projected + linear_out.bias)
 
         self._hook(linear_in.register_forward_pre_hook(before_in))
@@ -383,7 +389,8 @@ class Oracle:
     ) -> Tensor | None:
         """Output (B, N, C) of a sparse step of an MLP; None for any other step, whose output is the dense one.
 
-        `activation` (B, N, F) is that of all neurons; `weight_in` (F, C) and `weight_out` (C, F) are fc1 and fc2;
+        `activation` (B, N, F) is that of all neurons; `weight_in` (F, C), with a gate (2F, C), and `weight_out` (C, F)
+        are fc1 and fc2;
         `dense` (B, N, C) is the layer's dense output, in a single block the MLP's part of it without bias.
         """
         assert self._current is not None
@@ -422,9 +429,13 @@ class Oracle:
                 for g, rows in enumerate(groups):
                     now, before = means(b, rows), cache.means[b][g]
                     score = torch.stack([abs(n - o) for n, o in zip(now, before, strict=True)]).sum(dim=0)
+                    # A neuron with a gate has two rows, `neurons` apart.
+                    score = score.reshape(-1, neurons).sum(dim=0)
                     chosen = self._choose(score.tolist(), keep, random, count, layer, g)
                     for n, o in zip(now, before, strict=True):
-                        o[chosen] = n[chosen]
+                        for first in range(0, len(n), neurons):
+                            refreshed = [first + neuron for neuron in chosen]
+                            o[refreshed] = n[refreshed]
                     cache.neurons[b].append(chosen)
         for b in range(batch):
             for g, rows in enumerate(groups):
