@@ -17,6 +17,7 @@ from chipmunk.cli.fidelity import fidelity
 from chipmunk.cli.patch import patch
 from chipmunk.cli.revert import revert
 from chipmunk.cli.status import status
+from chipmunk.cli.tune import tune
 from chipmunk.cli.verify import verify
 
 app = typer.Typer(
@@ -54,6 +55,7 @@ app.command()(apply)
 app.command()(verify)
 app.command()(bench)
 app.command()(fidelity)
+app.command()(tune)
 app.add_typer(patches.app, name="patches")
 app.add_typer(targets.app, name="targets")
 app.add_typer(config.app, name="config")

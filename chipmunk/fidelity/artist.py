@@ -91,7 +91,6 @@ class Artist:
 
     def cost(self) -> ModelCost:
         """Operations of a dense model call; the patched side's."""
-        chipmunk.disable(self.model)
         return measure_cost(self.model, self.blocks, lambda: self.studio.draw(self.pictures[0], 1, decode=False))
 
     def measure(self, index: int, drawing: Drawing, recorded: Recording, cost: ModelCost | None) -> Result:

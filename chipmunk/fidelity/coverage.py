@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import chipmunk
-from chipmunk.runtime import sparse_mlp
-from chipmunk.runtime.layer_state import DONE, LayerState
+from chipmunk import ops
+from chipmunk.runtime import linears, sparse_mlp
+from chipmunk.runtime.layer_state import LayerState
 
 Coverage = dict[int, list[tuple[int, float]]]
 """By layer, the model call and the share that was covered."""
@@ -31,7 +31,7 @@ def coverage(model: nn.Module, blocks: list[nn.Module]) -> Iterator[dict[str, Co
     found: dict[str, Coverage] = {"attention": {}, "mlp": {}}
     index = {id(block): number for number, block in enumerate(blocks)}
     call, inside = [-1], [0]
-    original_attention, original_change = chipmunk.attention, sparse_mlp._changed_activations
+    original_attention, original_change = ops.column_sparse_attention, sparse_mlp._changed_activations
 
     def before_model(*_: object) -> None:
         call[0] += 1
@@ -39,21 +39,16 @@ def coverage(model: nn.Module, blocks: list[nn.Module]) -> Iterator[dict[str, Co
     def before_block(block: nn.Module, _: object) -> None:
         inside[0] = index[id(block)]
 
-    def attention(layer: LayerState | None, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        out: Tensor = original_attention(layer, function, *args, **kwargs)
-        if layer is not None and layer.attention == "sparse" and layer.attention_done == DONE:
-            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-            assert layer.keys is not None
-            share = kept_mass(
-                given["query"], given["key"], layer.keys, layer.attention_rules.group, kwargs.get("scale")
-            )
-            found["attention"].setdefault(inside[0], []).append((call[0], share))
-        return out
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, keys: Tensor, addend: Any, group: int, scale: float, subtract: bool, how: str
+    ) -> Tensor:
+        if not subtract:  # with it, the step is a full one
+            found["attention"].setdefault(inside[0], []).append((call[0], kept_mass(q, k, keys, group, scale)))
+        return original_attention(q, k, v, keys, addend, group, scale, subtract, how)
 
-    def changed(state: LayerState, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    def changed(state: LayerState, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         assert state.activations is not None
-        approximate = "tanh" if activation == "gelu_tanh" else "none"
-        change = functional.gelu(functional.linear(x, weight, bias), approximate=approximate) - state.activations
+        change = linears.activate(activation, functional.linear(x, weight, bias)) - state.activations
         delta: Tensor = original_change(state, x, weight, bias, activation)
         assert state.neurons is not None
         share = kept_change(change, state.neurons, state.mlp_rules.group)
@@ -72,8 +67,8 @@ def coverage(model: nn.Module, blocks: list[nn.Module]) -> Iterator[dict[str, Co
 
 
 def _put(attention: Callable[..., Any], change: Callable[..., Any]) -> None:
-    """Make these what patched code, and the runtime, call."""
-    setattr(chipmunk, "attention", attention)  # noqa: B010
+    """Make these what the runtime calls."""
+    setattr(ops, "column_sparse_attention", attention)  # noqa: B010
     setattr(sparse_mlp, "_changed_activations", change)  # noqa: B010
 
 

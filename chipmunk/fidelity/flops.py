@@ -23,6 +23,8 @@ class LayerShape:
     """Rows that pass through the MLP: image tokens in a double block, all tokens in a single one."""
     channels: int = 0
     neurons: int = 0
+    rows_per_neuron: int = 1
+    """Rows of the first linear's weight that belong to one neuron: 2 where the activation is gated."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,12 @@ def attention(shape: LayerShape, call: LayerCall = DENSE) -> int:
 def mlp(shape: LayerShape, call: LayerCall = DENSE) -> int:
     """Operations of the two linear layers of an MLP; block means are pushed through the first on a full step, and where
     neurons are selected."""
-    row = 2 * shape.batch * shape.channels  # one row through one neuron of one linear layer
-    means = row * call.means * shape.neurons
+    row = 2 * shape.batch * shape.channels  # a row of the input and one of a weight
+    means = row * call.means * shape.neurons * shape.rows_per_neuron
+    neuron = row * shape.rows * (shape.rows_per_neuron + 1)  # in through the first linear, out through the second
     if call.mlp == "sparse":
-        return 2 * row * shape.rows * call.neurons + (means if call.selects_neurons else 0)
-    return 2 * row * shape.rows * shape.neurons + (means if call.mlp == "full" else 0)
+        return neuron * call.neurons + (means if call.selects_neurons else 0)
+    return neuron * shape.neurons + (means if call.mlp == "full" else 0)
 
 
 @dataclass(frozen=True)

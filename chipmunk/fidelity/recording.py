@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,61 +116,75 @@ def layer_call(state: LayerState | None) -> LayerCall:
     )
 
 
-def measure_cost(model: nn.Module, blocks: list[nn.Module], call: Callable[[], object]) -> ModelCost:
-    """Count one dense call: `call` draws something of one step with `model`, patched and switched off.
+SHOW = {
+    "compile": False,
+    "implementation": "reference",
+    "min_steps": 0,
+    "patchify": {"is_enabled": False},
+    "attn": {
+        "first_n_dense_layers": 0,
+        "full_step_schedule": [0],
+        "top_keys": 0.5,
+        "counts_multiple_of": 1,
+        "mbm": 16,
+    },
+    "mlp": {"first_n_dense_layers": 0, "top_keys": 0.5, "counts_multiple_of": 1, "bm": 16, "mbm": 16},
+}
+"""A configuration with which the first step makes caches in every layer that can run sparse: they have its sizes."""
 
-    The operations are PyTorch's own count; the sizes are those that the patched code hands to Chipmunk.
+
+def measure_cost(model: nn.Module, blocks: list[nn.Module], draw: Callable[[], object]) -> ModelCost:
+    """Count one dense call: `draw` makes a picture of one step with the patched `model`.
+
+    The operations are PyTorch's own count; the sizes of what can run sparse are those of Chipmunk's caches.
     """
     shapes = [LayerShape() for _ in blocks]
-    counts = [0] * len(blocks)
-    inside: list[int] = []
 
-    def change(**sizes: int) -> None:
-        if inside:
-            old = shapes[inside[-1]]
-            shapes[inside[-1]] = LayerShape(**{**vars(old), **sizes})
+    def noted(
+        session: Any, slot: str, index: int, state: LayerState | None, attention: str, mlp: str, discard: bool
+    ) -> None:
+        if state is not None:
+            shapes[index] = layer_shape(state)
+        original(session, slot, index, state, attention, mlp, discard)
 
-    def attention(layer: Any, function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        query: Tensor = args[0] if args else kwargs["query"]
-        if query.dim() == 4:
-            change(batch=query.shape[0], tokens=query.shape[2], width=query.shape[1] * query.shape[3])
-        result: Tensor = originals["attention"](layer, function, *args, **kwargs)
-        return result
+    original = model_call._record
+    model_call._record = noted
+    chipmunk.enable(model, SHOW)
+    try:
+        draw()
+    finally:
+        model_call._record = original
+        chipmunk.disable(model)
 
-    def mlp(block: nn.Module, module: Any, x: Tensor) -> Tensor:
-        change(batch=x.shape[0], rows=x.shape[1], channels=x.shape[2], neurons=module[0].weight.shape[0])
-        result: Tensor = originals["mlp"](block, module, x)
-        return result
-
-    def split_linear(block: nn.Module, linear: Any, x: Tensor, sizes: list[int]) -> Any:
-        change(batch=x.shape[0], rows=x.shape[1], channels=x.shape[2], neurons=sizes[1])
-        return originals["split_linear"](block, linear, x, sizes)
-
-    originals: dict[str, Callable[..., Any]] = {
-        name: getattr(chipmunk, name) for name in ("attention", "mlp", "split_linear")
-    }
-    counter = FlopCounterMode(display=False)
-    handles = []
+    counts, counter, handles = [0] * len(blocks), FlopCounterMode(display=False), []
     for index, block in enumerate(blocks):
 
         def before(*_: object, index: int = index) -> None:
-            inside.append(index)
             counts[index] -= counter.get_total_flops()
 
         def after(*_: object, index: int = index) -> None:
-            inside.pop()
             counts[index] += counter.get_total_flops()
 
         handles += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
-    replaced = {"attention": attention, "mlp": mlp, "split_linear": split_linear}
     try:
-        for name, function in replaced.items():
-            setattr(chipmunk, name, function)
         with sdpa_kernel(SDPBackend.MATH), counter:  # its products are counted on every device
-            call()
+            draw()
     finally:
-        for name, function in originals.items():
-            setattr(chipmunk, name, function)
         for handle in handles:
             handle.remove()
     return ModelCost(tuple(shapes), tuple(counts), counter.get_total_flops() - sum(counts))
+
+
+def layer_shape(state: LayerState) -> LayerShape:
+    """Sizes of a layer whose caches were made in full."""
+    sizes: dict[str, int] = {}
+    if state.attention_done == DONE and state.difference is not None:
+        batch, heads, tokens, width = state.difference.shape
+        sizes |= {"batch": batch, "tokens": tokens, "width": heads * width}
+    if state.mlp_done == DONE and state.activations is not None and state.output is not None:
+        assert state.means is not None
+        batch, rows, neurons = state.activations.shape
+        per_neuron = state.means.shape[-1] // neurons
+        sizes |= {"batch": batch, "rows": rows, "neurons": neurons, "channels": state.output.shape[2]}
+        sizes["rows_per_neuron"] = per_neuron
+    return LayerShape(**sizes)

@@ -99,10 +99,10 @@ class Studio(Subject):
         return str(self.pipeline.weights) if self.encodes else "random"
 
     def pictures(self) -> list[Picture]:
-        """Every prompt with every seed."""
+        """Every prompt with every seed; seed by seed."""
         known = self.pipeline.prompts if self.encodes else tuple(f"conditioning {i}" for i in range(self.order.count))
         prompts = self.order.prompts or tuple(known)[: self.order.count]
-        return [Picture(prompt, seed) for prompt in prompts for seed in self.order.seeds]
+        return [Picture(prompt, seed) for seed in self.order.seeds for prompt in prompts]
 
     def inputs(self, picture: Picture) -> dict[str, Tensor]:
         """Arguments of the sampling loop: the noise by the seed, the conditioning by the prompt."""

@@ -125,9 +125,9 @@ def main(path: str) -> None:
         require_device(spec.device)
         torch.set_grad_enabled(False)
         if spec.tune is not None and spec.side == "patched":
-            from chipmunk.tune.search import search_in_worker
+            from chipmunk.tune.worker import search
 
-            result = search_in_worker(spec)
+            result = search(spec)
         else:
             result = original(spec) if spec.side == "original" else patched(spec)
     except CheckoutError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from command_line import ROOT, chipmunk, environment
@@ -19,6 +20,8 @@ COMMANDS = [
     "apply",
     "verify",
     "bench",
+    "fidelity",
+    "tune",
     "doctor",
     "demo",
     "patches",
@@ -54,25 +57,35 @@ def test_help_comes_in_less_than_half_a_second() -> None:
         (["config", "show"], {"torch", "triton"}),
         (["patch", "templates/flux-starter", "--dry-run"], {"torch", "triton"}),
         (["diff", "templates/flux-starter"], {"torch", "triton"}),
-        (["status", "templates/flux-starter"], {"torch", "triton"}),
+        (["status", "templates/flux-starter"], {"torch", "triton", "libcst"}),
         (["doctor", "--python", sys.executable], {"torch", "triton"}),
         (["patches", "list"], {"torch", "triton"}),
         (["targets", "show", "flux"], {"torch", "triton"}),
     ],
 )
 def test_commands_import_no_more_than_they_need(words: list[str], without: set[str]) -> None:
+    assert without & imported_by(*words) == set()
+
+
+def test_undoing_needs_no_parser(patched: Path) -> None:
+    assert "libcst" not in imported_by("status", str(patched))
+    assert "libcst" not in imported_by("revert", str(patched))
+
+
+def imported_by(*words: str) -> set[str]:
+    """The modules that a command has imported when it ends."""
     code = (
         "import sys, atexit\n"
         "atexit.register(lambda: print('IMPORTED', *sorted(sys.modules), file=sys.stderr))\n"
-        f"sys.argv = ['chipmunk', *{words!r}]\n"
+        f"sys.argv = ['chipmunk', *{list(words)!r}]\n"
         "from chipmunk.cli import main\n"
         "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
-    imported = done.stderr.rpartition("IMPORTED")[2].split()
+    imported = set(done.stderr.rpartition("IMPORTED")[2].split())
     assert "chipmunk.cli.app" in imported
-    assert without & set(imported) == set()
+    return imported
 
 
 def test_version() -> None:
