@@ -7,7 +7,7 @@ it supports the input on a CUDA device, otherwise the reference, with the reason
 
 from chipmunk.ops.attention_with_column_sums import attention_with_column_sums
 from chipmunk.ops.column_sparse_attention import column_sparse_attention
-from chipmunk.ops.dispatch import IMPLEMENTATIONS, record_fallbacks
+from chipmunk.ops.dispatch import IMPLEMENTATIONS, dense_results_only, record_fallbacks
 from chipmunk.ops.reorder_tokens import reorder_tokens
 from chipmunk.ops.select_columns import select_columns
 from chipmunk.ops.sparse_mlp_in import sparse_mlp_in
@@ -18,6 +18,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "attention_with_column_sums",
     "column_sparse_attention",
+    "dense_results_only",
     "record_fallbacks",
     "reorder_tokens",
     "select_columns",

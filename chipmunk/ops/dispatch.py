@@ -19,7 +19,27 @@ IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 _fallbacks: ContextVar[Counter[str] | None] = ContextVar("chipmunk_fallbacks", default=None)
 
+_dense_only: ContextVar[bool] = ContextVar("chipmunk_dense_only", default=False)
+
 Result = TypeVar("Result")
+
+
+@contextmanager
+def dense_results_only() -> Iterator[None]:
+    """While this is open, attention computes its dense output alone: column sums and differences hold anything.
+
+    For a first step whose caches the next step makes anew: it runs the graph of a full step without paying for it.
+    """
+    token = _dense_only.set(True)
+    try:
+        yield
+    finally:
+        _dense_only.reset(token)
+
+
+def is_dense_only() -> bool:
+    """Whether nobody wants column sums and differences now."""
+    return _dense_only.get()
 
 
 @contextmanager

@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from chipmunk.ops import record_fallbacks
+from chipmunk.ops import dense_results_only, record_fallbacks
+from chipmunk.runtime.block_list import blocks_of, holders
 from chipmunk.runtime.clock import CallSlot, Generation, current_generation
 from chipmunk.runtime.guards import why_dense_here
 from chipmunk.runtime.layer_state import ATTRIBUTE, DONE, AttentionRules, LayerState, MlpRules
-from chipmunk.runtime.schedule import attention_step, mlp_step
+from chipmunk.runtime.schedule import attention_is_full, attention_step, mlp_is_full, mlp_step, neurons_are_due
+from chipmunk.runtime.step_caching import ATTRIBUTE as STEP_ATTRIBUTE
+from chipmunk.runtime.step_caching import StepCache, StepCall
 from chipmunk.runtime.timestep_clock import shapes_of
 from chipmunk.runtime.token_order import TokenOrder, find_order
 
@@ -39,14 +42,15 @@ def run_model_call(
     if session.model() is not model:  # a DataParallel replica or a shallow copy: the session is another model's
         for block in blocks:
             block.__dict__.pop(ATTRIBUTE, None)
+        model.__dict__.pop(STEP_ATTRIBUTE, None)
         session.recorder.model_calls += 1
         session.recorder.dense_model_calls["a replica of the model"] += 1
         return forward(model, *args, **kwargs)
     with session.lock:
         session.recorder.model_calls += 1
-        if session.installed:
+        if session.installed or STEP_ATTRIBUTE in model.__dict__:
             session.recorder.dense_model_calls["the model calls itself"] += 1
-            with _states_taken_away(session):
+            with _states_taken_away(session, model):
                 return forward(model, *args, **kwargs)
         try:
             bound = signature.bind(model, *args, **kwargs)
@@ -85,13 +89,13 @@ def _placed(
 
 
 def _blocks(session: Session, model: nn.Module) -> list[nn.Module]:
-    return [*getattr(model, session.spec.double), *getattr(model, session.spec.single)]
+    return [block for _, block in blocks_of(model, session.spec)]
 
 
 def _why_dense(session: Session, arguments: dict[str, Any]) -> str | None:
     """Why the whole call runs dense, in whichever generation."""
     config = session.config
-    if not config.attn.is_enabled and not config.mlp.is_enabled:
+    if not config.attn.is_enabled and not config.mlp.is_enabled and not config.step_caching.is_enabled:
         return "neither attn nor mlp is enabled"
     return why_dense_here(arguments.get(session.spec.image))
 
@@ -119,19 +123,27 @@ def _attempt(
     """The call with states installed; `_AGAIN` where it has to be made again, because something was found out."""
     image: Tensor = bound.arguments[session.spec.image]
     slot = _slot(session, generation, name, bound, blocks)
-    session.compiler.compile(bound.args[0], blocks, image.device)
-    labels = [_plan(session, index, state) for index, state in enumerate(slot.layers)]
-    _seed(slot.layers, image.device)
+    skip = slot.steps is not None and slot.steps.skips(generation.step)
+    step = None if slot.steps is None else StepCall(slot.steps, generation.step, skip)
+    labels: list[tuple[str, str, bool]] = []
+    if not skip:
+        session.compiler.compile(bound.args[0], blocks, image.device)
+        labels = [_plan(session, index, state) for index, state in enumerate(slot.layers)]
+        _seed(slot.layers, image.device)
     try:
         arguments = _reordered(session, slot.order, bound)
         with (
-            _states_installed(session, blocks, slot),
+            _states_installed(session, blocks, slot, step),
             session.compiler.settings(),
             record_fallbacks(session.recorder.fallbacks),
+            _caches_as_wanted(slot.layers, labels),
         ):
             result = forward(*arguments.args, **arguments.kwargs)
         if slot.order is not None:
             result = _restored(session, slot.order, result)
+        if step is not None and step.problem is not None and result is not _AGAIN:
+            _give_up_step_caching(session, slot, step.problem)
+            result = _AGAIN if skip else result
     except BaseException as error:
         generation.drop_caches()
         result = _AGAIN
@@ -151,10 +163,17 @@ def _attempt(
         if image.device.type == "cuda":
             torch.cuda.empty_cache()
         return _AGAIN
-    slot.last_step = generation.step
+    slot.last_step, slot.skipped = generation.step, skip
+    if slot.steps is not None:
+        session.recorder.step(generation, name, skip)
+    if skip:
+        for layer in slot.layers:
+            if layer is not None:
+                _pass_over(session, layer)
+        return result
     for index, (state, label) in enumerate(zip(slot.layers, labels, strict=True)):
         _record(session, name, index, state, *label)
-    if any("full" in label for label in labels):
+    if slot.steps is not None or any("full" in label for label in labels):
         session.recorder.peak_cache_bytes = max(session.recorder.peak_cache_bytes, session.cache_bytes())
     return result
 
@@ -184,6 +203,8 @@ def _slot(
         session.layout.prepare(blocks, bound.arguments[session.spec.image].device)
     if any(layers):
         slot.order = _find_order(session, bound)
+    if session.config.step_caching.is_enabled and session.recorder.no_step_caching is None:
+        slot.steps = StepCache(session.config.step_caching, session.config.steps, generation.at_most)
     return slot
 
 
@@ -213,8 +234,12 @@ def _find_order(session: Session, bound: inspect.BoundArguments) -> TokenOrder |
         what = "kept: no ids of the image tokens"
     elif ids.device.type == "meta":
         what = "kept: the ids are on the meta device"
-    elif _moves_with_tokens(bound, spec.image, spec.ids, image.shape[1]):
+    elif any(bound.arguments.get(name) is not None for name in spec.per_token):
+        what = "kept: " + " or ".join(spec.per_token) + " is given, and may belong to the image tokens one by one"
+    elif image.dim() == 3 and _moves_with_tokens(bound, spec.image, spec.ids, image.shape[1]):
         what = "kept: another input belongs to the image tokens one by one"
+    elif image.dim() != 3:
+        what = "kept: the image is not tokens (B, L, C)"
     else:
         order, what = find_order(ids, image.shape[1], patchify, image.device)
     session.recorder.token_order[what] += 1
@@ -222,18 +247,30 @@ def _find_order(session: Session, bound: inspect.BoundArguments) -> TokenOrder |
 
 
 def _moves_with_tokens(bound: inspect.BoundArguments, image: str, ids: str | None, tokens: int) -> bool:
-    """Whether an input other than image and ids, or an entry of one, has one row a token: residuals, a mask."""
-    given = dict(bound.arguments)
+    """Whether an input other than image and ids, or an entry of one, has one row a token: residuals, a mask.
+
+    A function among them may see the tokens, and know their places.
+    """
+    given, model = dict(bound.arguments), bound.args[0]
     for name, parameter in bound.signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             given.update(given.pop(name, {}))
     for name, value in given.items():
         if name in (image, ids):
             continue
-        entries = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-        if any(isinstance(entry, Tensor) and _has_rows_for(entry, tokens) for entry in entries):
-            return True
+        for entry in _entries(value, 5):
+            if _has_rows_for(entry, tokens) if isinstance(entry, Tensor) else callable(entry) and entry is not model:
+                return True
     return False
+
+
+def _entries(value: Any, depth: int) -> Iterator[Any]:
+    """What a value holds in dictionaries, lists and tuples."""
+    if isinstance(value, dict | list | tuple) and depth:
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _entries(entry, depth - 1)
+    else:
+        yield value
 
 
 def _has_rows_for(x: Tensor, tokens: int) -> bool:
@@ -258,16 +295,32 @@ def _plan(session: Session, index: int, state: LayerState | None) -> tuple[str, 
     state.single_mlp = state.attention = state.mlp = "dense"
     state.select_keys = state.select_neurons = False
     if attention is None:
-        kind, select = attention_step(config.attn, state.attention_count, state.keys is not None)
+        kind, select = attention_step(
+            config.attn, state.attention_count, state.keys is not None, state.attention_overdue
+        )
         attention = "sparse" if kind == "sparse" else "full"
         if kind == "dense" and session.compiler.has_compiled and config.attn.recompute_mask:
             # A dense graph for this one step would cost more to compile than its selection costs to compute.
             kind, select, discard = "full", True, True
         state.attention, state.select_keys = kind, select
     if mlp is None:
-        state.mlp, state.select_neurons = mlp_step(config.mlp, state.mlp_count, state.neurons_are_fresh)
+        state.mlp, state.select_neurons = mlp_step(
+            config.mlp, state.mlp_count, state.neurons_are_fresh, state.mlp_overdue
+        )
         mlp = "sparse" if state.mlp == "sparse" else "full"
     return attention, mlp, discard
+
+
+def _caches_as_wanted(
+    layers: Sequence[LayerState | None], labels: Sequence[tuple[str, str, bool]]
+) -> AbstractContextManager[None]:
+    """Spares the making of attention's caches where every layer that would make them is to drop them."""
+    making = [
+        discard
+        for state, (_, _, discard) in zip(layers, labels, strict=False)
+        if state is not None and state.attention == "full"
+    ]
+    return dense_results_only() if making and all(making) else nullcontext()
 
 
 def _seed(layers: Sequence[LayerState | None], device: torch.device) -> None:
@@ -300,7 +353,8 @@ def _reordered(session: Session, order: TokenOrder | None, bound: inspect.BoundA
 def _restored(session: Session, order: TokenOrder, result: Any) -> Any:
     """The model's result with its image tokens in their old order; `_AGAIN` if they cannot be found in it."""
     first = result[0] if type(result) in (tuple, list) and result else result
-    if not isinstance(first, Tensor) or first.dim() < 2 or first.shape[1] < order.image_tokens:
+    # Fewer rows than the image had: not known which ones they are.
+    if not isinstance(first, Tensor) or first.dim() < 2 or first.shape[1] < len(order.order):
         session.keep_order = "the model's output is not (B, tokens, …)"
         return _AGAIN
     restored = order.undo(first, session.config.implementation)
@@ -318,6 +372,7 @@ def _record(
         return
     if state.attention_done == DONE:
         state.attention_count += 1
+        state.attention_overdue = False
         count(index, "attention", slot, attention)
         if discard:
             state.keys = state.difference = None
@@ -326,6 +381,7 @@ def _record(
         count(index, "attention", slot, state.attention_done)
     if state.mlp_done == DONE:
         state.mlp_count += 1
+        state.mlp_overdue = False
         state.neurons_are_fresh = state.mlp == "sparse" and (state.neurons_are_fresh or state.select_neurons)
         count(index, "mlp", slot, mlp)
     elif state.mlp_done is not None:
@@ -333,30 +389,60 @@ def _record(
         count(index, "mlp", slot, state.mlp_done)
 
 
+def _pass_over(session: Session, state: LayerState) -> None:
+    """Count a call on which no block ran, for the layers that ran before; a full step that it was is made up for."""
+    attn, mlp = session.config.attn, session.config.mlp
+    if state.attention_count > 0:
+        state.attention_overdue |= attention_is_full(attn, state.attention_count)
+        state.attention_count += 1
+    if state.mlp_count > 0:
+        state.mlp_overdue |= mlp_is_full(mlp, state.mlp_count)
+        state.neurons_are_fresh &= not neurons_are_due(mlp, state.mlp_count)
+        state.mlp_count += 1
+
+
+def _give_up_step_caching(session: Session, slot: CallSlot, reason: str) -> None:
+    """Skip no more steps of this model, and say so."""
+    session.recorder.no_step_caching, slot.steps = reason, None
+    _warn(
+        f"step_caching is enabled, but no steps are skipped: {reason}. `chipmunk patch` says why where it lists the "
+        "sites of the patch step-caching; a repository patched by an older version is patched anew the same way."
+    )
+
+
 @contextmanager
-def _states_installed(session: Session, blocks: Sequence[nn.Module], slot: CallSlot) -> Iterator[None]:
-    """While this is open, each block finds the state of its layer."""
-    for block, state in zip(blocks, slot.layers, strict=True):
-        if state is not None:
-            block.__dict__[ATTRIBUTE] = state
-            session.installed.append(block)
+def _states_installed(
+    session: Session, blocks: Sequence[nn.Module], slot: CallSlot, step: StepCall | None
+) -> Iterator[None]:
+    """While this is open, each block finds the state of its layer, and the model that of its steps."""
+    model = session.model()
+    assert model is not None
+    if step is not None:
+        model.__dict__[STEP_ATTRIBUTE] = step
+    for module, state in holders(blocks, slot.layers):
+        module.__dict__[ATTRIBUTE] = state
+        session.installed.append(module)
     try:
         yield
     finally:
         for block in session.installed:
             block.__dict__.pop(ATTRIBUTE, None)
         session.installed.clear()
+        model.__dict__.pop(STEP_ATTRIBUTE, None)
 
 
 @contextmanager
-def _states_taken_away(session: Session) -> Iterator[None]:
+def _states_taken_away(session: Session, model: nn.Module) -> Iterator[None]:
     """While this is open, the blocks run as if Chipmunk were off."""
+    step = model.__dict__.pop(STEP_ATTRIBUTE, None)
     states = [block.__dict__.pop(ATTRIBUTE, None) for block in session.installed]
     try:
         yield
     finally:
         for block, state in zip(session.installed, states, strict=True):
             block.__dict__[ATTRIBUTE] = state
+        if step is not None:
+            model.__dict__[STEP_ATTRIBUTE] = step
 
 
 def _warn(message: str) -> None:

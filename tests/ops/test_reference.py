@@ -296,3 +296,18 @@ def test_wrong_input_is_named(operator: str, index: int, value: object, message:
     arguments[index] = value
     with pytest.raises(ValueError, match=f"chipmunk::{operator}: .*{message}"):
         getattr(ops, operator)(*arguments)
+
+
+def test_dense_results_only_gives_the_same_output_and_no_caches() -> None:
+    q, k, v = (torch.randn(2, 3, 50, 16, dtype=torch.float64) for _ in range(3))
+    out, _ = ops.attention_with_column_sums(q, k, v, 16, 0.25, "reference")
+    with ops.dense_results_only():
+        alone, sums = ops.attention_with_column_sums(q, k, v, 16, 0.25, "reference")
+        difference = ops.column_sparse_attention(
+            q, k, v, torch.zeros(2, 3, 4, 1, dtype=torch.int32), out, 16, 0.25, True, "reference"
+        )
+    torch.testing.assert_close(alone, out)
+    assert alone.stride() == out.stride() == difference.stride()
+    assert sums.shape == (2, 3, 4, 50)
+    assert not sums.any()
+    assert not difference.any()

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from chipmunk.ops import dispatch, register
 from chipmunk.ops.attention_with_column_sums import reference
@@ -17,7 +18,8 @@ def attention_with_column_sums(
     q, k, v: (B, H, N, D), any strides, one floating dtype. Groups are `group` consecutive rows, the last one partial.
     Returns `out` (B, H, N, D), dtype of q, a transposed view of a contiguous (B, N, H, D) tensor so that merging the
     heads costs nothing; and `column_sums` (B, H, ceil(N / group), N), contiguous, float32 (float64 for float64 inputs):
-    `column_sums[b, h, g, j]` is the sum of `softmax(scale · q kᵀ)[i, j]` over the rows i of group g.
+    `column_sums[b, h, g, j]` is the sum of `softmax(scale · q kᵀ)[i, j]` over the rows i of group g
+    (zeros within `ops.dense_results_only`).
     """
     result: tuple[Tensor, Tensor] = _operator(q, k, v, group, scale, implementation)
     return result
@@ -30,12 +32,19 @@ def attention_with_column_sums(
 def _operator(q, k, v, group, scale, implementation):  # type: ignore[no-untyped-def]
     dispatch.check(q.dim() == 4 and q.shape == k.shape == v.shape, _NAME, "q, k and v must have one shape (B, H, N, D)")
     dispatch.check(q.dtype == k.dtype == v.dtype, _NAME, "q, k and v must have one dtype")
+    if dispatch.is_dense_only():
+        out, sums = _empty(q, group)
+        return out.copy_(functional.scaled_dot_product_attention(q, k, v, scale=scale)), sums.zero_()
     return dispatch.call(_NAME, implementation, reference.attention_with_column_sums, q, q, k, v, group, scale)
 
 
 @register.fake(_NAME)
 def _(q, k, v, group, scale, implementation):  # type: ignore[no-untyped-def]
     dispatch.prepare(_NAME, implementation, q, q, k, v, group, scale)
+    return _empty(q, group)
+
+
+def _empty(q: Tensor, group: int) -> tuple[Tensor, Tensor]:
     batch, heads, rows, width = q.shape
     out = q.new_empty(batch, rows, heads, width).transpose(1, 2)
     sums_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -24,7 +24,7 @@ def column_sparse_attention(
     q, k, v: (B, H, N, D), any strides. indices: (B, H, ceil(N / group), K) int32, ascending: the keys of each group of
     query rows. addend: (B, H, N, D), any strides. `sparse` is `softmax(scale · q kᵀ) v` over the listed keys alone,
     normalised over them. Returns (B, H, N, D), dtype of q, a transposed view of a contiguous (B, N, H, D) tensor; never
-    the addend's storage.
+    the addend's storage. Within `ops.dense_results_only`, `addend − sparse` is zeros.
     """
     result: Tensor = _operator(q, k, v, indices, addend, group, scale, subtract, implementation)
     return result
@@ -42,6 +42,8 @@ def _operator(q, k, v, indices, addend, group, scale, subtract, implementation):
     dispatch.check(indices.shape[:-1] == (*q.shape[:2], groups), _NAME, f"indices must be (B, H, {groups}, K)")
     dispatch.check(indices.shape[-1] > 0, _NAME, "at least one key must be kept")
     dispatch.check(addend is None or addend.shape == q.shape, _NAME, "the addend must have the shape of q")
+    if subtract and dispatch.is_dense_only():
+        return _empty(q).zero_()
     args = (q, k, v, indices, addend, group, scale, subtract)
     return dispatch.call(_NAME, implementation, reference.column_sparse_attention, q, *args)
 
@@ -49,5 +51,9 @@ def _operator(q, k, v, indices, addend, group, scale, subtract, implementation):
 @register.fake(_NAME)
 def _(q, k, v, indices, addend, group, scale, subtract, implementation):  # type: ignore[no-untyped-def]
     dispatch.prepare(_NAME, implementation, q, q, k, v, indices, addend, group, scale, subtract)
+    return _empty(q)
+
+
+def _empty(q: Tensor) -> Tensor:
     batch, heads, rows, width = q.shape
     return q.new_empty(batch, rows, heads, width).transpose(1, 2)
