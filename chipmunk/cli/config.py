@@ -132,7 +132,7 @@ def _values(config: Config) -> dict[str, object]:
     """Everything that has an effect."""
     from chipmunk.config import Config
 
-    values = config.model_dump(mode="json", by_alias=True, exclude={"offloading", "step_caching"})
+    values = config.model_dump(mode="json", by_alias=True, exclude={"offloading"})
     without = {"steps", "num_model_invocations_per_inference_step", "world_size"}
     tuned = {"should_compress_indices", "pad_qkv_before_kernel", "local_voxels", "local_1d_window"}
     values["attn"] = {key: value for key, value in values["attn"].items() if key not in tuned}

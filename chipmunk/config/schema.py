@@ -44,6 +44,11 @@ _FALSE: dict[str, Any] = {"const": False}
 
 Flag = Annotated[bool, Allowed("true or false")]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), Allowed("a number from 0 to 1")]
+FractionOrNone = Annotated[
+    float | None, Field(gt=0, le=1, allow_inf_nan=False), Allowed("a number above 0 and up to 1, or null")
+]
+Threshold = Annotated[float, Field(ge=0, allow_inf_nan=False), Allowed("a number, 0 or more")]
+Order = Annotated[int | None, Field(ge=0, le=3), Allowed("0, 1, 2, 3 or null")]
 Count = Annotated[int, Field(ge=1), Allowed("a whole number, 1 or more")]
 CountOrZero = Annotated[int, Field(ge=0), Allowed("a whole number, 0 or more")]
 CountOrNone = Annotated[int | None, Field(ge=1), Allowed("a whole number, 1 or more")]
@@ -152,17 +157,36 @@ class Offloading(Section):
 
 
 class StepCaching(Section):
-    """Steps on which no block runs. Not available yet."""
+    """Steps on which no block runs: the hidden state is made of those of earlier steps."""
 
-    is_enabled: Flag = Field(default=False, description="Not available yet.", json_schema_extra=_FALSE)
-    skip_step_schedule: Steps = Field(default=None, description="The steps to skip; used when step caching is enabled.")
+    is_enabled: Flag = Field(default=False, description="Run no block on some of the steps.")
+    mode: Annotated[Literal["static", "adaptive"] | None, Allowed("static, adaptive or null")] = Field(
+        default=None,
+        description="static: by skip_step_schedule; adaptive: by the error expected; null: by the schedule if given.",
+    )
+    skip_step_schedule: Steps = Field(
+        default=None, description="Static mode: the steps to skip of `steps` (50); null is the original's list."
+    )
+    threshold: Threshold = Field(
+        default=0.02,
+        description="Adaptive mode: skip while the errors expected, relative to the hidden state, add up to less.",
+    )
+    keep: FractionOrNone = Field(
+        default=None, description="Adaptive mode: compute this fraction of the steps instead, spread evenly."
+    )
+    max_consecutive: Count = Field(default=4, description="Adaptive mode: at most so many skipped steps in a row.")
+    first_steps: Count = Field(default=4, description="Adaptive mode: so many steps at the start are never skipped.")
+    last_steps: Count = Field(default=1, description="Adaptive mode: so many steps at the end are never skipped.")
+    extrapolation: Order = Field(
+        default=None,
+        description="Order of extrapolation of the blocks' residual: 0 reuses it, 1 is linear; null: 1 in adaptive "
+        "mode, while static mode then reuses the hidden state, as the original does.",
+    )
 
-    @field_validator("is_enabled")
-    @classmethod
-    def _no_step_caching(cls, value: bool) -> bool:
-        if value:
-            raise _not_yet("step caching", "set step_caching.is_enabled to false")
-        return value
+    @property
+    def is_static(self) -> bool:
+        """Whether the steps to skip are listed."""
+        return self.skip_step_schedule is not None if self.mode is None else self.mode == "static"
 
 
 class Config(Section):
@@ -181,7 +205,9 @@ class Config(Section):
     patchify: Patchify = Patchify()
     offloading: Offloading = Offloading()
     step_caching: StepCaching = StepCaching()
-    steps: CountOrNone = Field(default=None, description="No effect: the sampling loop says how many steps there are.")
+    steps: CountOrNone = Field(
+        default=None, description="The number of steps that step_caching.skip_step_schedule is written for; null: 50."
+    )
     num_model_invocations_per_inference_step: CountOrNone = Field(
         default=None, description="No effect: model calls of a step are told apart without it."
     )
@@ -208,7 +234,8 @@ def notes(config: Config) -> tuple[Note, ...]:
 
 def _notes(config: Config) -> Iterator[Note]:
     top, attn, off = config.model_fields_set, config.attn.model_fields_set, config.offloading
-    if "steps" in top:
+    caching = config.step_caching
+    if "steps" in top and not (caching.is_enabled and caching.is_static):
         yield Note("steps", "the number of steps is that of the sampling loop")
     if "num_model_invocations_per_inference_step" in top:
         yield Note("num_model_invocations_per_inference_step", "each place that calls the model is counted by itself")
@@ -222,8 +249,18 @@ def _notes(config: Config) -> Iterator[Note]:
     for name, value in off.model_dump(by_alias=True).items():
         if value and name != "global_disable_offloading":
             yield Note(f"offloading.{name}", "global_disable_offloading turns it off")
-    if config.step_caching.skip_step_schedule is not None and not config.step_caching.is_enabled:
+    if caching.skip_step_schedule is not None and not caching.is_enabled:
         yield Note("step_caching.skip_step_schedule", "step caching is not enabled")
+    elif caching.is_enabled:
+        unused = _ADAPTIVE_ONLY if caching.is_static else ("skip_step_schedule",)
+        for name in StepCaching.model_fields:
+            if name in unused and getattr(caching, name) != StepCaching.model_fields[name].default:
+                yield Note(f"step_caching.{name}", f"mode is {'static' if caching.is_static else 'adaptive'}")
+        if not caching.is_static and caching.keep is not None and "threshold" in caching.model_fields_set:
+            yield Note("step_caching.threshold", "step_caching.keep takes its place")
+
+
+_ADAPTIVE_ONLY = ("threshold", "keep", "max_consecutive", "first_steps", "last_steps")
 
 
 def json_schema() -> dict[str, Any]:

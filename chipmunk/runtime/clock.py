@@ -9,6 +9,7 @@ from operator import length_hint
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from chipmunk.runtime.layer_state import LayerState
+from chipmunk.runtime.step_caching import StepCache
 from chipmunk.runtime.token_order import TokenOrder
 
 if TYPE_CHECKING:
@@ -35,12 +36,18 @@ class CallSlot:
         self.inference = inference
         """Whether the caches were made in inference mode: they cannot be updated outside it."""
         self.order: TokenOrder | None = None
+        self.steps: StepCache | None = None
+        """Where steps may be skipped: what the computed ones left."""
         self.last_step = -1
+        self.skipped = False
+        """Whether no block ran in the last call."""
 
     def forget(self) -> None:
         for layer in self.layers:
             if layer is not None:
                 layer.forget()
+        if self.steps is not None:
+            self.steps.forget()
         self.order = None
 
 

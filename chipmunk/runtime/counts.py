@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from chipmunk.runtime.clock import Generation
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,12 @@ class Statistics:
     """Call slots that had to start over, by reason."""
     fallbacks: dict[str, int] = field(default_factory=dict)
     """Operator calls that ran in PyTorch although Triton could have been expected, by operator and reason."""
+    skipped_steps: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Steps of the last generation that had any of them, on which step caching ran no block, by call slot."""
+    skipped_model_calls: int = 0
+    """Calls of the whole model on which step caching ran no block, of all generations."""
+    no_step_caching: str | None = None
+    """Why no steps are skipped although the configuration asks for it."""
     cache_bytes: int = 0
     """Caches of all running generations, now."""
     peak_cache_bytes: int = 0
@@ -66,6 +77,11 @@ class Statistics:
             ("not in Triton", self.fallbacks),
         ):
             lines += [f"  {title}: {reason} ({count})" for reason, count in counts.items()]
+        if self.no_step_caching is not None:
+            lines.append(f"  no steps are skipped: {self.no_step_caching}")
+        for slot, steps in self.skipped_steps.items():
+            where = "" if slot == MAIN_SLOT else f" [{slot}]"
+            lines.append(f"  skipped steps of the last image{where}: {' '.join(map(str, steps)) or 'none'}")
         for layer in self.layers:
             for part, by_slot in (("attention", layer.attention), ("mlp", layer.mlp)):
                 for slot, calls in by_slot.items():
@@ -88,12 +104,25 @@ class Recorder:
         self.restarts: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
         self.peak_cache_bytes = 0
+        self.skipped_model_calls = 0
+        self.no_step_caching: str | None = None
+        self._generation: weakref.ref[object] | None = None
+        self._skipped: dict[str, list[int]] = {}
         self._layers: dict[int, dict[str, dict[str, Counter[str]]]] = {}
 
     def count(self, layer: int, part: str, slot: str, what: str) -> None:
         """One call of a layer's `attention` or `mlp`: what is `sparse`, `full` or the reason for running dense."""
         parts = self._layers.setdefault(layer, {"attention": {}, "mlp": {}})
         parts[part].setdefault(slot, Counter())[what] += 1
+
+    def step(self, generation: Generation, slot: str, skipped: bool) -> None:
+        """One call of the model from a slot where steps may be skipped."""
+        if self._generation is None or self._generation() is not generation:
+            self._generation, self._skipped = weakref.ref(generation), {}
+        steps = self._skipped.setdefault(slot, [])
+        if skipped:
+            self.skipped_model_calls += 1
+            steps.append(generation.step)
 
     def report(self, names: list[str], cache_bytes: int) -> Statistics:
         layers = []
@@ -109,6 +138,9 @@ class Recorder:
             token_order=dict(self.token_order),
             restarts=dict(self.restarts),
             fallbacks=dict(self.fallbacks),
+            skipped_steps={slot: tuple(steps) for slot, steps in self._skipped.items()},
+            skipped_model_calls=self.skipped_model_calls,
+            no_step_caching=self.no_step_caching,
             cache_bytes=cache_bytes,
             peak_cache_bytes=self.peak_cache_bytes,
         )

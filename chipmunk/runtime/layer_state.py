@@ -110,20 +110,26 @@ class LayerState:
         self.activation = ""
         """Of a single block: its name (see `linears`), found on the full step."""
 
-        # Own counts: calls that reached this layer. Only the session reads them.
+        # Own counts: calls that reached this layer, and calls on which the whole model was skipped. Only the session
+        # reads them.
         self.attention_count = 0
         self.mlp_count = 0
+        self.attention_overdue = False
+        """Whether a full step was among the skipped ones since the last that ran."""
+        self.mlp_overdue = False
         self.neurons_are_fresh = False
         """Whether neurons were selected since the last full step."""
 
     def forget_attention(self) -> None:
         """Start the attention over: the next call is the first one."""
         self.attention_count = 0
+        self.attention_overdue = False
         self.keys = self.difference = None
 
     def forget_mlp(self) -> None:
         """Start the MLP over: the next call is the first one."""
         self.mlp_count = 0
+        self.mlp_overdue = False
         self.neurons = self.activations = self.output = self.means = self.held = None
         self.neurons_are_fresh = False
 

@@ -15,23 +15,33 @@ def attention_is_full(attn: Attention, count: int) -> bool:
     return count in (0, 1) or count % attn.full_step_every == 0
 
 
-def attention_step(attn: Attention, count: int, has_selection: bool) -> tuple[str, bool]:
+def attention_step(attn: Attention, count: int, has_selection: bool, overdue: bool = False) -> tuple[str, bool]:
     """Kind of the attention step `count`, and whether it selects keys.
 
-    A full step that another one follows has no use for caches: it is `dense`.
+    A full step that another one follows has no use for caches: it is `dense`. overdue: a full step came on a step of
+    the loop that was skipped.
     """
-    if not attention_is_full(attn, count):
+    if not attention_is_full(attn, count) and not overdue:
         return "sparse", False
     if attention_is_full(attn, count + 1):
         return "dense", False
     return "full", attn.recompute_mask or not has_selection
 
 
-def mlp_step(mlp: Mlp, count: int, selected_since_full: bool) -> tuple[str, bool]:
-    """Kind of the MLP step `count`, and whether it selects neurons."""
+def mlp_is_full(mlp: Mlp, count: int) -> bool:
+    """Whether the call number `count` of a layer, from 0, is a full MLP step."""
+    return count % mlp.full_step_every == 0
+
+
+def neurons_are_due(mlp: Mlp, count: int) -> bool:
+    """Whether a sparse MLP step `count` selects its neurons anew."""
+    return count < SELECT_ALWAYS_BEFORE or count % mlp.block_mask_cache == 0
+
+
+def mlp_step(mlp: Mlp, count: int, selected_since_full: bool, overdue: bool = False) -> tuple[str, bool]:
+    """Kind of the MLP step `count`, and whether it selects neurons. overdue: a full step was skipped."""
     if mlp.full_step_every == 1:
         return "dense", False
-    if count % mlp.full_step_every == 0:
+    if mlp_is_full(mlp, count) or overdue:
         return "full", False
-    due = count < SELECT_ALWAYS_BEFORE or count % mlp.block_mask_cache == 0
-    return "sparse", due or not selected_since_full
+    return "sparse", neurons_are_due(mlp, count) or not selected_since_full

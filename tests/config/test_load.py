@@ -79,9 +79,8 @@ def outcome(text: str) -> Config | ConfigError:
         ("compile: maybe", 'my.yml:1: compile is "maybe"; it must be auto, true or false'),
         ("mlp:\n  is_fp8: true", "my.yml:2: mlp.is_fp8 is true; FP8 does not exist yet: set is_fp8 to false"),
         (
-            "step_caching: {is_enabled: true}",
-            "my.yml:1: step_caching.is_enabled is true; "
-            "step caching does not exist yet: set step_caching.is_enabled to false",
+            "step_caching: {keep: 50}",
+            "my.yml:1: step_caching.keep is 50; it must be a number above 0 and up to 1, or null (50 % is written 0.5)",
         ),
         (
             "offloading: {mlp.out_cache: true}",

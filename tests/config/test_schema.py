@@ -84,6 +84,7 @@ def test_the_file_that_ships_holds_the_defaults_and_names_every_key_that_has_an_
     assert shipped.mlp.model_fields_set == set(config.Mlp.model_fields)
     assert shipped.attn.model_fields_set == set(config.Attention.model_fields) - silent
     assert shipped.patchify.model_fields_set == set(config.Patchify.model_fields)
+    assert shipped.step_caching.model_fields_set == set(config.StepCaching.model_fields)
 
 
 def test_the_original_file_loads_with_its_own_values() -> None:
@@ -107,6 +108,33 @@ def test_keys_without_effect_are_reported() -> None:
         "step_caching.skip_step_schedule",
     }
     assert config.notes(Config()) == ()
+
+
+@pytest.mark.parametrize(
+    ("section", "static", "without_effect"),
+    [
+        ("{is_enabled: true}", False, set()),
+        ("{is_enabled: true, skip_step_schedule: !!set {7, 11}}", True, set()),
+        ("{is_enabled: true, skip_step_schedule: []}", True, set()),
+        ("{is_enabled: true, mode: static}", True, set()),
+        ("{is_enabled: true, mode: adaptive, skip_step_schedule: [7, 11]}", False, {"skip_step_schedule"}),
+        ("{is_enabled: true, mode: static, threshold: 0.3, keep: 0.5}", True, {"threshold", "keep"}),
+        ("{is_enabled: true, keep: 0.5, threshold: 0.3}", False, {"threshold"}),
+        ("{is_enabled: true, keep: 0.5}", False, set()),
+        ("{keep: 0.5, skip_step_schedule: [7]}", True, {"skip_step_schedule"}),
+    ],
+)
+def test_step_caching_is_static_where_there_is_a_schedule(section: str, static: bool, without_effect: set[str]) -> None:
+    loaded = config.parse(f"step_caching: {section}".replace(", skip", ",\n skip"))
+    assert loaded.step_caching.is_static is static
+    assert {note.key for note in config.notes(loaded)} == {f"step_caching.{name}" for name in without_effect}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_steps_says_what_the_schedule_is_written_for(enabled: bool) -> None:
+    loaded = config.parse(f"steps: 28\nstep_caching: {{is_enabled: {str(enabled).lower()}, mode: static}}")
+    assert loaded.steps == 28
+    assert [note.key for note in config.notes(loaded)] == ([] if enabled else ["steps"])
 
 
 def test_offloading_that_is_disabled_as_a_whole_is_no_error_but_reported() -> None:
@@ -173,7 +201,12 @@ def test_the_json_schema_takes_what_the_loader_takes(text: str) -> None:
         "attn: {full_step_schedule: [-1]}",
         "attn: {full_step_every: 0}",
         "attn: {full_step_every: 1.5}",
-        "step_caching: {is_enabled: true}",
+        "step_caching: {mode: sometimes}",
+        "step_caching: {keep: 0}",
+        "step_caching: {threshold: -0.1}",
+        "step_caching: {extrapolation: 4}",
+        "step_caching: {max_consecutive: 0}",
+        "step_caching: {first_steps: 0}",
         "implementation: cuda",
         "compile: sometimes",
     ],

@@ -100,12 +100,12 @@ class Flux(nn.Module):
         if img_ids.dim() == 2:
             img_ids, txt_ids = img_ids[None], txt_ids[None]
         pe = rotary_table(torch.cat((txt_ids, img_ids), dim=1), self.size // self.count)
-        for block in self.double_blocks:
+        for block in chipmunk.blocks(self, self.double_blocks, img):
             img, txt = block(img=img, txt=txt, vec=vec, pe=pe, **options)
         img = torch.cat((txt, img), dim=1)
-        for block in self.single_blocks:
+        for block in chipmunk.blocks(self, self.single_blocks):
             img = block(img, vec=vec, pe=pe, **options)
-        return self.out(img[:, txt.shape[1] :])
+        return self.out(chipmunk.hidden(self, img[:, txt.shape[1] :]))
 
 
 def build(seed: int = 0, kind: type[Flux] = Flux, **sizes: int) -> Flux:

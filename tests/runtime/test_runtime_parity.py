@@ -41,6 +41,14 @@ class Unpatched:
         return linear(torch.cat((attn, act(mlp)), 2))
 
     @staticmethod
+    def blocks(model: nn.Module, blocks: Any, image: Any = None) -> Any:
+        return blocks
+
+    @staticmethod
+    def hidden(model: nn.Module, image: Any) -> Any:
+        return image
+
+    @staticmethod
     def steps(model: Any, iterable: Any) -> Any:
         return iterable
 
