@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from chipmunk.runtime import (
         activate,
         attention,
+        blocks,
         cat_linear,
         disable,
         enable,
+        hidden,
         held_linear,
         layer,
         mlp,
@@ -33,9 +35,11 @@ __version__ = "0.1.0"
 __all__ = [
     "activate",
     "attention",
+    "blocks",
     "cat_linear",
     "disable",
     "enable",
+    "hidden",
     "held_linear",
     "layer",
     "mlp",

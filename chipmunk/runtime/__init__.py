@@ -3,13 +3,16 @@
 from chipmunk.runtime.session import disable, enable, model_forward, slot, statistics, steps
 from chipmunk.runtime.sparse_attention import attention, layer
 from chipmunk.runtime.sparse_mlp import activate, cat_linear, held_linear, mlp, mlp_linear, split_held, split_linear
+from chipmunk.runtime.step_caching import blocks, hidden
 
 __all__ = [
     "activate",
     "attention",
+    "blocks",
     "cat_linear",
     "disable",
     "enable",
+    "hidden",
     "held_linear",
     "layer",
     "mlp",
