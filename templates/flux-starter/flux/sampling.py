@@ -8,11 +8,19 @@ from flux.model import Flux
 from flux.modules.conditioner import WordEmbedder
 
 
-def get_noise(num_samples: int, height: int, width: int, device: torch.device, dtype: torch.dtype, seed: int) -> Tensor:
-    """Noise for images of height x width pixels: latents (num_samples, 16, height / 8, width / 8), even sides."""
+def get_noise(
+    num_samples: int,
+    height: int,
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    token_size: int = 16,
+) -> Tensor:
+    """Noise for images of height x width pixels: a token, token_size pixels wide, is 2 x 2 latents of 16 channels."""
     # drawn on the CPU, so that a seed means the same image on every device
     rng = torch.Generator("cpu").manual_seed(seed)
-    shape = (num_samples, 16, 2 * math.ceil(height / 16), 2 * math.ceil(width / 16))
+    shape = (num_samples, 16, 2 * math.ceil(height / token_size), 2 * math.ceil(width / token_size))
     return torch.randn(shape, generator=rng, dtype=dtype).to(device)
 
 
@@ -83,8 +91,8 @@ def denoise(
     return img
 
 
-def unpack(x: Tensor, height: int, width: int) -> Tensor:
+def unpack(x: Tensor, height: int, width: int, token_size: int = 16) -> Tensor:
     """Tokens (batch, h * w, 64) back to latents (batch, 16, 2h, 2w)."""
-    h, w = math.ceil(height / 16), math.ceil(width / 16)
+    h, w = math.ceil(height / token_size), math.ceil(width / token_size)
     x = x.unflatten(2, (-1, 2, 2)).unflatten(1, (h, w))
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)

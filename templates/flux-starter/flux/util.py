@@ -9,25 +9,74 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flux.model import Flux, FluxParams
-from flux.modules.autoencoder import AutoEncoder, AutoEncoderParams
-from flux.modules.conditioner import WordEmbedder
+from flux.modules.autoencoder import AutoEncoder, AutoEncoderParams, CosineAutoEncoder, CosineParams
+from flux.modules.conditioner import PhraseEmbedder, WordEmbedder
+
+WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
 @dataclass
 class ModelSpec:
     params: FluxParams
-    ae_params: AutoEncoderParams
+    ae_params: AutoEncoderParams | CosineParams
     ckpt_path: str | None
     seed: int
     text_tokens: int
+    # pixels along one side of a token, and what the command line draws if nothing else is asked for
+    token_size: int
+    width: int
+    height: int
+    num_steps: int
+    guidance: float
+    prompt: str
+
+
+def shipped(name: str) -> str | None:
+    """Path of the weights that come with this repository, if they are there."""
+    path = WEIGHTS / f"{name}.safetensors"
+    return str(path) if path.exists() else None
 
 
 configs = {
+    "flux-mini": ModelSpec(
+        # trained on drawn scenes, see MODEL_CARD.md
+        ckpt_path=os.getenv("FLUX_MINI") or shipped("flux-mini"),
+        seed=12,
+        text_tokens=32,
+        token_size=8,
+        width=256,
+        height=256,
+        num_steps=50,
+        guidance=2.5,
+        prompt="a happy chipmunk with a red scarf on a meadow",
+        params=FluxParams(
+            in_channels=64,
+            out_channels=64,
+            vec_in_dim=128,
+            context_in_dim=192,
+            hidden_size=256,
+            mlp_ratio=4.0,
+            num_heads=2,
+            depth=3,
+            depth_single_blocks=6,
+            axes_dim=[16, 56, 56],
+            theta=10_000,
+            qkv_bias=True,
+            guidance_embed=True,
+        ),
+        ae_params=CosineParams(luma=40, chroma=12),
+    ),
     "flux-tiny": ModelSpec(
         # a checkpoint of your own for this architecture; random weights without one
         ckpt_path=os.getenv("FLUX_TINY"),
         seed=12,
         text_tokens=77,
+        token_size=16,
+        width=640,
+        height=448,
+        num_steps=12,
+        guidance=3.5,
+        prompt="a chipmunk in a red scarf reads the morning paper",
         params=FluxParams(
             in_channels=64,
             out_channels=64,
@@ -60,8 +109,10 @@ def load_flow_model(name: str, device: str | torch.device = "cpu", dtype: torch.
     return model.to(device, dtype).eval()
 
 
-def load_ae(name: str, device: str | torch.device = "cpu") -> AutoEncoder:
+def load_ae(name: str, device: str | torch.device = "cpu") -> AutoEncoder | CosineAutoEncoder:
     spec = configs[name]
+    if isinstance(spec.ae_params, CosineParams):
+        return CosineAutoEncoder(spec.ae_params).to(device).eval()
     ae = AutoEncoder(spec.ae_params)
     randomise(ae, spec.seed + 1)
     return ae.to(device).eval()
@@ -69,11 +120,16 @@ def load_ae(name: str, device: str | torch.device = "cpu") -> AutoEncoder:
 
 def load_t5(name: str) -> WordEmbedder:
     spec = configs[name]
-    return WordEmbedder(spec.params.context_in_dim, max_length=spec.text_tokens)
+    return embedder(spec)(spec.params.context_in_dim, max_length=spec.text_tokens)
 
 
 def load_clip(name: str) -> WordEmbedder:
-    return WordEmbedder(configs[name].params.vec_in_dim)
+    spec = configs[name]
+    return embedder(spec)(spec.params.vec_in_dim)
+
+
+def embedder(spec: ModelSpec) -> type[WordEmbedder]:
+    return PhraseEmbedder if isinstance(spec.ae_params, CosineParams) else WordEmbedder
 
 
 @torch.no_grad()

@@ -1,3 +1,4 @@
+import re
 import zlib
 
 import torch
@@ -17,8 +18,12 @@ class WordEmbedder(nn.Module):
 
     def forward(self, text: list[str]) -> Tensor:
         if self.max_length is None:
-            return torch.stack([self.words(line.split() or [""]).mean(dim=0) for line in text])
-        return torch.stack([self.words(self.pad(line.split(), self.max_length)) for line in text])
+            return torch.stack([self.words(self.split(line) or [""]).mean(dim=0) for line in text])
+        return torch.stack([self.words(self.pad(self.split(line), self.max_length)) for line in text])
+
+    @staticmethod
+    def split(line: str) -> list[str]:
+        return line.split()
 
     @staticmethod
     def pad(words: list[str], length: int) -> list[str]:
@@ -30,3 +35,25 @@ class WordEmbedder(nn.Module):
     def vector(self, word: str) -> Tensor:
         seeded = torch.Generator("cpu").manual_seed(zlib.crc32(word.encode()))
         return torch.randn(self.dim, generator=seeded)
+
+
+class PhraseEmbedder(WordEmbedder):
+    """Words without punctuation; in a sequence, each beside the two before it, so that "red" belongs to its "house"."""
+
+    @staticmethod
+    def split(line: str) -> list[str]:
+        return re.findall(r"[a-z]+", line.lower())
+
+    def words(self, words: list[str]) -> Tensor:
+        if self.max_length is None:
+            return super().words(words)
+        return in_context(torch.stack([self.vector(word) for word in words]))
+
+    def vector(self, word: str) -> Tensor:
+        return super().vector(word)[: self.dim // (1 if self.max_length is None else 3)]
+
+
+def in_context(x: Tensor) -> Tensor:
+    """Every word (..., words, dim) beside the two before it (..., words, 3 * dim), zeros before the first."""
+    padded = nn.functional.pad(x, (0, 0, 2, 0))
+    return torch.cat((x, padded[..., 1:-1, :], padded[..., :-2, :]), dim=-1)
