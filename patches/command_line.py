@@ -65,8 +65,8 @@ def _loads(context: Context, place: Place) -> list[Binding]:
         for binding in bindings
         if isinstance(binding.value, cst.Call)
         and binding.name != "_"
-        and not _same_name(binding)
         and context.values.model_of(context.values.bound(binding, place)) is not None
+        and not _same_name(binding)
     ]
 
 

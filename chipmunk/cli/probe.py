@@ -5,13 +5,10 @@ Nothing of the repository is executed: its root is on the path only while names 
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import sys
-from typing import Any
 
 
 def where(name: str, root: str | None) -> list[str]:
@@ -31,21 +28,23 @@ def where(name: str, root: str | None) -> list[str]:
 
 
 def version(distribution: str) -> str | None:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def torch_facts() -> dict[str, Any]:
+def torch_facts() -> dict[str, object]:
     """What torch sees. Imports it: slow."""
     try:
         import torch
     except Exception as error:
         missing = isinstance(error, ImportError) and getattr(error, "name", None) == "torch"
         return {"torch_error": "not installed" if missing else f"{type(error).__name__}: {error}"}
-    devices: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {
+    devices: list[dict[str, object]] = []
+    facts: dict[str, object] = {
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
@@ -70,16 +69,16 @@ def torch_facts() -> dict[str, Any]:
     return facts
 
 
-def main(root: str | None, packages: list[str], deep: bool) -> dict[str, Any]:
-    answer = {
-        "python": platform.python_version(),
+def main(root: str | None, packages: list[str], deep: bool) -> dict[str, object]:
+    answer: dict[str, object] = {
         "executable": sys.executable,
         "chipmunk": where("chipmunk", root),
-        "version": version("chipmunk-flux"),
         "packages": {name: where(name, root) for name in packages},
     }
     if deep:
-        answer.update(torch_facts())
+        import platform
+
+        answer.update(python=platform.python_version(), version=version("chipmunk-flux"), **torch_facts())
     return answer
 
 

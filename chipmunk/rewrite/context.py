@@ -174,13 +174,17 @@ class Context:
 
     def results(self) -> dict[str, bytes]:
         """The new bytes of each changed file, imports added."""
-        changed: dict[str, bytes] = {}
-        for path, edits in self.edits.items():
-            module = self.repository.module(path)
-            assert module is not None
-            name, imported = runtime_name(module.source)
-            extra = set()
-            if path in self._needs_import and not imported:
-                extra.add(import_edit(module.source, name, self.repository.own_names))
-            changed[path] = module.source.apply(edits | extra)
-        return changed
+        return {path: self._source(path).apply(self.all_edits(path)) for path in self.edits}
+
+    def all_edits(self, path: str) -> set[Edit]:
+        """The edits of a changed file, the import of the runtime among them."""
+        source = self._source(path)
+        name, imported = runtime_name(source)
+        if path not in self._needs_import or imported:
+            return self.edits[path]
+        return self.edits[path] | {import_edit(source, name, self.repository.own_names)}
+
+    def _source(self, path: str) -> Source:
+        module = self.repository.module(path)
+        assert module is not None
+        return module.source

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from chipmunk.registry import Registry
 from chipmunk.rewrite.context import Context
-from chipmunk.rewrite.plan import BlockFacts, FileChange, ModelFacts, Plan, Site, SiteStatus
+from chipmunk.rewrite.plan import BlockFacts, FileChange, ModelFacts, Plan, SelectionError, Site, SiteStatus
 from chipmunk.rewrite.repository import Module, Repository
 from chipmunk.rewrite.roles import Block, Lookalike, Model, find_roles, may_hold_model
 from chipmunk.rewrite.source import OverlapError, SourceError
@@ -21,10 +21,6 @@ _FORWARD = "model-forward"
 
 Progress = Callable[[str, int, int], None]
 """Called with the name of the step, how much of it is done, and how much there is."""
-
-
-class SelectionError(Exception):
-    """`only` or `target` names something that the registry does not hold."""
 
 
 def select(registry: Registry, only: Collection[str] | None) -> list[str]:
@@ -90,7 +86,7 @@ def plan_repository(
     facts = tuple(_facts(model, index, context) for index, model in enumerate(context.models))
     try:
         after = context.results()
-        problem = _check(files, after, repository, registry, chosen, hopeless)
+        problem = _check(files, after, context, registry, chosen, hopeless)
     except OverlapError as error:
         after, problem = {}, ("chipmunk", str(error))
     if problem is not None:
@@ -140,7 +136,7 @@ def _run(
 def _check(
     files: Mapping[str, bytes],
     after: Mapping[str, bytes],
-    repository: Repository,
+    context: Context,
     registry: Registry,
     chosen: list[str],
     hopeless: Collection[str],
@@ -151,13 +147,24 @@ def _check(
             return "chipmunk", f"the changed {path} would not compile ({error})"
     if not after:
         return None
-    # Names resolve differently only through the changed files; the others are parsed already.
-    kept = {path: module for path, module in repository.parsed.items() if path not in after}
-    _, context = _run({**files, **after}, registry, chosen, kept, None, located=False, hopeless=hopeless)
-    for site in context.sites.values():
+    # Everything is worked out anew but for the trees of files, and of statements, whose text is the same.
+    first = context.repository
+    try:
+        changed = {path: Module(_module(first, path).source.edited(context.all_edits(path))) for path in after}
+        parsed = {**first.parsed, **changed}
+        _, second = _run({**files, **after}, registry, chosen, parsed, None, located=False, hopeless=hopeless)
+    except SourceError as error:
+        return "chipmunk", f"the result cannot be read again ({error.reason})"
+    for site in second.sites.values():
         if site.status is SiteStatus.PATCHED:
             return site.patch, f"a second run would change {site.file}:{site.line} again"
     return None
+
+
+def _module(repository: Repository, path: str) -> Module:
+    module = repository.module(path)
+    assert module is not None
+    return module
 
 
 def _key(model: Model) -> str:
@@ -171,11 +178,10 @@ def _is_hopeless(model: Model) -> bool:
 
 def _unfit(repository: Repository, path: str) -> SourceError | None:
     """Why a file must not be edited, though it could be parsed."""
-    module = repository.module(path)
-    assert module is not None
-    if not module.source.survives():
+    source = _module(repository, path).source
+    if not source.survives():
         return SourceError("parse", "it does not survive parsing and printing unchanged")
-    if (error := _compile_error(path, module.source.content)) is not None:
+    if (error := _compile_error(path, source.content)) is not None:
         return SourceError("parse", f"this Python does not compile it as it is ({error})")
     return None
 

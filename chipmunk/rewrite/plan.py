@@ -108,3 +108,7 @@ class Plan:
     models: tuple[ModelFacts, ...] = ()
     patches: dict[str, str] = field(default_factory=dict)
     """Patches used, by name, with their versions."""
+
+
+class SelectionError(Exception):
+    """`only` or `target` names something that the registry does not hold."""

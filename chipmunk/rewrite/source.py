@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import sys
 from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 
 import libcst as cst
-from libcst.metadata import ByteSpanPositionProvider, CodeSpan
-from libcst.metadata.span_provider import SpanProvidingCodegenState
 
+from chipmunk.rewrite.spans import Printed
 from chipmunk.rewrite.syntax import target_names, walk
+
+_Statement = cst.SimpleStatementLine | cst.BaseCompoundStatement
 
 PACKAGE = "chipmunk"
 ALIAS = "chipmunk_runtime"
@@ -46,17 +48,12 @@ class Edit:
 class Source:
     """A file of the repository: its tree, byte spans and lines. Raises SourceError where it cannot be parsed."""
 
-    def __init__(self, path: str, content: bytes) -> None:
+    def __init__(self, path: str, content: bytes, module: cst.Module | None = None) -> None:
+        """`module`: the tree of `content`, where it is known."""
         self.path = path
         self.content = content
-        try:
-            self.module = cst.parse_module(content)
-        except cst.ParserSyntaxError as error:
-            raise SourceError("parse", f"it is not valid Python: {error.message}", error.raw_line) from error
-        except (UnicodeDecodeError, LookupError, SyntaxError) as error:
-            raise SourceError("read", f"its text cannot be decoded: {error}") from error
-        except RecursionError as error:
-            raise SourceError("parse", "its expressions are nested too deeply") from error
+        self._is_edited = module is not None
+        self.module = module if module is not None else _parse(content)
 
     @cached_property
     def text(self) -> bytes:
@@ -68,26 +65,15 @@ class Source:
         return self.module.default_newline
 
     @cached_property
-    def _printed(self) -> tuple[str, dict[cst.CSTNode, CodeSpan]]:
-        """The tree printed again, and where each node came to stand."""
-        # What ByteSpanPositionProvider does, without the visit of all nodes that its wrapper adds: half of the time.
-        provider = ByteSpanPositionProvider()
-        state = SpanProvidingCodegenState(
-            default_indent=self.module.default_indent,
-            default_newline=self.module.default_newline,
-            provider=provider,
-            get_length=len if self.text.isascii() else _utf8_length,
-        )
-        self.module._codegen(state)
-        return "".join(state.tokens), provider._computed  # type: ignore[return-value]
-
-    @property
-    def _spans(self) -> dict[cst.CSTNode, CodeSpan]:
-        return self._printed[1]
+    def _printed(self) -> Printed:
+        printed = Printed(self.module)
+        if self._is_edited and printed.text.encode("utf-8") != self.text:
+            raise SourceError("parse", "the changed statements do not print as they should")
+        return printed
 
     def survives(self) -> bool:
         """Whether the tree, printed again, is the file: only then do the spans hold, and may the file be edited."""
-        return self._printed[0].encode("utf-8") == self.text
+        return self._printed.text.encode("utf-8") == self.text
 
     @cached_property
     def _line_starts(self) -> list[int]:
@@ -99,16 +85,13 @@ class Source:
 
     def span(self, node: cst.CSTNode) -> tuple[int, int]:
         """Where the node stands, with its parentheses, without the white space around it."""
-        found = self._spans[node]
-        start, end = found.start, found.start + found.length
+        start, end = self._printed.span(node)
         if isinstance(node, cst.Arg):  # LibCST counts the comma in
             end = self.span(node.value)[1]
         if isinstance(node, cst.Param):
             end = self.span(node.default or node.annotation or node.name)[1]
         if isinstance(node, cst.BaseExpression) and node.lpar:
-            start = self._spans[node.lpar[0]].start
-            last = self._spans[node.rpar[-1]]
-            end = last.start + last.length
+            start, end = self._printed.span(node.lpar[0])[0], self._printed.span(node.rpar[-1])[1]
         return start, end
 
     def line(self, node: cst.CSTNode) -> int:
@@ -141,22 +124,92 @@ class Source:
         """Whether only white space stands before the node on its line."""
         return not self.indentation(node).strip()
 
-    def apply(self, edits: set[Edit]) -> bytes:
+    def apply(self, edits: Collection[Edit]) -> bytes:
         """The file's bytes after the edits, in its own encoding. Raises OverlapError if two of them touch."""
+        return self._spliced(edits, 0, len(self.text)).decode("utf-8").encode(self.module.encoding)
+
+    def edited(self, edits: Collection[Edit]) -> Source:
+        """The file after the edits, of which only those statements at the top level are parsed that they touch.
+
+        A file is its statements one after the other: text that holds whole ones, parsed by itself, gives the same
+        ones as in the file. Raises SourceError and OverlapError.
+        """
+        content = self.apply(edits)
+        old = self.module.body
+        cuts = [0, *(self._printed.span(_first_part(statement))[0] for statement in old[1:]), len(self.text)]
+        touched: dict[int, list[Edit]] = {}
+        for edit in edits:
+            place = min(bisect_right(cuts, edit.start), len(old)) - 1
+            if place < 0 or edit.end > cuts[place + 1]:
+                return Source(self.path, content)
+            touched.setdefault(place, []).append(edit)
+        body: list[_Statement] = []
+        header = self.module.header
+        above: list[cst.EmptyLine] = []
+        for place, statement in enumerate(old):
+            found = [statement]
+            lines: list[cst.EmptyLine] = []
+            below: list[cst.EmptyLine] = []
+            if place in touched:
+                try:
+                    piece = _parse(self._spliced(touched[place], cuts[place], cuts[place + 1]).decode("utf-8"))
+                except SourceError:  # the edit joins it with the next statement, say
+                    return Source(self.path, content)
+                found, below = [*piece.body], [*piece.footer]
+                if not found or not self._is_like(piece):
+                    return Source(self.path, content)
+                # LibCST takes comments above a file's first statement, and below its last, for the file's own.
+                if place == 0:
+                    header = piece.header
+                else:
+                    lines = [*piece.header]
+            if above or lines:
+                found[0] = found[0].with_changes(leading_lines=[*above, *lines, *found[0].leading_lines])
+            body += found
+            above = below
+        module = self.module.with_changes(header=header, body=body)
+        if len(old) - 1 in touched:
+            module = module.with_changes(footer=above, has_trailing_newline=piece.has_trailing_newline)
+        return Source(self.path, content, module)
+
+    def _is_like(self, piece: cst.Module) -> bool:
+        """Whether indentation and line ends that the piece's tree leaves open are the same in this file."""
+        indents = any(isinstance(statement, cst.BaseCompoundStatement) for statement in piece.body)
+        return piece.default_newline == self.newline and (
+            not indents or piece.default_indent == self.module.default_indent
+        )
+
+    def _spliced(self, edits: Collection[Edit], start: int, stop: int) -> bytes:
+        """The text from `start` to `stop` after the edits."""
         pieces: list[bytes] = []
-        at = 0
+        at = start
         previous: Edit | None = None
         for edit in sorted(edits):
             if previous is not None and (edit.start < previous.end or edit.start == previous.start):
                 raise OverlapError(f"{self.path}: two edits at byte {edit.start}: {previous.text!r} and {edit.text!r}")
             pieces += [self.text[at : edit.start], edit.text.encode("utf-8")]
             at, previous = edit.end, edit
-        pieces.append(self.text[at:])
-        return b"".join(pieces).decode("utf-8").encode(self.module.encoding)
+        pieces.append(self.text[at:stop])
+        return b"".join(pieces)
 
 
-def _utf8_length(text: str) -> int:
-    return len(text.encode("utf-8"))
+def _first_part(statement: _Statement) -> cst.CSTNode:
+    """What of a statement comes first: a line above it, a decorator, or the statement itself."""
+    if statement.leading_lines:
+        return statement.leading_lines[0]
+    decorators = getattr(statement, "decorators", ())
+    return decorators[0] if decorators else statement
+
+
+def _parse(content: bytes | str) -> cst.Module:
+    try:
+        return cst.parse_module(content)
+    except cst.ParserSyntaxError as error:
+        raise SourceError("parse", f"it is not valid Python: {error.message}", error.raw_line) from error
+    except (UnicodeDecodeError, LookupError, SyntaxError) as error:
+        raise SourceError("read", f"its text cannot be decoded: {error}") from error
+    except RecursionError as error:
+        raise SourceError("parse", "its expressions are nested too deeply") from error
 
 
 def runtime_name(source: Source) -> tuple[str, bool]:

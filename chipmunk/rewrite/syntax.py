@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import cache
-from typing import TypeGuard
+from operator import attrgetter
+from typing import Any, TypeGuard
 
 import libcst as cst
 
@@ -14,9 +15,11 @@ _PUNCTUATION = {"lpar", "rpar", "lbracket", "rbracket", "comma", "semicolon", "e
 
 
 @cache
-def _parts(kind: Hashable) -> tuple[str, ...]:
-    names: list[str] = list(getattr(kind, "__dataclass_fields__", ()))
-    return tuple(name for name in names if not name.startswith(_FORMATTING) and name not in _PUNCTUATION)
+def _parts(kind: Hashable) -> Callable[[cst.CSTNode], Iterable[object]]:
+    names = [name for name in getattr(kind, "__dataclass_fields__", ()) if not name.startswith(_FORMATTING)]
+    names = [name for name in names if name not in _PUNCTUATION]
+    # Of a single name, `attrgetter` returns no tuple.
+    return attrgetter(*names) if len(names) > 1 else lambda node: [getattr(node, name) for name in names]
 
 
 @cache
@@ -25,26 +28,26 @@ def _is_node(kind: Hashable) -> bool:
     return isinstance(kind, type) and issubclass(kind, cst.CSTNode)
 
 
-def children(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+def children(node: cst.CSTNode) -> list[cst.CSTNode]:
     """The parts of `node` that carry meaning, in text order but for decorators and conditional expressions."""
-    for name in _parts(type(node)):
-        part = getattr(node, name)
+    found: list[Any] = []
+    part: Any
+    for part in _parts(type(node))(node):
         if _is_node(part.__class__):
-            yield part
+            found.append(part)
         elif type(part) is tuple or type(part) is list:
-            for item in part:
-                if _is_node(item.__class__):
-                    yield item
+            found += [item for item in part if _is_node(item.__class__)]
+    return found
 
 
-def walk(node: cst.CSTNode, into: Callable[[cst.CSTNode], bool] = lambda _: True) -> Iterator[cst.CSTNode]:
+def walk(node: cst.CSTNode, into: Callable[[cst.CSTNode], bool] | None = None) -> Iterator[cst.CSTNode]:
     """`node` and everything below it, parents first; nothing below a node for which `into` is false."""
     stack = [node]
     while stack:
         current = stack.pop()
         yield current
-        if into(current):
-            stack.extend(reversed(list(children(current))))
+        if into is None or into(current):
+            stack += reversed(children(current))
 
 
 def dotted(node: cst.CSTNode | None) -> str | None:

@@ -22,6 +22,7 @@ COMMANDS = [
     "bench",
     "fidelity",
     "tune",
+    "report",
     "doctor",
     "demo",
     "patches",
