@@ -42,8 +42,15 @@ def _root_of(file: str) -> Path | None:
 
 
 def spec_of(model: object) -> ForwardSpec | None:
-    """The spec of the decorated forward of a model's class; None for any other object."""
-    return _spec_of_class(type(model)) if isinstance(model, nn.Module) else None  # type: ignore[arg-type]
+    """The spec of a model's forward: a decorated one, or that of a transformer of diffusers; None for other objects."""
+    if not isinstance(model, nn.Module):
+        return None
+    return _spec_of_class(type(model)) or _spec_without_mark(type(model))  # type: ignore[arg-type]
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether the code of the model's class is patched; a transformer of diffusers that is not has to be adopted."""
+    return _spec_of_class(type(model)) is not None  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=256)
@@ -53,22 +60,39 @@ def _spec_of_class(kind: type) -> ForwardSpec | None:
     return next((spec for spec in specs if isinstance(spec, ForwardSpec)), None)
 
 
+@lru_cache(maxsize=256)
+def _spec_without_mark(kind: type) -> ForwardSpec | None:
+    if not any(base.__module__.startswith("diffusers.") for base in kind.__mro__):
+        return None
+    from chipmunk.runtime.diffusers import spec_of_class
+
+    return spec_of_class(kind)
+
+
 def find_model(model: object) -> nn.Module | None:
     """The patched model itself, from it or a wrapper around it; None if there is none, or more than one.
 
     Wrappers: `torch.compile`, DataParallel, DistributedDataParallel, FSDP, bound methods, partial functions, modules
     and plain objects (pipelines) that hold exactly one patched model.
     """
+    model = _unwrapped(model)
+    if isinstance(model, nn.Module) and spec_of(model) is not None:
+        return model
+    candidates = model.modules() if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).values()
+    unwrapped = [_unwrapped(c) if isinstance(c, nn.Module) else c for c in candidates]
+    found = [candidate for candidate in unwrapped if isinstance(candidate, nn.Module) and spec_of(candidate)]
+    return found[0] if found and all(candidate is found[0] for candidate in found) else None
+
+
+def _unwrapped(model: object) -> object:
     for _ in range(16):  # no real stack of wrappers is deeper, and a cycle ends here
         if isinstance(model, nn.Module) and spec_of(model) is not None:
-            return model
+            break
         inner = [attribute for attribute in map(partial(_attribute, model), _WRAPPED_IN) if attribute is not None]
         if not inner:
             break
         model = inner[0]
-    candidates = model.modules() if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).values()
-    found = [candidate for candidate in candidates if spec_of(candidate) is not None]
-    return found[0] if found and all(candidate is found[0] for candidate in found) else None
+    return model
 
 
 _WRAPPED_IN = ("_orig_mod", "module", "_fsdp_wrapped_module", "__self__", "func")

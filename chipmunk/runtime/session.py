@@ -6,13 +6,15 @@ import functools
 import inspect
 import logging
 import os
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -23,11 +25,15 @@ from chipmunk.runtime.block_list import blocks_of
 from chipmunk.runtime.clock import Generation, run_steps
 from chipmunk.runtime.compiling import BlockCompiler
 from chipmunk.runtime.counts import MAIN_SLOT, Recorder, Statistics
-from chipmunk.runtime.find_model import MARK, ForwardSpec, find_model, spec_of
+from chipmunk.runtime.find_model import MARK, ForwardSpec, find_model, is_patched, spec_of
 from chipmunk.runtime.guards import is_exporting
 from chipmunk.runtime.model_call import run_model_call
 from chipmunk.runtime.timestep_clock import TimestepClock
 from chipmunk.runtime.weight_layout import WeightLayout
+
+if TYPE_CHECKING:
+    from chipmunk.runtime.diffusers import Adopted
+    from chipmunk.runtime.diffusers_clock import SchedulerClock
 
 ATTRIBUTE = "_chipmunk_session"
 """Where a model keeps its session, in its `__dict__`: a `Session`, or False after `disable`."""
@@ -59,8 +65,19 @@ class Session:
         self.keep_order: str | None = None
         """Why the order of tokens is left alone, once the model's output turned out not to be tokens."""
         self.generations: weakref.WeakSet[Generation] = weakref.WeakSet()
-        self.clock = None if spec.timesteps is None else TimestepClock(self)
+        self.clock: TimestepClock | SchedulerClock | None = None if spec.timesteps is None else TimestepClock(self)
         """Counts steps where no sampling loop does."""
+        self.adopted: Adopted | None = None
+        """What was changed about a model of diffusers whose code is not patched."""
+        if not is_patched(model):
+            self._adopt(model)
+
+    def _adopt(self, model: nn.Module) -> None:
+        from chipmunk.runtime.diffusers import Adopted
+        from chipmunk.runtime.diffusers_clock import SchedulerClock
+
+        self.clock = SchedulerClock(self)
+        self.adopted = Adopted(self, model, _call)
 
     def begin(self, at_most: int | None) -> Generation:
         """A sampling loop of `at_most` steps (None: unknown) starts."""
@@ -77,6 +94,9 @@ class Session:
                 self.clock.free()
             self.compiler.undo()
             self.layout.undo()
+            model = self.model()
+            if self.adopted is not None and model is not None:
+                self.adopted.release(model)
 
     def cache_bytes(self) -> int:
         """What the caches of all running generations take."""
@@ -151,7 +171,7 @@ def _call(
 
 
 def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, Any] | None = None) -> None:
-    """Turn Chipmunk on for a patched model, found through its wrappers.
+    """Turn Chipmunk on for a patched model, or a FLUX transformer of diffusers, found through wrappers and pipelines.
 
     config: a file, a `chipmunk.config.Config`, its content as a mapping, or None: then the file that `CHIPMUNK_CONFIG`
     names, `chipmunk-config.yml` in the working directory, or the one in the root of the patched repository; where there
@@ -170,6 +190,8 @@ def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, An
         )
     spec = spec_of(owner)
     assert spec is not None
+    if config is None and not is_patched(owner):  # then the patched repository is the caller's
+        spec = replace(spec, file=sys._getframe(1).f_code.co_filename)
     chosen = _find_config(spec) if config is None else _read_config(config)
     _take_away(owner)
     if chosen is not None:
@@ -181,7 +203,8 @@ def disable(model: Any) -> None:
     owner = find_model(model)
     if owner is not None:
         _take_away(owner)
-        owner.__dict__[ATTRIBUTE] = False
+        if is_patched(owner):
+            owner.__dict__[ATTRIBUTE] = False
 
 
 def statistics(model: Any) -> Statistics:
@@ -246,7 +269,7 @@ def session_of(model: nn.Module) -> Session | None:
     """The session of a patched model, begun here if a configuration is found; None while Chipmunk is off."""
     if ATTRIBUTE in model.__dict__ and model.__dict__[ATTRIBUTE] is not None:
         return _stored(model)
-    spec = spec_of(model)
+    spec = spec_of(model) if is_patched(model) else None  # another one is on after `enable` alone
     config = None if spec is None else _find_config(spec)
     if spec is None or config is None:
         return None
