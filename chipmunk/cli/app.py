@@ -15,6 +15,7 @@ from chipmunk.cli.diff import diff
 from chipmunk.cli.doctor import doctor
 from chipmunk.cli.fidelity import fidelity
 from chipmunk.cli.patch import patch
+from chipmunk.cli.report import report
 from chipmunk.cli.revert import revert
 from chipmunk.cli.status import status
 from chipmunk.cli.tune import tune
@@ -56,6 +57,7 @@ app.command()(verify)
 app.command()(bench)
 app.command()(fidelity)
 app.command()(tune)
+app.command()(report)
 app.add_typer(patches.app, name="patches")
 app.add_typer(targets.app, name="targets")
 app.add_typer(config.app, name="config")
