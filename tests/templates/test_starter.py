@@ -33,7 +33,7 @@ def python(starter: Path, *arguments: str, **environment: str) -> str:
 
 
 def test_it_draws_the_same_png_for_the_same_seed_and_another_for_another(starter: Path) -> None:
-    size = ("--width", "160", "--height", "97", "--num-steps", "2")
+    size = ("--name", "flux-tiny", "--width", "160", "--height", "97", "--num-steps", "2")
     python(starter, "-m", "flux", *size, "--seed", "5", "--num-images", "2", "--output-dir", "first")
     python(starter, "-m", "flux.cli", *size, "--seed", "5", "--output-dir", "second")
     image = (starter / "first/img_5.png").read_bytes()
@@ -84,8 +84,30 @@ def test_it_needs_only_torch_and_safetensors() -> None:
     assert imported - sys.stdlib_module_names == {"flux", "torch", "safetensors"}
 
 
-def test_its_default_image_has_a_thousand_tokens() -> None:
-    source = (STARTER / "flux/cli.py").read_text()
-    assert 'add_argument("--width", type=int, default=640' in source
-    assert 'add_argument("--height", type=int, default=448' in source
-    assert (640 // 16) * (448 // 16) >= 1000
+def test_its_default_images_have_a_thousand_tokens(starter: Path) -> None:
+    code = """
+from flux.util import configs
+assert set(configs) == {"flux-mini", "flux-tiny"}
+for spec in configs.values():
+    assert spec.width % spec.token_size == spec.height % spec.token_size == 0
+    assert (spec.width // spec.token_size) * (spec.height // spec.token_size) >= 1000
+"""
+    python(starter, "-c", code)
+
+
+def test_the_reference_model_draws_with_one_command_and_its_weights_can_be_replaced(starter: Path) -> None:
+    size = ("--width", "71", "--height", "64", "--num-steps", "2", "--seed", "5", "--prompt", "a red fish, two boats")
+    python(starter, "-m", "flux.cli", *size, "--output-dir", "first")
+    image = (starter / "first/img_5.png").read_bytes()
+    # rounded down to a multiple of 8
+    assert struct.unpack(">II", image[16:24]) == (64, 64)
+    code = """
+from flux.util import load_flow_model, save_checkpoint
+model = load_flow_model("flux-mini")
+model.final_layer.linear.bias.data += 1
+save_checkpoint(model, "mine.safetensors")
+"""
+    python(starter, "-c", code)
+    told = python(starter, "-m", "flux", *size, "--output-dir", "second", FLUX_MINI="mine.safetensors")
+    assert "Loading mine.safetensors" in told
+    assert image != (starter / "second/img_5.png").read_bytes()
