@@ -38,8 +38,8 @@ def find_grid(ids: Tensor) -> tuple[int, int] | str:
     """Height and width of the first image's grid, from its positions; or why there is none.
 
     ids: (L, axes) or (B, L, axes) with at least three axes: image, row, column. The first image ends where a later row
-    equals the first one again, or where column 0 differs. Its tokens must stand row by row, one apart. Reads values on
-    the host.
+    equals the first one again, or where column 0 differs. Its tokens must stand row by row, at even distances (1, or
+    what FLUX.3 scales that to). Reads values on the host.
     """
     if ids.dim() not in (2, 3) or ids.shape[-1] < 3 or ids.shape[-2] < 2:
         return "the ids are not (tokens, axes) with three axes or more"
@@ -55,9 +55,15 @@ def find_grid(ids: Tensor) -> tuple[int, int] | str:
     next_row = rows != 0
     width = int(next_row.int().argmax()) if bool(next_row.any()) else tokens
     index = torch.arange(tokens)
-    if tokens % width or bool((rows != index // width).any()) or bool((columns != index % width).any()):
+    if tokens % width or not (_is_even(rows, index // width, width) and _is_even(columns, index % width, 1)):
         return "the ids are not a grid"
     return tokens // width, width
+
+
+def _is_even(positions: Tensor, number: Tensor, second: int) -> bool:
+    """Whether each position (float64) is its number times the position of token `second`, rounding in float32 aside."""
+    step = positions[second] if second < len(positions) and number[second] else positions.new_ones(())
+    return bool(step != 0) and bool(((positions - number * step).abs() <= 1e-3 * step.abs()).all())
 
 
 def find_order(ids: Tensor, tokens: int, patchify: Patchify, device: torch.device) -> tuple[TokenOrder | None, str]:

@@ -289,9 +289,12 @@ class Oracle:
         width = 1
         while width < tokens and positions[width][1] == first[1]:
             width += 1
+        down = positions[width][1] - first[1] if width < tokens else 1.0
+        right = positions[1][2] - first[2] if width > 1 else 1.0
         for index in range(tokens):
             row, column = divmod(index, width)
-            if positions[index][1:3] != [first[1] + row, first[2] + column]:
+            off = positions[index][1] - first[1] - row * down, positions[index][2] - first[2] - column * right
+            if right == 0 or abs(off[0]) > 1e-3 * abs(down) or abs(off[1]) > 1e-3 * abs(right):
                 return None
         if tokens % width:
             return None

@@ -52,6 +52,8 @@ def four_columns(ids: Tensor) -> Tensor:
         (grid_ids(3, 5)[None].expand(2, -1, -1), (3, 5)),
         (four_columns(grid_ids(3, 5)), (3, 5)),
         (grid_ids(3, 5) + torch.tensor([0, 10, 20]), (3, 5)),
+        (four_columns(grid_ids(30, 50).float() * torch.tensor(1.1, dtype=torch.float32)), (30, 50)),  # as FLUX.3 scales
+        (grid_ids(3, 5) * torch.tensor([1, 2, 3]), (3, 5)),
         (grid_ids(1, 5), (1, 5)),
         (grid_ids(5, 1), (5, 1)),
         (torch.cat((grid_ids(3, 5), grid_ids(2, 2, image=1))), (3, 5)),
@@ -59,7 +61,8 @@ def four_columns(ids: Tensor) -> Tensor:
         (torch.cat((grid_ids(3, 5), grid_ids(2, 2) + torch.tensor([0, 0, 5]))), "the ids are not a grid"),
         (grid_ids(3, 5)[:-1], "the ids are not a grid"),
         (grid_ids(3, 5)[torch.randperm(15, generator=torch.Generator().manual_seed(0))], "the ids are not a grid"),
-        (grid_ids(3, 5) * 2, "the ids are not a grid"),
+        (grid_ids(4, 5)[[*range(10), *range(15, 20)]], "the ids are not a grid"),  # a row is left out
+        (grid_ids(3, 5) * torch.tensor([1, 1, 0]), "the ids are not a grid"),
         (grid_ids(5, 3)[:, [0, 2, 1]], "the ids are not a grid"),
         (torch.stack((grid_ids(3, 5), grid_ids(3, 5) + 1)), "the ids differ between batch elements"),
         (grid_ids(3, 5)[:, 1:], "the ids are not (tokens, axes) with three axes or more"),
