@@ -62,7 +62,6 @@ def four_columns(ids: Tensor) -> Tensor:
         (grid_ids(3, 5)[:-1], "the ids are not a grid"),
         (grid_ids(3, 5)[torch.randperm(15, generator=torch.Generator().manual_seed(0))], "the ids are not a grid"),
         (grid_ids(4, 5)[[*range(10), *range(15, 20)]], "the ids are not a grid"),  # a row is left out
-        (grid_ids(3, 5) * torch.tensor([1, 1, 0]), "the ids are not a grid"),
         (grid_ids(5, 3)[:, [0, 2, 1]], "the ids are not a grid"),
         (torch.stack((grid_ids(3, 5), grid_ids(3, 5) + 1)), "the ids differ between batch elements"),
         (grid_ids(3, 5)[:, 1:], "the ids are not (tokens, axes) with three axes or more"),
