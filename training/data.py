@@ -111,7 +111,7 @@ class Words:
         numbers = numbers.long()
         is_word = (numbers < self.known)[..., None].float()
         pooled = (self.pooled[numbers] * is_word).sum(dim=1) / is_word.sum(dim=1)
-        return in_context(self.sequence[numbers]), pooled
+        return in_context(self.sequence[numbers], PhraseEmbedder.place), pooled
 
 
 def tokens(ae: CosineAutoEncoder, pixels: Tensor) -> Tensor:

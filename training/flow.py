@@ -17,7 +17,7 @@ from training.data import Words
 
 SPREAD = 1.2
 MIX = 0.1
-GUIDANCE = (1.0, 4.0)
+GUIDANCE = (1.0, 3.5)
 """Guidance that the finished model knows; 1 is none."""
 
 

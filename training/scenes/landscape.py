@@ -92,7 +92,10 @@ def _range(dice: Dice, canvas: Canvas, kind: Tensor, light: Tensor, haze: Tensor
         height = torch.where(hills > 0, 0.07 + 0.035 * round_, 0.15 + 0.055 * rough)
         height = height.clamp(min=0.01) * (1.25 if far else 0.75)
         line = horizon - height
-        slope = torch.gradient(torch.nn.functional.avg_pool1d(line, 15, 1, 7), dim=2)[0] * canvas.size
+        slope = (
+            torch.gradient(torch.nn.functional.avg_pool1d(line, 15, 1, 7, count_include_pad=False), dim=2)[0]
+            * canvas.size
+        )
         lit = 0.82 + 0.22 * torch.tanh(1.5 * slope) + 0.09 * texture
         paint = dice.of(kind, RANGE)[..., 0, 0][:, :, None, None] * lit[:, None] * light
         snow = dice.on(kind == 1) * smooth((0.075 + 0.03 * texture - (canvas.y - line)) * 22)

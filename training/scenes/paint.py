@@ -66,11 +66,21 @@ class Dice:
         """A mask (n,) as (n, 1, 1) numbers on the device."""
         return mask.float().reshape(self.n, 1, 1).to(self.device)
 
+    def normal(self, rows: int, columns: int) -> Tensor:
+        """(n, 1, rows, columns), normal. Many numbers, so they are hashed on the device from one seed a picture."""
+        seed = torch.randint(1 << 31, (self.n, 1, 1, 1), generator=self.rng).to(self.device)
+        mixed = seed + 0x9E3779B1 * torch.arange(1, rows * columns + 1, device=self.device).reshape(rows, columns)
+        for _ in range(3):
+            mixed = mixed & 0xFFFFFFFF
+            mixed = (mixed ^ (mixed >> 16)) * 0x45D9F3B
+        first, second = ((part & 0xFFFF).float() + 0.5 for part in (mixed >> 8, mixed >> 28))
+        return (-2 * (first / 65536).log()).sqrt() * torch.cos(second * (2 * torch.pi / 65536))
+
     def noise(self, size: int, rows: int, columns: int, octaves: int = 1) -> Tensor:
         """Smooth noise (n, size, size) of about unit variance; finer octaves have half the height."""
         total = torch.zeros(self.n, 1, size, size, device=self.device)
         for octave in range(octaves):
-            grid = torch.randn(self.n, 1, rows << octave, columns << octave, generator=self.rng).to(self.device)
+            grid = self.normal(rows << octave, columns << octave)
             total += 0.5**octave * torch.nn.functional.interpolate(grid, (size, size), mode="bilinear")
         return 1.3 * total[:, 0]
 
@@ -78,7 +88,7 @@ class Dice:
         """The outline of a mountain range: noise (n, 1, size) along x; finer octaves have under half the height."""
         total = torch.zeros(self.n, 1, size, device=self.device)
         for octave in range(octaves):
-            line = torch.randn(self.n, 1, points << octave, generator=self.rng).to(self.device)
+            line = self.normal(1, points << octave)[:, 0]
             total += 0.45**octave * torch.nn.functional.interpolate(line, size, mode="linear")
         return total
 
