@@ -52,6 +52,8 @@ class FileStatus:
     """The file without Chipmunk's change and with the user's edits; None if the two cannot be separated."""
     places: tuple[Place, ...] = ()
     """Where they cannot be separated."""
+    now_at: str | None = None
+    """Where a file that is missing has gone, if it was only renamed."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _with_new_name(file: FileStatus, entry: JournalFile | None, elsewhere: dict[
     if found is None:
         return file
     place = Place(file.path, None, f"renamed to {found} since Chipmunk changed it")
-    return FileStatus(file.path, file.state, None, None, (place,))
+    return FileStatus(file.path, file.state, None, None, (place,), found)
 
 
 def calls_without_journal(root: Path) -> list[Place]:

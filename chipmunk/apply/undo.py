@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from chipmunk.apply.errors import Conflict, JournalMissing, Place, quoted
-from chipmunk.apply.journal import Journal, Store
+from chipmunk.apply.journal import Journal, Store, sha256
 from chipmunk.apply.merge import split_lines
 from chipmunk.apply.repository import locate
-from chipmunk.apply.state import FileState, calls_without_journal, examine, undo_by_git
+from chipmunk.apply.state import FileState, FileStatus, calls_without_journal, examine, undo_by_git
 from chipmunk.apply.transaction import Recovery, commit, recover
 from chipmunk.rewrite.plan import FileChange
 
@@ -52,16 +53,11 @@ def plan_revert(root: Path) -> Reverted:
         return Reverted(())
     files = examine(root, journal)
     if places := [place for file in files for place in file.places]:
-        first = places[0]
-        gone = any(file.state is FileState.MISSING for file in files)
-        fix = (
-            f"git -C {quoted(root)} checkout -- {quoted(Path(first.file))}" if gone else f"chipmunk diff {quoted(root)}"
-        )
         raise Conflict(
             "these places were changed after patching and stand in the way of reverting; nothing was changed. "
             "Put them back as Chipmunk left them, or take Chipmunk's lines out by hand, and revert again",
             places=places,
-            next_command=fix,
+            next_command=_remedy(root, journal, files),
         )
     changes, merged, leftovers = [], [], []
     for file in files:
@@ -77,6 +73,20 @@ def plan_revert(root: Path) -> Reverted:
                 if _MENTIONS.search(line)
             ]
     return Reverted(tuple(changes), tuple(merged), tuple(leftovers), journal.id)
+
+
+def _remedy(root: Path, journal: Journal, files: Sequence[FileStatus]) -> str:
+    """What to run first where files stand in the way of a revert: put back the first that is gone, if one is."""
+    for file in files:
+        entry = journal.file(file.path)
+        if file.state is not FileState.MISSING or entry is None:
+            continue
+        path = quoted(root / file.path)
+        if file.now_at is not None:
+            return f"mv {quoted(root / file.now_at)} {path}"
+        folder = "" if (root / file.path).parent.is_dir() else f"mkdir -p {quoted((root / file.path).parent)} && "
+        return f"{folder}cp {quoted(Store(root).object(sha256(entry.original)))} {path}   (as it was before Chipmunk)"
+    return f"chipmunk diff {quoted(root)}"
 
 
 def revert(root: Path) -> Reverted:
