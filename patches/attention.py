@@ -1,16 +1,19 @@
 """Send the joint attention of both kinds of block through Chipmunk.
 
-The call that matters is the one of `scaled_dot_product_attention`, wherever it stands: in the block, in a function that
-the block calls, or in a sub-module. It is the joint attention if query, key and value all descend from all of the
-block's streams; attention of one stream alone, cross-attention, and the same function called from elsewhere (a VAE,
-dead code) stay as they are. The function that holds the call gets one more optional parameter, `chipmunk_layer`; the
-block hands itself down in it, as a keyword that is absent while Chipmunk is off.
+The call that matters is the one of `scaled_dot_product_attention`, or of another library's function for the same
+(FlashAttention, xFormers, SageAttention, diffusers' dispatcher, a repository's own that takes the number of heads),
+wherever it stands: in the block, in a function that the block calls, in a sub-module or in a processor object. It is
+the joint attention if query, key and value all descend from all of the block's streams; attention of one stream alone,
+cross-attention, and the same function called from elsewhere (a VAE, dead code) stay as they are. The function that
+holds the call gets one more optional parameter, `chipmunk_layer`; the block hands itself down in it, as a keyword that
+is absent while Chipmunk is off. A processor object, which users may replace by one of their own, is handed nothing: it
+finds the layer through the module that it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import libcst as cst
 
@@ -18,6 +21,7 @@ from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.minimal import ATTENTION, DOUBLE, SINGLE, variant
+from chipmunk.rewrite.objects import Held, held_by
 from chipmunk.rewrite.repository import External, Function, Meaning
 from chipmunk.rewrite.roles import Block, Model
 from chipmunk.rewrite.syntax import argument, bind, dotted, parameters, self_attribute, walk
@@ -27,19 +31,31 @@ API = 1
 VERSION = "1"
 
 PARAMETER = "chipmunk_layer"
-DEPTH = 3
+DEPTH = 4
 SDPA = "torch.nn.functional.scaled_dot_product_attention"
-# Fast attention of other libraries, in other layouts: known, so that the report can say so.
-OTHERS = (
-    "flash_attn_func",
-    "flash_attn_varlen_func",
-    "memory_efficient_attention",
-    "sageattn",
-    "dispatch_attention_fn",
-)
+# Attention functions whose layout and options the runtime knows: name → how their signature begins.
+KNOWN = {
+    "flash_attn_func": ("q", "k", "v", "dropout_p"),
+    "memory_efficient_attention": ("query", "key", "value", "attn_bias"),
+    "sageattn": ("q", "k", "v", "tensor_layout"),
+    "dispatch_attention_fn": ("query", "key", "value", "attn_mask"),
+}
+# A repository's own function over several of these: it is told the number of heads, and whether they are apart.
+HEADS = (("q", "k", "v", "heads", "mask"), ("query", "key", "value", "heads", "mask"))
+HEADS_OPTION = "skip_reshape"
+# Known, but not handled: why.
+OTHERS = {
+    "flash_attn_varlen_func": "takes several sequences in one",
+    "sageattn_varlen": "takes several sequences in one",
+    "flash_attn_interface.flash_attn_func": "may return more than the attention's output",
+    "flash_attn.cute.flash_attn_func": "may return more than the attention's output",
+    "flex_attention": "takes its mask as a program",
+}
 
 
 Streams = frozenset[str]
+
+_SAME, _BELOW = "same", "below"
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,10 @@ class _Hop:
     step: Step
     block_name: str | None
     """The name of the block in this function, `self` in its own methods; None where it is out of reach."""
+    module_name: str | None
+    """The name of a module right below the block."""
+    replaceable: bool = False
+    """Whether users may put something else in place of what is called."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +82,8 @@ class _Leaf:
     kind: str
     """`joint`, or why it is something else."""
     done: bool
-    at: int = 0
-    """Which hop the report is about: the call in the block, or (-1) the attention call itself."""
+    at: int | None = None
+    """Which hop the report is about if it is not the last one that knows the block; -1: the attention call itself."""
 
 
 def rule(context: Context) -> None:
@@ -76,8 +96,8 @@ def _patch_block(context: Context, model: Model, block: Block) -> None:
     forward = block.forward
     receiver = forward.scope.receiver
     streams = {name: frozenset({stream}) for name, stream in block.streams.items()}
-    leaves = list(_Search(context, frozenset(block.streams.values())).leaves(forward, streams, receiver))
-    leaves = [_once(leaf, leaves) for leaf in leaves]
+    leaves = list(_Search(context, block, frozenset(block.streams.values())).leaves(forward, streams, receiver, None))
+    leaves = [_within_reach(_once(leaf, leaves)) for leaf in leaves]
     joint = [leaf for leaf in leaves if leaf.kind == "joint"]
     shared = _shared_with(context, model, block)
     for leaf in joint:
@@ -85,10 +105,11 @@ def _patch_block(context: Context, model: Model, block: Block) -> None:
         _patch(context, block, leaf, shared)
     for leaf in leaves:
         if leaf.kind != "joint":
-            hop = leaf.path[leaf.at]
+            knows = [i for i, hop in enumerate(leaf.path) if hop.block_name or hop.module_name]
+            hop = leaf.path[knows[-1] if leaf.at is None else leaf.at]
             context.left_dense(hop.function.source, hop.call, leaf.kind)
     if not joint:
-        reason = "no scaled_dot_product_attention on the joint stream was found in it, or up to three calls down"
+        reason = f"no attention function that is known was found on the joint stream, up to {DEPTH} calls down"
         context.left_dense(forward.source, forward.node.name, reason, matched=forward.name)
 
 
@@ -113,36 +134,76 @@ class _Search:
     """The search for attention calls below a block's forward. `wanted`: the streams that the block takes."""
 
     context: Context
+    block: Block
     wanted: Streams
 
     def leaves(
-        self, function: Function, streams: dict[str, Streams], block_name: str | None, path: tuple[_Hop, ...] = ()
+        self,
+        function: Function,
+        streams: dict[str, Streams],
+        block_name: str | None,
+        module_name: str | None,
+        path: tuple[_Hop, ...] = (),
     ) -> Iterator[_Leaf]:
         """Attention calls in `function`, and up to DEPTH calls below. `streams`: what its parameters hold of them."""
         for call, step in function.scope.calls:
-            hop = _Hop(function, call, step, block_name)
+            hop = _Hop(function, call, step, block_name, module_name)
             callee, shift, done = call.func, 0, False
             if self.context.runtime_call(call, function, step) == "attention" and len(call.args) > 2:
                 callee, shift, done = call.args[1].value, 2, True
             meaning = self.context.repository.resolve(callee, function, step)
-            if not isinstance(meaning, External):
-                target, same_object = self._callee(hop, meaning)
-                if target is not None:
-                    yield from self._below(target, hop, streams, path, same_object=same_object)
-            elif meaning.name == SDPA:
-                inputs = [argument(call, shift + i, n) for i, n in enumerate(("query", "key", "value"))]
-                kind = self._kind([_streams_of(function, x, step, streams) for x in inputs])
-                yield _Leaf((*path, hop), kind, done)
-            elif meaning.name.split(".")[-1] in OTHERS and _streams_of(function, call, step, streams):
-                name = meaning.name.split(".")[-1]
-                yield _Leaf(
-                    (*path, hop), f"{name} takes its tensors in a layout that Chipmunk does not know", False, -1
-                )
+            names = _tensors_of(meaning, call)
+            problem = _unfit(meaning)
+            if names is not None:
+                inputs = [argument(call, shift + i, name) for i, name in enumerate(names)]
+                yield _Leaf((*path, hop), self._kind([_streams_of(function, x, step, streams) for x in inputs]), done)
+            elif problem is not None:
+                if _streams_of(function, call, step, streams):
+                    yield _Leaf((*path, hop), problem, False, -1)
+            elif not isinstance(meaning, External):
+                yield from self._through(hop, meaning, streams, path)
             elif call.args and call.args[0].keyword is None and not call.args[0].star:
                 # checkpoint(self.mix, q, k, v): the first argument is what runs.
                 inner = self.context.repository.resolve(call.args[0].value, function, step)
                 if isinstance(inner, Function):
-                    yield from self._below(inner, hop, streams, path, first=1, same_object=True)
+                    yield from self._below(inner, hop, streams, path, first=1, receiver=_SAME)
+
+    def _through(
+        self, hop: _Hop, meaning: Meaning | None, streams: dict[str, Streams], path: tuple[_Hop, ...]
+    ) -> Iterator[_Leaf]:
+        """What the repository's functions, methods and objects that a call runs hold of attention calls."""
+        function, callee = hop.function, hop.call.func
+        if isinstance(meaning, Function):
+            own = {f"{name}.{meaning.node.name.value}" for name in (hop.block_name, hop.module_name) if name}
+            yield from self._below(meaning, hop, streams, path, receiver=_SAME if dotted(callee) in own else "")
+            return
+        if meaning is not None:
+            return
+        if isinstance(callee, cst.Attribute) and dotted(callee.value) == hop.block_name != function.scope.receiver:
+            inner = self.context.repository.method(self.block.owner, callee.attr.value)
+            if inner is not None:  # the block's own method, called by something that was given the block
+                yield from self._below(inner, hop, streams, path, receiver=_SAME)
+                return
+        receiver, held = self._held(hop)
+        hop = replace(hop, replaceable=held.replaceable)
+        for inner in held.methods:
+            yield from self._below(inner, hop, streams, path, receiver=receiver)
+
+    def _held(self, hop: _Hop) -> tuple[str, Held]:
+        """What the object may be whose attribute is called: `self.attn(…)`, `self.attn.run(…)`, `block.attn(…)`."""
+        callee, function = hop.call.func, hop.function
+        for name, owner in ((hop.block_name, self.block.owner), (function.scope.receiver, function.owner)):
+            if name is None or owner is None or not isinstance(callee, cst.Attribute):
+                continue
+            below = _BELOW if name == hop.block_name else ""
+            attribute = self_attribute(callee, name)
+            if attribute is not None:
+                return below, held_by(self.context.repository, owner, attribute, None, self.block.owner.module)
+            attribute = self_attribute(callee.value, name)
+            if attribute is not None:
+                module = self.block.owner.module
+                return below, held_by(self.context.repository, owner, attribute, callee.attr.value, module)
+        return "", Held()
 
     def _below(
         self,
@@ -152,38 +213,23 @@ class _Search:
         path: tuple[_Hop, ...],
         *,
         first: int = 0,
-        same_object: bool,
+        receiver: str,
     ) -> Iterator[_Leaf]:
+        """`receiver`: what the receiver of `inner` is, the same object as the caller's, or a module below the block."""
         if len(path) >= DEPTH or any(h.function is inner for h in (*path, hop)):
             return
         given = bind(inner.node, hop.call, skip=inner.receivers, first=first)
         taken = {n: s for n, v in given.items() if (s := _streams_of(hop.function, v, hop.step, streams))}
         if not taken:
             return
-        block_name = None
-        if hop.block_name is not None:
-            block_name = next((name for name, value in given.items() if dotted(value) == hop.block_name), None)
-            if block_name is None and same_object and inner.receivers:
-                block_name = inner.scope.receiver
-        yield from self.leaves(inner, taken, block_name, (*path, hop))
-
-    def _callee(self, hop: _Hop, meaning: Meaning | None) -> tuple[Function | None, bool]:
-        """The repository's function that a call runs, and whether it is a method of the block itself."""
-        function, callee = hop.function, hop.call.func
-        if isinstance(meaning, Function):
-            return meaning, dotted(callee) == f"{hop.block_name}.{meaning.node.name.value}"
-        if meaning is not None or function.owner is None:
-            return None, False
-        attribute, method = self_attribute(callee, function.scope.receiver), "forward"
-        if attribute is None and isinstance(callee, cst.Attribute):
-            attribute, method = self_attribute(callee.value, function.scope.receiver), callee.attr.value
-        for owner in self.context.repository.classes_in(function.owner, attribute) if attribute is not None else ():
-            found = self.context.repository.method(owner, method)
-            if found is None and method == "forward":
-                found = self.context.repository.method(owner, "__call__")
-            if found is not None:
-                return found, False
-        return None, False
+        own = inner.scope.receiver if inner.receivers else None
+        names: list[str | None] = []
+        for known in (hop.block_name, hop.module_name):
+            name = next((n for n, value in given.items() if known is not None and dotted(value) == known), None)
+            names.append(name or (own if known is not None and receiver == _SAME else None))
+        if receiver == _BELOW:
+            names[1] = own
+        yield from self.leaves(inner, taken, names[0], names[1], (*path, hop))
 
     def _kind(self, found: list[Streams]) -> str:
         if all(streams == self.wanted for streams in found):
@@ -191,6 +237,31 @@ class _Search:
         if found[0] and not (found[1] and found[2]):
             return "cross-attention: key and value do not come from the block's streams"
         return "not the joint attention: query, key and value do not all come from all streams of the block"
+
+
+def _tensors_of(meaning: Meaning | None, call: cst.Call) -> tuple[str, ...] | None:
+    """The names of query, key and value if this is a call of an attention function that the runtime knows."""
+    name = meaning.name.split(".")[-1] if isinstance(meaning, External) else ""
+    if isinstance(meaning, Function):
+        given = tuple(p.name.value for p in parameters(meaning.node))
+        if given[:5] in HEADS and HEADS_OPTION in given:
+            return given[:3]
+        name = meaning.node.name.value
+        return given[:3] if name in KNOWN and given[:4] == KNOWN[name] else None
+    if isinstance(meaning, External) and meaning.name == SDPA:
+        return ("query", "key", "value")
+    if name in KNOWN:
+        return KNOWN[name][:3] if _unfit(meaning) is None else None
+    keywords = {arg.keyword.value for arg in call.args if arg.keyword is not None}
+    return HEADS[0][:3] if HEADS_OPTION in keywords else None
+
+
+def _unfit(meaning: Meaning | None) -> str | None:
+    """Why a function that is known to be attention is not handled."""
+    if not isinstance(meaning, External):
+        return None
+    name = next((n for n in OTHERS if f".{meaning.name}".endswith(f".{n}")), None)
+    return None if name is None else f"{name.split('.')[-1]} {OTHERS[name]}"
 
 
 def _once(leaf: _Leaf, leaves: list[_Leaf]) -> _Leaf:
@@ -202,10 +273,31 @@ def _once(leaf: _Leaf, leaves: list[_Leaf]) -> _Leaf:
     for other in leaves:
         if other is leaf or other.kind != "joint":
             continue
-        first, second = next((a, b) for a, b in zip(leaf.path, other.path, strict=False) if a.call is not b.call)
-        if not (first.step.excludes(second.step) or second.step.excludes(first.step)):
+        pairs = zip(leaf.path, other.path, strict=False)
+        first, second = next((a, b) for a, b in pairs if a.call is not b.call or a.function is not b.function)
+        # Two objects that may be called at one place are called one at a time.
+        if first.function is second.function and not (
+            first.step.excludes(second.step) or second.step.excludes(first.step)
+        ):
             return _Leaf(leaf.path, "the block computes joint attention at several places in one call", leaf.done)
     return leaf
+
+
+def _within_reach(leaf: _Leaf) -> _Leaf:
+    """The leaf, or one that must stay dense if nothing in the functions on the way tells which layer it is."""
+    if leaf.kind != "joint" or _named(leaf.path) is not None:
+        return leaf
+    return _Leaf(leaf.path, "what is called may be replaced by something that takes no further keyword", leaf.done)
+
+
+def _named(path: tuple[_Hop, ...]) -> tuple[int, str] | None:
+    """The last place on the way that has a name for the block, or for a module of it, from where it is handed down."""
+    place, name = max((i, hop.block_name) for i, hop in enumerate(path) if hop.block_name is not None)
+    replaceable = [i for i, hop in enumerate(path) if hop.replaceable and i >= place]
+    if replaceable:
+        modules = [(i, hop.module_name) for i, hop in enumerate(path) if hop.module_name and i > replaceable[-1]]
+        return max(modules, default=None)
+    return place, name
 
 
 def _in_loop(hop: _Hop) -> bool:
@@ -228,14 +320,15 @@ def _streams_of(function: Function, value: cst.CSTNode | None, step: Step, strea
 
 def _patch(context: Context, block: Block, leaf: _Leaf, shared: str) -> None:
     """Hand the block down from the last place that knows it to the attention call."""
-    path = leaf.path
-    known = max(i for i, hop in enumerate(path) if hop.block_name is not None)
+    path, named = leaf.path, _named(leaf.path)
+    assert named is not None
+    known, name = named
     last = path[-1]
     changed = set() if leaf.done else {len(path) - 1}
     if not leaf.done:
         runtime = context.runtime(last.function.source)
         if known == len(path) - 1:
-            layer = f'{runtime}.layer({last.block_name}).get("{PARAMETER}")'
+            layer = f'{runtime}.layer({name}).get("{PARAMETER}")'
         else:
             layer = PARAMETER
         callee = last.function.source.code(last.call.func)
@@ -243,7 +336,9 @@ def _patch(context: Context, block: Block, leaf: _Leaf, shared: str) -> None:
         context.prepend_arguments(last.function.source, last.call, [layer, callee])
     changed |= {index for index in range(known + 1, len(path)) if _add_parameter(context, path[index].function)}
     changed |= {
-        index for index in range(known, len(path) - 1) if _hand_down(context, path[index], first=index == known)
+        index
+        for index in range(known, len(path) - 1)
+        if _hand_down(context, path[index], name if index == known else None)
     }
     top = path[known]
     what = "joint attention: query, key and value descend from the same streams"
@@ -265,14 +360,15 @@ def _add_parameter(context: Context, function: Function) -> bool:
     return True
 
 
-def _hand_down(context: Context, hop: _Hop, *, first: bool) -> bool:
+def _hand_down(context: Context, hop: _Hop, name: str | None) -> bool:
+    """`name`: of the block, or the module below it, where it is handed down first."""
     for arg in hop.call.args:
         if arg.keyword is not None and arg.keyword.value == PARAMETER:
             return False
         if arg.star == "**" and context.runtime_call(arg.value, hop.function, hop.step) == "layer":
             return False
-    if first:
-        text = f"**{context.runtime(hop.function.source)}.layer({hop.block_name})"
+    if name is not None:
+        text = f"**{context.runtime(hop.function.source)}.layer({name})"
     else:
         text = f"{PARAMETER}={PARAMETER}"
     context.append_argument(hop.function.source, hop.call, text)

@@ -1,7 +1,9 @@
 """Which class is a FLUX model: told by what its forward does with two lists of blocks, not by any name.
 
 A model iterates one list whose elements turn two streams into two, concatenates these, iterates a second list whose
-elements turn the joint stream into one, and slices one stream off. That stream is the image.
+elements turn the joint stream into one, and slices one stream off. That stream is the image. In some, the blocks of the
+second list concatenate the streams themselves, and give both back: the image is the one that the result comes from. And
+there the first list may be one for each stream, whose elements turn one stream into one.
 """
 
 from __future__ import annotations
@@ -13,7 +15,18 @@ import libcst as cst
 
 from chipmunk.rewrite.flow import Scope, Step, mentions, value_names
 from chipmunk.rewrite.repository import Class, Function, Module, Repository
-from chipmunk.rewrite.syntax import bind, dotted, elements, is_call, last_name, self_attribute, target_names, walk
+from chipmunk.rewrite.syntax import (
+    bind,
+    dotted,
+    elements,
+    is_call,
+    last_name,
+    parameters,
+    self_attribute,
+    target_names,
+    text_of_string,
+    walk,
+)
 
 CONCATENATIONS = ("cat", "concat", "concatenate")
 _LOOP_OVER_ATTRIBUTE = re.compile(rb"\bin\b[\s(]*(?:[\w.]+\([\s(]*)*self\s*\.\s*(\w+)")
@@ -44,6 +57,7 @@ class Model:
     owner: Class
     forward: Function
     double: str
+    """Attribute with the first list of blocks, dotted where it lies in a dictionary (`lists.image`)."""
     single: str
     double_block: Block
     single_block: Block
@@ -51,6 +65,8 @@ class Model:
     ids: str | None
     order_off: str
     """Why token order stays off; empty when it is on."""
+    per_token: tuple[str, ...] = ()
+    """Optional parameters that are added to the image stream: where one is given, tokens keep their order."""
 
     @property
     def name(self) -> str:
@@ -108,7 +124,34 @@ def find_roles(repository: Repository) -> Roles:
                 if isinstance(found, Lookalike):
                     roles.lookalikes.append(found)
     roles.lookalikes = [x for x in roles.lookalikes if x.reason]
+    _leave_borrowers(roles)
     return roles
+
+
+def _leave_borrowers(roles: Roles) -> None:
+    """Of models that share a class of block, only those nearest to it are the class's own: others stay dense."""
+    for model in list(roles.models):
+        for block in (model.double_block, model.single_block):
+            owner = min(
+                (m for m in roles.models if block.owner in (m.double_block.owner, m.single_block.owner)),
+                key=lambda m: _distance(m.owner.module.path, block.owner.module.path),
+            )
+            if _distance(owner.owner.module.path, block.owner.module.path) < _distance(
+                model.owner.module.path, block.owner.module.path
+            ):
+                reason = f"it borrows the class {block.owner.name} from {owner.name}, and stays dense"
+                roles.lookalikes.append(Lookalike(model.owner, model.forward.node.name, reason))
+                roles.models.remove(model)
+                break
+
+
+def _distance(path: str, other: str) -> int:
+    """How many folders lie between two files; 0 for one and the same."""
+    first, second = path.split("/"), other.split("/")
+    shared = 0
+    while shared < min(len(first), len(second)) and first[shared] == second[shared]:
+        shared += 1
+    return len(first) + len(second) - 2 * shared
 
 
 @dataclass(frozen=True)
@@ -129,6 +172,8 @@ def _passes(scope: Scope) -> list[_Pass]:
     for step in scope.steps:
         if not isinstance(step.node, (cst.Assign, cst.AnnAssign)):
             continue
+        if any(isinstance(node, cst.FunctionDef) for node, _ in step.chain):
+            continue  # a function inside it, which wraps a block for others to call
         for loop in reversed(step.loops):
             attribute = _iterated(loop.iter, scope.receiver)
             names = {name for name, _ in target_names(loop.target)}
@@ -139,18 +184,27 @@ def _passes(scope: Scope) -> list[_Pass]:
             results = [name for name, path in target_names(target) if len(path) <= 1]
             found.append(_Pass(attribute, loop, hit[0], hit[1], step, results))
             break
-    return found
+    # Where a loop calls the block itself, and hands it to something else (for checkpointing), the call tells more.
+    direct = {id(p.loop) for p in found if not p.first}
+    return [p for p in found if not p.first or id(p.loop) not in direct]
 
 
 def _iterated(iterable: cst.BaseExpression, receiver: str) -> str | None:
-    """`blocks` for `self.blocks`, `enumerate(self.blocks)`, `tqdm(zip(self.blocks, …))`, `self.blocks[a:b]`."""
+    """`blocks` for `self.blocks`, `enumerate(self.blocks)`, `tqdm(zip(self.blocks, …))`, `self.blocks[a:b]`.
+
+    `lists.image` for `self.lists["image"]`.
+    """
+    key = ""
     while True:
         attribute = self_attribute(iterable, receiver)
         if attribute is not None:
-            return attribute
+            return attribute + key
         if isinstance(iterable, cst.Call) and iterable.args:
             iterable = iterable.args[0].value
         elif isinstance(iterable, cst.Subscript):
+            index = iterable.slice[0].slice
+            name = text_of_string(index.value) if isinstance(index, cst.Index) else None
+            key = f".{name}" if name is not None and name.isidentifier() else ""
             iterable = iterable.value
         else:
             return None
@@ -176,17 +230,31 @@ def _model(repository: Repository, owner: Class, method: Function) -> Model | Lo
     attributes = list(dict.fromkeys(p.attribute for p in passes))
     if len(attributes) < 2:
         return None
-    for double in passes:
-        for single in passes:
-            if single.attribute != double.attribute and single.step.index > double.step.index:
-                joined = _joined(scope, double, single)
-                if joined is not None:
-                    return _with_roles(repository, owner, method, double, single, *joined)
+    for find in (_joined, _joined_inside):
+        for double in passes:
+            for single in passes:
+                if single.attribute != double.attribute and single.step.index > double.step.index:
+                    streams = find(scope, double, single)
+                    if streams is not None:
+                        return _with_roles(repository, owner, method, double, single, streams)
     return None
 
 
-def _joined(scope: Scope, double: _Pass, single: _Pass) -> tuple[str, str, int, str] | None:
-    """(image variable, text variable, place of the image in the concatenation, joint variable) of two passes."""
+@dataclass(frozen=True)
+class _Streams:
+    """The variables of a model's forward that hold the streams."""
+
+    image: str
+    text: str
+    """Empty if the first list of blocks has the image alone."""
+    place: int | None
+    """Of the image in the joint stream; -1: no image is sliced off; None: the second kind of block joins them."""
+    inside: dict[str, str]
+    """Variables that the second kind of block takes: name → `image`, `text` or `joint`."""
+
+
+def _joined(scope: Scope, double: _Pass, single: _Pass) -> _Streams | None:
+    """The streams of two passes between which they are concatenated."""
     if len(double.results) < 2:
         return None
     for step in scope.steps[double.step.index + 1 : single.step.index]:
@@ -204,12 +272,59 @@ def _joined(scope: Scope, double: _Pass, single: _Pass) -> tuple[str, str, int, 
                 place = _sliced_off(scope, single, {joint, *_bound_names(step)})
                 if place is None:
                     place = -1
-                return names[place], names[1 - place] if place >= 0 else names[0], place, joint
-    # Concatenated inside the single block's own call.
-    for arg in single.call.args:
-        if is_call(arg.value, *CONCATENATIONS):
-            return None
+                inside = {name: "joint" for name in _joint_names(single, scope, joint)}
+                image, text = names[place], names[1 - place] if place >= 0 else names[0]
+                return _Streams(image, text, place, inside)
     return None
+
+
+def _joined_inside(scope: Scope, double: _Pass, single: _Pass) -> _Streams | None:
+    """The streams of two passes of which the second one takes two streams and gives them back."""
+    if len(single.results) != 2 or any(is_call(arg.value, *CONCATENATIONS) for arg in single.call.args):
+        return None
+    taken = {dotted(arg.value) for arg in single.call.args[single.first :]}
+    returned = _returned(scope, single)
+    if not taken.issuperset(single.results) or len(returned) != 1:
+        return None
+    image = next(iter(returned))
+    text = next(name for name in single.results if name != image)
+    inside = {image: "image", text: "text"}
+    if set(double.results) == set(single.results):
+        return _Streams(image, text, None, inside)
+    # One list for each stream: the image is what every value of the content stream starts from.
+    content = scope.reaching(image, next(step for step in scope.steps if step.node is single.loop))
+    sources = [_first_names(binding.value) for binding in content]
+    if len(double.results) == 1 and sources and all(double.results[0] in source[:1] for source in sources):
+        return _Streams(double.results[0], "", None, inside)
+    return None
+
+
+def _first_names(value: cst.CSTNode | None) -> list[str]:
+    """The names of a value, or of the tensors that it concatenates, in order."""
+    if is_call(value, *CONCATENATIONS) and value.args:
+        return [dotted(part) or "" for part in elements(value.args[0].value) or []]
+    return [name] if (name := dotted(value)) is not None else []
+
+
+def _returned(scope: Scope, found: _Pass) -> set[str]:
+    """Which results of a pass the method's result is computed from, once the loop is over."""
+    names: set[str] = set()
+    seen: set[tuple[str, int]] = set()
+    pending = [(s.node.value, s) for s in scope.steps if isinstance(s.node, cst.Return) and s.node.value is not None]
+    while pending:
+        value, step = pending.pop()
+        for name in value_names(value):
+            if (name, step.index) in seen:
+                continue
+            seen.add((name, step.index))
+            bindings = scope.reaching(name, step)
+            inside = [binding for binding in bindings if found.loop in binding.step.loops]
+            if inside and name in found.results:
+                names.add(name)
+            if inside:
+                continue
+            pending += [(binding.value, binding.step) for binding in bindings if binding.value is not None]
+    return names
 
 
 def _bound_names(step: Step) -> list[str]:
@@ -244,27 +359,19 @@ def _end_of(node: cst.Subscript) -> int | None:
 
 
 def _with_roles(
-    repository: Repository,
-    owner: Class,
-    method: Function,
-    double: _Pass,
-    single: _Pass,
-    image: str,
-    text: str,
-    place: int,
-    joint: str,
+    repository: Repository, owner: Class, method: Function, double: _Pass, single: _Pass, streams: _Streams
 ) -> Model | Lookalike:
     scope = method.scope
-    if place < 0:
+    if streams.place == -1:
         return Lookalike(
             owner,
             method.node.name,
             "it runs both kinds of block, but slices no image stream off at the end (a ControlNet, perhaps)",
         )
     blocks: list[Block] = []
-    roles = {image: "image", text: "text"}
-    for found, streams in ((double, roles), (single, {name: "joint" for name in _joint_names(single, scope, joint)})):
-        classes = repository.classes_in(owner, found.attribute)
+    outside = {name: role for name, role in ((streams.image, "image"), (streams.text, "text")) if name}
+    for found, roles in ((double, outside), (single, streams.inside)):
+        classes = repository.classes_in(owner, found.attribute.split(".")[0])
         if not classes:
             reason = f"the class of the blocks in self.{found.attribute} was not found"
             if repository.unreadable:
@@ -281,24 +388,52 @@ def _with_roles(
         forward = repository.method(classes[0], name) or repository.method(classes[0], "forward")
         if forward is None:
             return Lookalike(owner, method.node.name, f"{classes[0].name} has no forward")
-        given = bind(forward.node, found.call, skip=1, first=found.first)
-        taken = {p: streams[n] for p, value in given.items() if (n := _stream_of(value, streams)) is not None}
+        given = bind(forward.node, found.call, skip=1, first=_leading(repository, method, found))
+        taken = {p: roles[n] for p, value in given.items() if (n := _stream_of(value, roles)) is not None}
         blocks.append(Block(classes[0], *_followed(repository, classes[0], forward, taken)))
-    if len(blocks[0].streams) < 2:
+    if len(set(blocks[0].streams.values())) < len(outside):
         return Lookalike(owner, method.node.name, f"{blocks[0].owner.name} does not take both streams")
     if not blocks[1].streams:
         return Lookalike(owner, method.node.name, f"{blocks[1].owner.name} does not take the joint stream")
-    image_parameter, others = _image_parameter(scope, image, double)
+    image_parameter, others = _image_parameter(scope, streams.image, double)
     if image_parameter is None:
         return Lookalike(owner, method.node.name, "the image stream does not come from a parameter of this method")
-    ids, why = _ids_parameter(scope, double, place, set(roles))
-    order_off = (
-        why if ids is None else _other_spatial(scope, double, single, {image, joint, *_result_names(single)}, others)
-    )
+    place = streams.place if streams.place is not None else _place_inside(blocks[1])
+    ids, why = _ids_parameter(scope, (double, single), place, set(outside))
+    per_token: tuple[str, ...] = ()
+    if ids is not None:
+        taken_in = {dotted(arg.value) or "" for arg in single.call.args} & streams.inside.keys()
+        mixed = {streams.image, *taken_in, *single.results[:1]} - {streams.text}
+        why, per_token = _other_spatial(method, double, single, streams.image, mixed, others)
     return Model(
         owner, method, double.attribute, single.attribute, blocks[0], blocks[1],
-        image_parameter, None if order_off else ids, order_off,
+        image_parameter, None if why else ids, why, () if why else per_token,
     )  # fmt: skip
+
+
+def _leading(repository: Repository, method: Function, found: _Pass) -> int:
+    """Leading arguments of the call that are not the block's: `run(block, flag, x)` where `run(f, flag, *args)`."""
+    if not found.first:
+        return 0
+    wrapper = repository.resolve(found.call.func, method, found.step)
+    if isinstance(wrapper, Function) and isinstance(wrapper.node.params.star_arg, cst.Param):
+        named = len(wrapper.node.params.posonly_params) + len(wrapper.node.params.params) - wrapper.receivers
+        given = next((i for i, arg in enumerate(found.call.args) if arg.keyword is not None), len(found.call.args))
+        return min(named, given)
+    return found.first
+
+
+def _place_inside(block: Block) -> int | None:
+    """Which of the two streams that the block concatenates is the image: 0 the first, 1 the second."""
+    scope = block.forward.scope
+    for call, step in scope.calls:
+        parts = elements(call.args[0].value) if is_call(call, *CONCATENATIONS) and call.args else None
+        if parts is None or len(parts) != 2:
+            continue
+        found = [{block.streams[root] for root in scope.roots(part, step) & block.streams.keys()} for part in parts]
+        if {"image"} in found and {"text"} in found:
+            return found.index({"image"})
+    return None
 
 
 def _followed(
@@ -319,10 +454,6 @@ def _followed(
             if set(taken.values()) == set(streams.values()):
                 return inner, taken
     return forward, streams
-
-
-def _result_names(found: _Pass) -> list[str]:
-    return found.results[:1]
 
 
 def _joint_names(single: _Pass, scope: Scope, joint: str) -> set[str]:
@@ -370,24 +501,45 @@ def _image_parameter(scope: Scope, image: str, double: _Pass) -> tuple[str | Non
     return chosen, roots - {chosen}
 
 
-def _ids_parameter(scope: Scope, double: _Pass, place: int, streams: set[str]) -> tuple[str | None, str]:
+def _ids_parameter(
+    scope: Scope, passes: tuple[_Pass, _Pass], place: int | None, streams: set[str]
+) -> tuple[str | None, str]:
     """The parameter with the image tokens' positions: concatenated with the text's on the way to the blocks."""
-    for arg in double.call.args[double.first :]:
-        if dotted(arg.value) in streams:
-            continue
-        for call, step in scope.calls_behind(arg.value, double.step):
-            parts = elements(call.args[0].value) if is_call(call, *CONCATENATIONS) and call.args else None
-            if parts is None or len(parts) < 2:
+    for found in passes if place is not None else ():
+        joined: list[tuple[int, str]] = []
+        for arg in found.call.args[found.first :]:
+            if dotted(arg.value) in streams:
                 continue
-            found = [scope.roots(part, step) - {scope.receiver} for part in parts]
-            if len(parts) == 2 and all(len(r) == 1 for r in found) and found[0] != found[1]:
-                return next(iter(found[place])), ""
+            for call, step in scope.calls_behind(arg.value, found.step):
+                parts = elements(call.args[0].value) if is_call(call, *CONCATENATIONS) and call.args else None
+                if parts is None or len(parts) != 2:
+                    continue
+                names = [_single_root(scope, part, step) for part in parts]
+                if names[0] is not None and names[1] is not None and names[0] != names[1]:
+                    joined.append((step.index, names[place or 0] or ""))
+        if joined:  # the nearest: what is further away (timestep and guidance, say) makes other inputs
+            return max(joined)[1], ""
     return None, "token order is off: no concatenation of text and image positions was found on the way to the blocks"
 
 
-def _other_spatial(scope: Scope, double: _Pass, single: _Pass, streams: set[str], others: set[str]) -> str:
-    """Why image tokens must not be reordered: something else with one row a token is added to the stream."""
-    last = single.step.index
+def _single_root(scope: Scope, part: cst.BaseExpression, step: Step) -> str | None:
+    """The one parameter that a value comes from; a parameter that may have been bound anew is still that one."""
+    name = dotted(part)
+    if name in scope.parameters and not scope.is_definite(scope.reaching(name, step), step):
+        return name
+    roots = scope.roots(part, step) - {scope.receiver}
+    return next(iter(roots)) if len(roots) == 1 else None
+
+
+def _other_spatial(
+    method: Function, double: _Pass, single: _Pass, image: str, streams: set[str], others: set[str]
+) -> tuple[str, tuple[str, ...]]:
+    """Why image tokens must not be reordered, and the optional parameters that forbid it where they are given.
+
+    Something else with one row a token is added to the stream: a ControlNet's residual, or a mask.
+    """
+    scope, last = method.scope, single.step.index
+    found: list[frozenset[str]] = []
     for name in sorted(streams):
         for binding in scope.bindings.get(name, ()):
             if binding.step.index > last and single.loop not in binding.step.loops:
@@ -396,22 +548,40 @@ def _other_spatial(scope: Scope, double: _Pass, single: _Pass, streams: set[str]
                 continue
             if not isinstance(binding.value, cst.BinaryOperation) and not binding.augmented:
                 continue
-            for operand in _added(binding.value, streams):
-                roots = scope.roots(operand, binding.step) - {scope.receiver}
-                if roots and not _is_broadcast(operand):
-                    names = ", ".join(sorted(roots))
-                    return f"token order is off: {names} may hold one row for each image token, and is not reordered"
+            found += _spatial_roots(scope, binding.value, binding.step, streams)
+    for step in scope.steps[: last + 1] + [s for s in scope.steps[last + 1 :] if single.loop in s.loops]:
+        target = _target(step.node)
+        if isinstance(target, cst.Subscript) and dotted(target.value) in streams:  # stream[:, :n] += residual
+            found += _spatial_roots(scope, step.node.value, step, streams)  # type: ignore[attr-defined]
     for name in sorted(others):
-        for binding in (b for stream in streams for b in scope.bindings.get(stream, ())):
+        for binding in scope.bindings.get(image, ()):
             value = binding.value
             if (
                 value is not None
                 and is_call(value)
                 and binding.step.index < double.step.index
                 and mentions(value, name)
+                and _first_names(value)[:1] != [binding.name]  # more tokens behind the image's: a reference image
             ):
-                return f"token order is off: {name} may hold one row for each image token, and is not reordered"
-    return ""
+                found.append(frozenset({name}))
+    names = frozenset().union(*found)
+    optional = {p.name.value for p in parameters(method.node) if p.default is not None}
+    if names <= optional:
+        return "", tuple(name for name in scope.parameters if name in names)
+    listed = ", ".join(sorted(names))
+    return f"token order is off: {listed} may hold one row for each image token, and is not reordered", ()
+
+
+def _target(node: cst.CSTNode) -> cst.BaseExpression | None:
+    if isinstance(node, cst.Assign):
+        return node.targets[0].target
+    return node.target if isinstance(node, cst.AugAssign) else None
+
+
+def _spatial_roots(scope: Scope, value: cst.BaseExpression, step: Step, streams: set[str]) -> list[frozenset[str]]:
+    """The parameters behind each operand that may differ from token to token."""
+    operands = [operand for operand in _added(value, streams) if not _is_broadcast(operand)]
+    return [roots for operand in operands if (roots := scope.roots(operand, step) - {scope.receiver})]
 
 
 def _added(value: cst.BaseExpression, streams: set[str]) -> list[cst.BaseExpression]:

@@ -155,14 +155,61 @@ def test_gradient_checkpointing() -> None:
     assert "attend(q, k, v, rotation, **chipmunk.layer(self))" in text
 
 
-def test_an_attention_function_of_another_library_is_named_in_the_report() -> None:
-    plan = plan_of(
-        double=variant(
-            DOUBLE, ("from flow.attention import attend", "from flash_attn import flash_attn_func as attend")
-        )
+def with_attention(imported: str, call: str) -> Plan:
+    """The plan where both blocks call another library's function."""
+    line = ("from flow.attention import attend", imported)
+    return plan_of(
+        double=variant(DOUBLE, line, ("attend(q, k, v, rotation)", call)),
+        single=variant(SINGLE, line, ("attend(q, k, v, rotation)", call)),
     )
-    reasons = [site.reason for site in sites(plan, "attention", "left dense")]
-    assert any("flash_attn_func" in reason and "layout" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("imported", "call", "why"),
+    [
+        ("from flash_attn import flash_attn_varlen_func as attend", "attend(q, k, v, 1)", "several sequences in one"),
+        (
+            "from flash_attn.cute import flash_attn_func as attend",
+            "attend(q, k, v)",
+            "more than the attention's output",
+        ),
+        ("import flash_attn_interface", "flash_attn_interface.flash_attn_func(q, k, v)", "more than the attention's"),
+        ("from torch.nn.attention.flex_attention import flex_attention", "flex_attention(q, k, v)", "as a program"),
+    ],
+)
+def test_an_attention_function_that_is_not_handled_is_named_in_the_report(imported: str, call: str, why: str) -> None:
+    plan = with_attention(imported, call)
+    assert "chipmunk.attention" not in after(plan, "flow/double.py")
+    assert [site.file for site in sites(plan, "attention", "left dense") if why in site.reason] == [
+        "flow/double.py",
+        "flow/single.py",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("imported", "call"),
+    [
+        ("from flash_attn import flash_attn_func as attend", "attend(q, k, v, softmax_scale=0.5)"),
+        ("import xformers.ops as xops", "xops.memory_efficient_attention(q, k, v, attn_bias=None)"),
+        ("from sageattention import sageattn", 'sageattn(q, k, v, tensor_layout="HND")'),
+        ("from diffusers.models.attention_dispatch import dispatch_attention_fn", "dispatch_attention_fn(q, k, v)"),
+        ("from somewhere import fast", "fast(q, k, v, self.heads, skip_reshape=True, mask=None)"),
+    ],
+)
+def test_attention_functions_of_other_libraries(imported: str, call: str) -> None:
+    text = after(with_attention(imported, call), "flow/double.py")
+    function, arguments = call.split("(", 1)
+    assert f'chipmunk.attention(chipmunk.layer(self).get("chipmunk_layer"), {function}, {arguments}' in text
+
+
+def test_a_function_of_a_known_name_that_is_something_else_is_looked_into() -> None:
+    own = ATTENTION.replace("attend", "sageattn")
+    plan = plan_of(
+        attention=own,
+        double=variant(DOUBLE, ("import attend", "import sageattn"), ("attend(q", "sageattn(q")),
+        single=variant(SINGLE, ("import attend", "import sageattn"), ("attend(q", "sageattn(q")),
+    )
+    assert "sageattn(q, k, v, rotation, **chipmunk.layer(self))" in after(plan, "flow/double.py")
 
 
 def test_attention_in_pieces_stays() -> None:
@@ -249,12 +296,6 @@ def test_what_only_sizes_the_lists_of_blocks_is_no_block() -> None:
         ("range(joints)", "range(sizes.joints)"),
     )
     assert len(plan_of(model=text).models) == 1
-
-
-def test_a_model_without_a_loop_is_reported() -> None:
-    plan = plan_of(sampling="def sample(*_):\n    pass\n")
-    left = sites(plan, "step-clock", "left dense")
-    assert [(site.file, "no loop" in site.reason) for site in left] == [("flow/model.py", True)]
 
 
 def test_image_first() -> None:

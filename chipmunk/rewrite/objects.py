@@ -1,0 +1,155 @@
+"""Which objects of the repository's classes an attribute may hold: also those that are put in its place later.
+
+A module may leave its work to a processor object, which is given to its constructor or to a setter. Which objects
+users put there is decided when the program runs; every class beside the default one that is called alike may be.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+import libcst as cst
+
+from chipmunk.rewrite.flow import Step
+from chipmunk.rewrite.repository import Class, Function, Module, Repository
+from chipmunk.rewrite.syntax import bind, dotted, last_name, parameters, self_attribute, walk
+
+_DEPTH = 4
+_FILES = 4
+"""A class whose objects are made in more files than this is of general use."""
+_INTERFACE = 3
+"""How many parameters, after the receiver, must have the same names for two classes to be called alike."""
+
+
+@dataclass
+class Held:
+    """What an attribute may hold."""
+
+    methods: list[Function] = field(default_factory=list)
+    """The methods that a call of it runs."""
+    replaceable: bool = False
+    """Whether anything else may be put there: a setter or the constructor takes it from outside."""
+
+
+def held_by(repository: Repository, owner: Class, attribute: str, method: str | None, builder: Module) -> Held:
+    """The methods that `self.<attribute>(…)` may run in a method of `owner`, or `self.<attribute>.<method>(…)`.
+
+    builder: the file of the block that the owner's objects are built for.
+    """
+    search = _Search(repository, owner, builder)
+    classes = list(repository.classes_in(owner, attribute))
+    held = Held()
+    for value, function, step in repository.values_of(owner, attribute):
+        for name in _parameters_in(value, function, step):
+            held.replaceable = True
+            classes += [found for found in search.given_for(function, name, 0) if found not in classes]
+    for found in classes:
+        run = _method(repository, found, method)
+        if run is not None and run not in held.methods:
+            held.methods.append(run)
+    if held.replaceable and method is None and not _is_general(repository, owner):
+        held.methods += _called_alike(repository, held.methods)
+    return held
+
+
+def _is_general(repository: Repository, owner: Class) -> bool:
+    """Whether objects of the class are made in so many files that the processors beside it are for others too."""
+    call = re.compile(rb"\b" + owner.name.encode() + rb"\(")
+    found = (path for path, content in repository.files.items() if call.search(content))
+    return sum(1 for _ in zip(found, range(_FILES + 1), strict=False)) > _FILES
+
+
+def _method(repository: Repository, owner: Class, name: str | None) -> Function | None:
+    names = ("forward", "__call__") if name is None else (name,)
+    return next((found for n in names if (found := repository.method(owner, n)) is not None), None)
+
+
+def _parameters_in(value: cst.CSTNode, function: Function, step: Step) -> list[str]:
+    """The parameters of the function that the value may be, as they were given."""
+    scope, names = function.scope, [name for node in walk(value) if (name := dotted(node)) is not None]
+    return [n for n in names if n in scope.parameters[1:] and not scope.is_definite(scope.reaching(n, step), step)]
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search for the classes of the objects that are given to an object of `owner`."""
+
+    repository: Repository
+    owner: Class
+    builder: Module
+
+    def given_for(self, function: Function, parameter: str, depth: int) -> list[Class]:
+        """The classes whose objects are given to a parameter of one of the owner's methods."""
+        name = function.node.name.value
+        callers = [caller for c in self.repository.bases(self.owner) for caller in c.methods.values()]
+        calls = [(call, caller, step) for caller in callers for call, step in caller.scope.calls]
+        calls = [found for found in calls if self_attribute(found[0].func, found[1].scope.receiver) == name]
+        if name == "__init__":
+            calls = []
+            for module in dict.fromkeys((self.builder, self.owner.module)):
+                calls += [(call, f, step) for f in module.all_functions() for call, step in f.scope.calls]
+            calls = [found for found in calls if self._builds_owner(*found)]
+        found: list[Class] = []
+        for call, caller, step in calls:
+            argument = bind(function.node, call, skip=function.receivers).get(parameter)
+            if argument is not None:
+                found += self._classes_of(argument, caller, step, depth)
+        return found
+
+    def _builds_owner(self, call: cst.Call, caller: Function, step: Step) -> bool:
+        if last_name(call.func) not in (self.owner.name, *caller.module.aliases):
+            return False
+        return self.repository.resolve(call.func, caller, step) is self.owner
+
+    def _classes_of(self, value: cst.CSTNode, function: Function, step: Step, depth: int) -> list[Class]:
+        """The classes that a value may be an object of."""
+        if depth > _DEPTH:
+            return []
+        if isinstance(value, cst.Call):
+            meaning = self.repository.resolve(value.func, function, step)
+            if meaning is None and (name := self_attribute(value.func, function.scope.receiver)) is not None:
+                meaning = _class_attribute(self.repository, self.owner, name)
+            return [meaning] if isinstance(meaning, Class) else []
+        if isinstance(value, cst.IfExp):
+            return [c for part in (value.body, value.orelse) for c in self._classes_of(part, function, step, depth + 1)]
+        name = dotted(value)
+        if name is None:
+            return []
+        bindings = function.scope.reaching(name, step)
+        if name in function.scope.parameters and not function.scope.is_definite(bindings, step):
+            given = self.given_for(function, name, depth + 1)
+            if given:  # else what is put in its place where nothing is given
+                return given
+        values = [(binding.value, binding.step) for binding in bindings if binding.value and not binding.path]
+        return [c for inner, at in values for c in self._classes_of(inner, function, at, depth + 1)]
+
+
+def _class_attribute(repository: Repository, owner: Class, name: str) -> Class | None:
+    """The class that a class's own attribute is another name for: `default = Processor` in its body."""
+    for current in repository.bases(owner):
+        for statement in current.node.body.body:
+            for small in statement.body if isinstance(statement, cst.SimpleStatementLine) else ():
+                if isinstance(small, cst.Assign) and dotted(small.targets[0].target) == name:
+                    meaning = repository.resolve(small.value, current.module)
+                    if isinstance(meaning, Class):
+                        return meaning
+    return None
+
+
+def _called_alike(repository: Repository, known: list[Function]) -> list[Function]:
+    """Methods of other classes, in the files of those known, that can be called in the same way."""
+    found: list[Function] = []
+    for function in list(known):
+        wanted = _leading(function)
+        for owner in function.module.classes.values():
+            other = _method(repository, owner, None)
+            if other is None or other in known or other in found or len(wanted) < _INTERFACE:
+                continue
+            if _leading(other) == wanted:
+                found.append(other)
+    return found
+
+
+def _leading(function: Function) -> list[str]:
+    return [p.name.value for p in parameters(function.node)[1:]][:_INTERFACE]
