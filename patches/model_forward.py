@@ -12,6 +12,7 @@ import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.loops import timestep_parameter
 from chipmunk.rewrite.minimal import MODEL, variant
 from chipmunk.rewrite.roles import Model
 
@@ -23,11 +24,14 @@ VERSION = "1"
 def rule(context: Context) -> None:
     for found in context.roles.lookalikes:
         context.left_dense(found.owner.source, found.node, found.reason, matched=f"class {found.owner.name}")
-    for model in context.models:
-        _mark(context, model)
+    for index, model in enumerate(context.models):
+        timesteps = None
+        if context.sampling.leaves_calls(index):
+            timesteps = timestep_parameter(context.repository, model)
+        _mark(context, model, timesteps)
 
 
-def _mark(context: Context, model: Model) -> None:
+def _mark(context: Context, model: Model, timesteps: str | None) -> None:
     source, function = model.owner.source, model.forward.node
     matched = f"{model.name}.{function.name.value}"
     for decorator in function.decorators:
@@ -38,6 +42,8 @@ def _mark(context: Context, model: Model) -> None:
     options = [f'double="{model.double}"', f'single="{model.single}"', f'image="{model.image}"']
     if model.ids is not None:
         options.append(f'ids="{model.ids}"')
+    if timesteps is not None:
+        options.append(f'timesteps="{timesteps}"')
     first: cst.CSTNode = function.decorators[0] if function.decorators else function
     start = source.span(first)[0]
     indentation = source.indentation(first)
@@ -90,6 +96,13 @@ EXAMPLES = (
         None,
     ),
     Example("a model", "flow/model.py", MODEL, variant(MODEL, _IMPORT, (_FORWARD, _MARK + _FORWARD))),
+    Example(
+        "no loop in the repository calls the model: its timestep counts the steps",
+        "flow/model.py",
+        MODEL,
+        variant(MODEL, _IMPORT, (_FORWARD, _MARK.replace("\n    )", ', timesteps="time"\n    )') + _FORWARD)),
+        {"flow/sampling.py": ""},
+    ),
     Example(
         "a residual with one row for each image token: image tokens keep their order",
         "flow/model.py",

@@ -7,6 +7,7 @@ from functools import cached_property
 import libcst as cst
 
 from chipmunk.rewrite.flow import Step
+from chipmunk.rewrite.loops import Loops, find_loops
 from chipmunk.rewrite.plan import LoopFacts, Site, SiteStatus
 from chipmunk.rewrite.repository import External, Function, Module, Repository
 from chipmunk.rewrite.roles import Model, Roles
@@ -44,6 +45,11 @@ class Context:
         values = Values(self.repository, self.models)
         values.grow()
         return values
+
+    @cached_property
+    def sampling(self) -> Loops:
+        """The loops that call the models; worked out when first asked for."""
+        return find_loops(self)
 
     # Reporting
 

@@ -22,7 +22,13 @@ from chipmunk.rewrite.syntax import bind, dotted, elements, is_call, last_name, 
 ARGS = "args:"
 _PARSING = ("parse_args", "parse_known_args")
 _SAME_OBJECT = {"to", "eval", "train", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "type", "to_empty"}
-_WRAPPERS = {"compile", "DataParallel", "DistributedDataParallel", "FSDP", "FullyShardedDataParallel", "prepare"}
+_WRAPPERS = {
+    "compile", "DataParallel", "DistributedDataParallel", "FSDP", "FullyShardedDataParallel", "partial", "prepare",
+    "unwrap_model",
+}  # fmt: skip
+_INSIDE = {"module", "_orig_mod"}
+"""Attributes under which wrappers hold what they wrap."""
+_SETTING = {"setattr", "add_module", "register_module", "__setattr__"}
 
 Value = frozenset[str] | tuple["Value", ...]
 NOTHING: frozenset[str] = frozenset()
@@ -197,11 +203,9 @@ class Values:
         for name, bindings in scope.bindings.items():
             if function is not None and function.owner is not None and name.startswith(scope.receiver + "."):
                 for binding in bindings:
-                    labels = self._bound(binding, place)
-                    if labels:
-                        attribute = name.split(".", 1)[1]
-                        self._hot.add(attribute)
-                        self._give(self.attributes, (id(function.owner), attribute), labels)
+                    annotation = binding.step.node.annotation if isinstance(binding.step.node, cst.AnnAssign) else None
+                    labels = self._bound(binding, place) | self._annotated(annotation, place)
+                    self._set_attribute(function.owner, name.split(".", 1)[1], labels)
             elif function is None and any(self._bound(binding, place) for binding in bindings):
                 self._hot.add(name)  # a global
         for step in scope.steps:
@@ -212,6 +216,7 @@ class Values:
         for call, step in scope.calls:
             if call.args:
                 self._pass(call, step, place)
+                self._register(call, step, place)
 
     def _returns(self, function: Function, value: Value) -> None:
         merged = _merge(self.returns.get(id(function), NOTHING), value)
@@ -221,6 +226,23 @@ class Values:
             self._hot.add(function.node.name.value)
             if function.owner is None:
                 self._learn(function.node.name.value, function.module)
+
+    def _set_attribute(self, owner: Class, attribute: str, labels: frozenset[str]) -> None:
+        if labels:
+            self._hot.add(attribute)
+            self._give(self.attributes, (id(owner), attribute), labels)
+
+    def _register(self, call: cst.Call, step: Step, place: Place) -> None:
+        """`self.register(a=a)` sets `self.a`, if the method is another library's, or sets attributes by name."""
+        function = place.function
+        method = self_attribute(call.func, place.scope.receiver)
+        if method is None or function is None or function.owner is None:
+            return
+        named = [(arg.keyword.value, arg.value) for arg in call.args if arg.keyword is not None]
+        own = self.repository.method(function.owner, method) if named else None
+        if own is None or not _SETTING.isdisjoint(own.scope.words):
+            for attribute, value in named:
+                self._set_attribute(function.owner, attribute, _labels(self.value(value, step, place)))
 
     def _pass(self, call: cst.Call, step: Step, place: Place) -> None:
         """Hand labels from the call's arguments to the callee's parameters."""
@@ -310,6 +332,8 @@ class Values:
                 labels: Value = frozenset({args_label(node)})
                 return labels if node.func.attr.value == "parse_args" else (labels, NOTHING)
         if name in _WRAPPERS and node.args:
+            if name == "prepare" and len(node.args) > 1:
+                return tuple(self.value(arg.value, step, place, depth + 1) for arg in node.args)
             return self.value(node.args[0].value, step, place, depth + 1)
         return NOTHING
 
@@ -336,7 +360,32 @@ class Values:
             # A global of the module, as it is when the module has run.
             for binding in place.module.scope.bindings.get(name, ()):
                 found = _merge(found, self._bound(binding, Place(place.module, None), depth + 1))
+        if isinstance(node, cst.Attribute) and not _any(found):
+            if node.attr.value in _INSIDE:
+                return self.value(node.value, step, place, depth + 1)
+            for owner in self._classes_of(node.value, step, place):
+                for base in self.repository.bases(owner):
+                    found = _merge(found, self.attributes.get((id(base), node.attr.value), NOTHING))
         return found
+
+    def _classes_of(self, node: cst.BaseExpression, step: Step, place: Place) -> Iterator[Class]:
+        """The repository's classes whose object a name may stand for: by its annotation, or its construction."""
+        name = dotted(node)
+        if name is None or "." in name:
+            return
+        bindings = place.scope.reaching(name, step)
+        meanings = [
+            self.repository.resolve(binding.value.func, place.names, binding.step)
+            for binding in bindings
+            if isinstance(binding.value, cst.Call) and not binding.path
+        ]
+        if place.function is not None and not place.scope.is_definite(bindings, step):
+            for parameter in parameters(place.function.node):
+                if parameter.name.value == name and parameter.annotation is not None:
+                    annotated = parameter.annotation.annotation
+                    said = dotted(annotated) or _quoted(annotated)
+                    meanings.append(self.repository.resolve(said, place.module) if said else None)
+        yield from (meaning for meaning in meanings if isinstance(meaning, Class))
 
     def _bound(self, binding: Binding, place: Place, depth: int = 0) -> frozenset[str]:
         value = self.value(binding.value, binding.step, place, depth + 1)
