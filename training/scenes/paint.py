@@ -141,8 +141,9 @@ def circle(x: Tensor, y: Tensor, radius: Tensor | float) -> Tensor:
 
 def ellipse(x: Tensor, y: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
     """Half axes a and b; a first-order distance, exact at the edge."""
+    x = x + 1e-9  # the middle has a distance too
     reach = ((x / a) ** 2 + (y / b) ** 2).sqrt()
-    slope = ((x / a**2) ** 2 + (y / b**2) ** 2).sqrt().clamp(min=1e-6)
+    slope = ((x / a**2) ** 2 + (y / b**2) ** 2).sqrt()
     return reach * (reach - 1) / slope
 
 
