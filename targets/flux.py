@@ -263,7 +263,7 @@ def run_loop(
     For `cfg`, `given` also holds the other prompt as `neg_txt`, `neg_txt_ids` and `neg_vec`.
     """
     accepted = inspect.signature(function).parameters
-    arguments: dict[str, Any] = {model_parameter: model, **given, "timesteps": list(timesteps), "guidance": 3.5}
+    arguments: dict[str, Any] = {"guidance": 3.5, model_parameter: model, **given, "timesteps": list(timesteps)}
     if variant != "channels":
         arguments.pop("img_cond", None)
     if variant == "cfg":
@@ -335,8 +335,12 @@ class Pipeline:
         self.decodes = self.encodes or autoencoder is not None
         spec = self._util.configs[self.name]
         self.prompts: tuple[str, ...] = tuple(getattr(self._util, "example_prompts", ())) or _PROMPTS
-        self.size: tuple[int, int] = tuple(getattr(self._util, "picture_size", (512, 512)))
+        self.size: tuple[int, int] = (getattr(spec, "width", 512), getattr(spec, "height", 512))
         """Width and height, pixels."""
+        self.token_size: int = getattr(spec, "token_size", 16)
+        """Pixels along one side of a token."""
+        self._guidance: float = getattr(spec, "guidance", 3.5)
+        self._sized = {"token_size": self.token_size} if hasattr(spec, "token_size") else {}
         self.weights = "random" if getattr(spec, "ckpt_path", None) is None else "of the repository"
 
     def model(self, device: str) -> nn.Module:
@@ -344,14 +348,14 @@ class Pipeline:
         model: nn.Module = self._util.load_flow_model(self.name, device=device)
         return model
 
-    def inputs(self, model: nn.Module, prompt: str, seed: int, width: int, height: int) -> dict[str, Tensor]:
+    def inputs(self, model: nn.Module, prompt: str, seed: int, width: int, height: int) -> dict[str, Any]:
         """Arguments of the sampling loop for a picture of `width` x `height` pixels."""
         weight = model.get_parameter("img_in.weight")
         given = (height, width, weight.device, weight.dtype)
-        noise = self._sampling.get_noise(1, *given, seed=seed)
+        noise = self._sampling.get_noise(1, *given, seed=seed, **self._sized)
         encoders = (self._util.load_t5(self.name), self._util.load_clip(self.name))
-        arguments: dict[str, Tensor] = self._sampling.prepare(*encoders, noise, prompt=prompt)
-        return arguments
+        arguments: dict[str, Any] = self._sampling.prepare(*encoders, noise, prompt=prompt)
+        return {**arguments, "guidance": self._guidance}
 
     def times(self, steps: int, tokens: int) -> list[float]:
         """From 1 (noise) to 0 (picture)."""
@@ -372,21 +376,23 @@ class Pipeline:
             autoencoder.load_state_dict(load_file(self._autoencoder), strict=True)
             autoencoder = autoencoder.to(latents.device).eval()
         with torch.no_grad():
-            pixels = autoencoder.decode(self._sampling.unpack(latents.float(), height, width)).float()
+            unpacked = self._sampling.unpack(latents.float(), height, width, **self._sized)
+            pixels = autoencoder.decode(unpacked).float()
         levels: Tensor = pixels.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
         return levels.permute(0, 2, 3, 1).contiguous().cpu()
 
 
 _PROMPTS = (
-    "a red circle above a blue square",
-    "a green triangle on a yellow ground",
-    "a chipmunk in a red scarf",
-    "a house beside a tall tree at night",
-    "three white stars over the sea",
-    "a yellow sun and a purple hill",
-    "two orange squares on grass",
-    "a black cat on a blue chair",
+    "a happy chipmunk with a red scarf on a meadow",
+    "a white boat on the sea with hills at night clear sky the moon in the middle",
+    "a big blue ball and a small yellow cube and a big red vase on a wooden table before a grey wall",
+    "a sleepy fox with a blue scarf and glasses in the snow",
+    "a big red house on the left and two pine trees on a meadow with mountains by day cloudy sky",
+    "two big striped orange fish swimming left in the clear sea with seaweed and bubbles",
+    "three green apples on a checked table before a striped pink wall",
+    "a photograph of a cat",
 )
+"""In the words that the starter's model was trained with."""
 
 
 def pipeline(load: Callable[[str], Any], model_file: str, autoencoder: str | None = None) -> Pipeline | None:

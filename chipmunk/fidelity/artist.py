@@ -55,9 +55,9 @@ class Artist:
 
     # Drawing.
 
-    def draw(self, picture: Picture, steps: int, what: str) -> tuple[Drawing, Recording]:
-        """Draw a picture and note what the model did."""
-        with recording(self.model, len(self.blocks)) as recorded:
+    def draw(self, picture: Picture, steps: int, what: str, watched: bool = False) -> tuple[Drawing, Recording]:
+        """Draw a picture and note what the model did. watched: by hooks on the blocks."""
+        with recording(self.model, self.blocks, watched) as recorded:
             drawing = self.studio.draw(picture, steps, decode=False)
         if self.studio.decodes:
             drawing.pixels = self.studio.pipeline.decode(drawing.latents[-1], self.studio.width, self.studio.height)
@@ -108,6 +108,8 @@ class Artist:
             "step_seconds": recorded.step_seconds(),
             "kinds": [flops.kind(call) for call in recorded.calls],
         }
+        if cost is None:  # which blocks ran: the patched side counts what they cost
+            found["ran"] = [sorted(call) for call in recorded.calls]
         if len(ours) == len(dense.latents):
             found["steps"] = [compare(*pair) for pair in zip(dense.latents, ours, strict=True)]
         if drawing.pixels is not None and dense.pixels is not None:
@@ -118,8 +120,16 @@ class Artist:
             found["sparsifiable_flops"] = sum(cost.sparsifiable(call) for call in recorded.calls)
         return found
 
-    def variant(self, variant: Variant, cost: ModelCost | None) -> Result:
-        """All pictures of one variant."""
+    def rival(self, variant: Variant) -> Result:
+        """All pictures of a variant of another library's."""
+        from chipmunk.fidelity.cache_dit import cached
+
+        facts, steps = self.spec.facts, variant.steps or self.spec.steps
+        with cached(self.model, facts.double, facts.single, steps, variant.settings or {}) as prepare:
+            return self.variant(variant, None, prepare)
+
+    def variant(self, variant: Variant, cost: ModelCost | None, prepare: Callable[[], object] = lambda: None) -> Result:
+        """All pictures of one variant. prepare: to be called before each."""
         steps = variant.steps or self.spec.steps
         if variant.config is not None:
             chipmunk.enable(self.model, variant.config)
@@ -127,7 +137,9 @@ class Artist:
             self.draw(self.pictures[0], steps, f"{variant.name}: compiling")
         results = []
         for index, picture in enumerate(self.pictures):
-            drawing, recorded = self.draw(picture, steps, f"{variant.name}: picture {index + 1}")
+            prepare()
+            what = f"{variant.name}: picture {index + 1}"
+            drawing, recorded = self.draw(picture, steps, what, watched=variant.method == "cache-dit")
             results.append(self.measure(index, drawing, recorded, cost))
             if drawing.pixels is not None:
                 self.pixels[f"{variant.name}/{index}"] = drawing.pixels
@@ -191,6 +203,8 @@ def _notes(results: Sequence[Result], counted: Any) -> list[str]:
         ("started over", counted.restarts),
     ):
         found += [f"{title}: {reason} ({count})" for reason, count in counts.items()]
+    if counted.no_step_caching is not None:
+        found.append(f"no steps are skipped: {counted.no_step_caching}")
     kinds = {kind for result in results for kind in result["kinds"]}
     if not any("sparse" in kind or kind == "skipped" for kind in kinds):
         found.append("no step was sparse: at this size rounding keeps everything, or the loop is too short")

@@ -10,18 +10,24 @@ from chipmunk.fidelity.spec import Variant
 FEWER = (0.8, 0.65, 0.5, 0.35, 0.25)
 """Fractions of the steps that the dense model is given."""
 
+_FINE_KEYS, _FINE_NEURONS = {"counts_multiple_of": 16}, {"counts_multiple_of": 64}
 SPARSE: dict[str, dict[str, Any]] = {
     "sparse, keep more": {"attn": {"top_keys": 0.35}, "mlp": {"top_keys": 0.5}},
     "sparse": {},
-    "sparse, keep less": {"attn": {"top_keys": 0.08}, "mlp": {"top_keys": 0.15}},
-    "sparse, keep less, full every 20": {
-        "attn": {"top_keys": 0.08, "full_step_every": 20},
-        "mlp": {"top_keys": 0.15, "full_step_every": 20},
+    "sparse, keep less": {"attn": {"top_keys": 0.1, **_FINE_KEYS}, "mlp": {"top_keys": 0.2, **_FINE_NEURONS}},
+    "sparse, keep least": {
+        "attn": {"top_keys": 0.05, "full_step_every": 20, **_FINE_KEYS},
+        "mlp": {"top_keys": 0.1, "full_step_every": 20, **_FINE_NEURONS},
     },
 }
+"""Small models need counts that are multiples of less: rounding to whole tiles would undo the difference."""
 
 ADAPTIVE = (0.75, 0.6, 0.5, 0.4, 0.3)
 """Fractions of the steps that are computed."""
+
+
+THRESHOLDS = (0.04, 0.08, 0.16, 0.24, 0.4)
+"""Of cache-dit: relative change of the first block's residual up to which a step is not computed."""
 
 
 def comparison(steps: int, python: str) -> tuple[Variant, ...]:
@@ -56,10 +62,25 @@ def comparison(steps: int, python: str) -> tuple[Variant, ...]:
 
 
 def cache_dit() -> list[Variant]:
-    """cache-dit's DBCache with thresholds around its own default, without and with TaylorSeer."""
-    return []
+    """cache-dit's DBCache with thresholds around its own default of 0.08, without and with TaylorSeer.
+
+    One block decides and is always computed (F1B0, the fastest of its presets); four steps warm up, as in Chipmunk's
+    adaptive mode.
+    """
+    base = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 4}
+    return [
+        Variant(
+            f"{family}, {threshold:g}",
+            method="cache-dit",
+            settings={**base, **more, "residual_diff_threshold": threshold},
+            family=family,
+        )
+        for family, more in (("cache-dit", {}), ("cache-dit TaylorSeer", {"taylorseer_order": 1}))
+        for threshold in THRESHOLDS
+    ]
 
 
 def _has_cache_dit(python: str) -> bool:
-    probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec('cache_dit') is None)"
+    names = "('cache_dit', 'diffusers', 'transformers')"
+    probe = f"import importlib.util as u, sys; sys.exit(any(u.find_spec(n) is None for n in {names}))"
     return subprocess.run([python, "-c", probe], check=False).returncode == 0

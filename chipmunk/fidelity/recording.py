@@ -42,8 +42,11 @@ class Recording:
 
 
 @contextmanager
-def recording(model: nn.Module, layers: int) -> Iterator[Recording]:
-    """Note each call of `model`, which has so many `layers`."""
+def recording(model: nn.Module, blocks: list[nn.Module], watched: bool = False) -> Iterator[Recording]:
+    """Note each call of `model`.
+
+    watched: note which blocks ran by hooks on them, where it is another library that leaves them out.
+    """
     found = Recording()
     cuda = next(model.parameters()).is_cuda
     ran: dict[int, LayerCall] = {}
@@ -64,8 +67,9 @@ def recording(model: nn.Module, layers: int) -> Iterator[Recording]:
         found.marks[-1] = (found.marks[-1][0], now())
         counted = statistics(model)
         dense = sum(counted.dense_model_calls.values())
-        if not counted.enabled or dense != dense_calls[0]:  # the whole call was dense: no layer was noted
-            found.calls.append({index: LayerCall() for index in range(layers)})
+        if not watched and (not counted.enabled or dense != dense_calls[0]):
+            # the whole call was dense: no layer was noted
+            found.calls.append({index: LayerCall() for index in range(len(blocks))})
         else:
             found.calls.append(dict(ran))
         dense_calls[0] = dense
@@ -80,6 +84,8 @@ def recording(model: nn.Module, layers: int) -> Iterator[Recording]:
 
     dense_calls[0] = sum(statistics(model).dense_model_calls.values())
     handles = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
+    for number, block in enumerate(blocks if watched else []):
+        handles.append(block.register_forward_pre_hook(lambda *_, number=number: ran.update({number: LayerCall()})))
     model_call._record = noted
     start = time.perf_counter()
     try:

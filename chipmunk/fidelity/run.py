@@ -14,6 +14,7 @@ from chipmunk import config as configuration
 from chipmunk import registry
 from chipmunk.apply.errors import quoted
 from chipmunk.fidelity import metrics
+from chipmunk.fidelity.flops import DENSE, LayerCall, LayerShape, ModelCost
 from chipmunk.fidelity.report import FIGURES, FidelityError, FidelityReport, mean
 from chipmunk.fidelity.spec import Spec, Variant
 from chipmunk.rewrite.plan import ModelFacts, Plan, Site
@@ -125,7 +126,8 @@ def run(root: Path, options: FidelityOptions, progress: Progress | None = None) 
     with tempfile.TemporaryDirectory(prefix="chipmunk-fidelity-") as folder:
         work = Path(folder).resolve()
         prepared = prepare(root, options, work)
-        variants = (*config_variants(options.configs, prepared.root), *options.variants)
+        configs = config_variants(options.configs, prepared.root) if options.configs or not options.variants else []
+        variants = (*configs, *options.variants)
         dense = tuple(variant for variant in variants if variant.config is None)
         sparse = tuple(variant for variant in variants if variant.config is not None)
         theirs = work_on(replace(prepared.original, variants=dense), prepared, options, progress)
@@ -199,15 +201,17 @@ def _joined(
     dense = dict(theirs["dense"])
     dense["flops"] = cost["dense_call"] * len(dense["pictures"][0]["step_seconds"])
     dense["sparsifiable_flops"] = cost["dense_sparsifiable_call"] * len(dense["pictures"][0]["step_seconds"])
+    whole = ModelCost(tuple(LayerShape(**layer) for layer in cost["layers"]), tuple(cost["blocks"]), cost["outside"])
     found = []
     for variant in variants:
         result = {**theirs["variants"], **ours["variants"]}[variant.name]
         for picture in result["pictures"]:
-            if "flops" not in picture:  # a dense variant: every call costs the same
-                calls = len(picture["kinds"])
-                picture["call_flops"] = [cost["dense_call"]] * calls
-                picture["flops"] = cost["dense_call"] * calls
-                picture["sparsifiable_flops"] = cost["dense_sparsifiable_call"] * calls
+            if "ran" in picture:  # drawn by the original's process, which does not know what a block costs
+                calls = [dict.fromkeys(layers, DENSE) for layers in picture.pop("ran")]
+                picture["call_flops"] = [whole.whole(call) for call in calls]
+                picture["flops"] = sum(picture["call_flops"])
+                picture["sparsifiable_flops"] = sum(whole.sparsifiable(call) for call in calls)
+                picture["kinds"] = [_kind(call, len(whole.blocks)) for call in calls]
         found.append({"name": variant.name, "family": variant.family, "config": variant.config, **result})
     notes = [*theirs["notes"], *ours["notes"]]
     if options.device == "cpu":
@@ -227,6 +231,11 @@ def _joined(
         "variants": found,
         "notes": list(dict.fromkeys(notes)),
     }
+
+
+def _kind(calls: Mapping[int, LayerCall], layers: int) -> str:
+    """Of a call of a dense model from which another library may leave blocks out."""
+    return "dense/dense" if len(calls) == layers else "mostly skipped" if calls else "skipped"
 
 
 def _pictures(results: dict[str, Any], work: Path, output: Path | None) -> dict[str, str]:

@@ -66,7 +66,6 @@ class Spec:
     text_tokens: int = 512
     """Where the target knows no text encoder."""
     steps: int = 50
-    guidance: float | None = None
     prompts: tuple[str, ...] = ()
     count: int = 2
     """How many of the target's own prompts, where none are given."""

@@ -57,6 +57,7 @@ class Studio(Subject):
             self.notes.append("no sampling loop of the repository can be run by itself: plain Euler steps were made")
         width, height = self.pipeline.size if self.pipeline is not None else (512, 512)
         self.width, self.height = spec.width or width, spec.height or height
+        self.token_size: int = 16 if self.pipeline is None else self.pipeline.token_size
 
     @property
     def subject_model(self) -> nn.Module:
@@ -104,14 +105,14 @@ class Studio(Subject):
         prompts = self.order.prompts or tuple(known)[: self.order.count]
         return [Picture(prompt, seed) for seed in self.order.seeds for prompt in prompts]
 
-    def inputs(self, picture: Picture) -> dict[str, Tensor]:
+    def inputs(self, picture: Picture) -> dict[str, Any]:
         """Arguments of the sampling loop: the noise by the seed, the conditioning by the prompt."""
         if self.encodes:
-            found: dict[str, Tensor] = self.pipeline.inputs(
+            found: dict[str, Any] = self.pipeline.inputs(
                 self.subject_model, picture.prompt, picture.seed, self.width, self.height
             )
             return found
-        size = (1, self.height // 16, self.width // 16, self.order.text_tokens)
+        size = (1, self.height // self.token_size, self.width // self.token_size, self.order.text_tokens)
         conditioning = torch.Generator().manual_seed(zlib.crc32(picture.prompt.encode()))
         given: dict[str, Tensor] = self.target.inputs(self.subject_model, *size, conditioning)
         noise = torch.Generator().manual_seed(picture.seed)
@@ -128,7 +129,7 @@ class Studio(Subject):
 
     def tokens(self) -> int:
         """Image tokens of a picture."""
-        return (self.height // 16) * (self.width // 16)
+        return (self.height // self.token_size) * (self.width // self.token_size)
 
     def draw(self, picture: Picture, steps: int, decode: bool = True) -> Drawing:  # type: ignore[override]
         """Draw one picture with the repository's own loop."""

@@ -13,6 +13,7 @@ from chipmunk.fidelity.metrics import CAP
 from chipmunk.fidelity.report import FidelityReport, Summary, covered, step_kinds
 
 _STEPS_SHOWN = 8
+_VARIANTS_SHOWN = 4
 
 
 def report_tables(report: FidelityReport) -> Iterable[RenderableType]:
@@ -71,8 +72,11 @@ def _summaries(report: FidelityReport) -> Table:
 def _kinds(report: FidelityReport) -> Table:
     table = _table("attention/MLP", "steps", "FLOPs", "ms", "attention mass", "MLP change")
     dense = report.results["cost"]["dense_call"]
-    for variant in report.results["variants"]:
-        if len(report.results["variants"]) > 1:
+    variants = [variant for variant in report.results["variants"] if variant["config"] is not None]
+    if len(variants) > _VARIANTS_SHOWN:  # one of each family
+        variants = [*{variant["family"]: variant for variant in reversed(variants)}.values()][::-1]
+    for variant in variants:
+        if len(variants) > 1:
             table.add_section()
             table.add_row(Text(variant["name"], style="italic"))
         for kind, found in step_kinds(variant).items():

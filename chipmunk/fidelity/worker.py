@@ -42,7 +42,8 @@ def original(spec: Spec) -> dict[str, Any]:
             artist.pixels[f"dense/{index}"] = drawing.pixels
     found: dict[str, Any] = {"variants": {}}
     for variant in spec.variants:
-        found["variants"][variant.name] = artist.variant(variant, None)
+        draw = artist.rival(variant) if variant.method == "cache-dit" else artist.variant(variant, None)
+        found["variants"][variant.name] = draw
     found["dense"] = {
         "pictures": [
             {
@@ -69,6 +70,7 @@ def patched(spec: Spec) -> dict[str, Any]:
             "dense_call": cost.dense,
             "dense_sparsifiable_call": cost.dense_sparsifiable,
             "outside": cost.outside,
+            "blocks": cost.blocks,
             "layers": [asdict(layer) for layer in cost.layers],
         },
     }

@@ -209,10 +209,14 @@ def _curve(results: Data, families: Sequence[str], by: str) -> Data | None:
     base = 1.0 if by == "flops" else dense_seconds[len(dense_seconds) // 2]
     series = []
     for number, family in enumerate(families):
-        of_family = [variant for variant in variants if variant["family"] == family]
+        of_family = [v for v in variants if v["family"] == family and _fidelity(v) < CAP]
+        if not of_family:  # all the same as dense, to the bit
+            continue
         rows = sorted((100 * v["summary"][by] / base, _fidelity(v), v["name"]) for v in of_family)
         titles = tuple(f"{name}: {cost:.0f}% of dense, {value:.1f} dB" for cost, value, name in rows)
         series.append(charts.Series(family, tuple((c, f) for c, f, _ in rows), number, True, titles))
+    if not series:
+        return None
     highest = max(y for line in series for _, y in line.points)
     levels = [
         charts.Level(f"dense, {name}", value)

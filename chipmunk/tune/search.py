@@ -37,6 +37,10 @@ LADDERS: dict[str, tuple[Setting, ...]] = {
     "step caching": tuple(map(_caching, (None, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3))),
     "neurons kept": _ladder("mlp.top_keys", values=(0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1)),
     "keys kept": _ladder("attn.top_keys", values=(0.6, 0.45, 0.35, 0.25, 0.165, 0.12, 0.08, 0.05)),
+    "counts kept": (
+        {"mlp.counts_multiple_of": 256, "attn.counts_multiple_of": 112},
+        {"mlp.counts_multiple_of": 64, "attn.counts_multiple_of": 16},
+    ),
     "full step every": _ladder("mlp.full_step_every", "attn.full_step_every", values=(4, 5, 7, 10, 14, 20)),
     "neurons chosen every": _ladder("mlp.block_mask_cache", values=(1, 2, 4)),
     "keys chosen": _ladder("attn.recompute_mask", values=(True, False)),
