@@ -1,8 +1,10 @@
 """Send the image MLP of the double blocks through Chipmunk.
 
-The MLP is the attribute that is built as Linear, GELU (tanh), Linear, and whose result flows into the image stream that
-the block returns, and not into the text stream. Only the call changes, never the arithmetic around it. The text MLP
-stays dense: it is small. An MLP that sees only some of the tokens stays dense.
+The MLP is the attribute that is built as Linear, activation, Linear (GELU, or SwiGLU: the first linear makes a gate and
+a value), be it a Sequential or a class of the repository's own, whose forward is read; and whose result flows into the
+image stream that the block returns, and not into the text stream. It may be called in the block's forward, in a method
+or helper, or in a processor object that is given the block. Only the call changes, never the arithmetic around it. The
+text MLP stays dense: it is small. An MLP that sees only some of the tokens stays dense.
 """
 
 from __future__ import annotations
@@ -14,14 +16,15 @@ import libcst as cst
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Scope, Step, value_names
-from chipmunk.rewrite.layers import built_as_tanh_gelu_mlp
+from chipmunk.rewrite.layers import Mlp, mlp_built
 from chipmunk.rewrite.minimal import DOUBLE, variant
+from chipmunk.rewrite.reach import Attribute, Reached, reached_from
 from chipmunk.rewrite.roles import Block
-from chipmunk.rewrite.syntax import elements, is_call, self_attribute, walk
+from chipmunk.rewrite.syntax import is_call, walk
 
 NAME = "double-mlp"
 API = 1
-VERSION = "1"
+VERSION = "2"
 
 
 def rule(context: Context) -> None:
@@ -29,82 +32,82 @@ def rule(context: Context) -> None:
         _patch_block(context, model.double_block)
 
 
-def _patch_block(context: Context, block: Block) -> None:
-    source, function = block.forward.source, block.forward
-    calls = list(_mlp_calls(context, block))
-    image = [call for call in calls if call.stream == "image"]
-    if not image:
-        context.left_dense(
-            source,
-            function.node.name,
-            "no Linear, GELU(tanh), Linear was found on the image stream alone",
-            matched=function.name,
-        )
-    for found in image:
-        if found.done:
-            block.mlp = found.attribute
-            context.already(source, found.call, "the image MLP is Chipmunk's")
-        elif found.problem:
-            context.left_dense(source, found.call, found.problem)
-        else:
-            block.mlp = found.attribute
-            runtime = context.runtime(source)
-            context.replace(source, found.call.func, f"{runtime}.mlp")
-            receiver = function.scope.receiver
-            context.prepend_arguments(source, found.call, [receiver, f"{receiver}.{found.attribute}"])
-            context.patched(source, found.call, "the image MLP: Linear, GELU(tanh), Linear on the whole image stream")
-
-
 @dataclass
-class _Mlp:
-    """A call of such an MLP. `stream`: whose result it becomes part of; `problem`: why it must stay dense."""
+class _Call:
+    """A call of such an MLP. `problem`: why it must stay dense."""
 
     call: cst.Call
     step: Step
-    attribute: str
+    where: Reached
+    attribute: Attribute
+    mlp: Mlp
     done: bool
-    stream: str = ""
     problem: str = ""
 
 
-def _mlp_calls(context: Context, block: Block) -> list[_Mlp]:
-    """Calls of attributes that are such MLPs, each with the stream that its result belongs to."""
-    function = block.forward
-    scope = function.scope
-    found: list[_Mlp] = []
+def _patch_block(context: Context, block: Block) -> None:
+    image = [found for where in reached_from(context.repository, block) for found in _calls(context, where)]
+    if not image:
+        reason = "no Linear, GELU or SwiGLU, Linear was found on the image stream alone"
+        context.left_dense(block.forward.source, block.forward.node.name, reason, matched=block.forward.name)
+    for found in image:
+        source = found.where.function.source
+        if found.problem:
+            context.left_dense(source, found.call, found.problem)
+            continue
+        block.mlp, block.gated = found.attribute.path, found.mlp.gated
+        if found.done:
+            context.already(source, found.call, "the image MLP is Chipmunk's")
+        else:
+            _patch(context, found)
+            kind = "SwiGLU" if found.mlp.gated else "GELU"
+            context.patched(source, found.call, f"the image MLP: Linear, {kind}, Linear on the whole image stream")
+
+
+def _patch(context: Context, found: _Call) -> None:
+    source, given = found.where.function.source, found.call.args[0]
+    callee, layer = source.code(found.call.func), found.where.layer
+    assert layer is not None
+    context.replace(source, found.call.func, f"{context.runtime(source)}.mlp")
+    context.prepend_arguments(source, found.call, [layer, callee])
+    if given.keyword is not None:
+        context.edit(source, source.span(given)[0], source.span(given.value)[0], "")
+    if found.mlp.parts:
+        context.append_argument(source, found.call, f'parts="{found.mlp.parts}", of="{found.mlp.of}"')
+
+
+def _calls(context: Context, where: Reached) -> list[_Call]:
+    """Calls of attributes that are such MLPs, and whose result becomes part of the image."""
+    found: list[_Call] = []
+    scope = where.function.scope
     for call, step in scope.calls:
-        done = context.runtime_call(call, function, step) == "mlp" and len(call.args) >= 2
+        done = context.runtime_call(call, where.function, step) == "mlp" and len(call.args) >= 3
         callee = call.args[1].value if done else call.func
-        attribute = self_attribute(callee, scope.receiver)
-        if attribute is not None and built_as_tanh_gelu_mlp(context.repository, block.owner, attribute):
-            found.append(_Mlp(call, step, attribute, done))
-    feeds = _calls_behind_results(scope, block)
-    for mlp in found:
-        streams = {stream for stream, calls in feeds.items() if mlp.call in calls}
-        mlp.stream = streams.pop() if len(streams) == 1 else ""
-        if not mlp.done and (len(mlp.call.args) != 1 or mlp.call.args[0].star or mlp.call.args[0].keyword is not None):
-            mlp.problem = "the MLP is called with more than its input"
-        elif not mlp.done and _is_gathered(scope, mlp.call.args[0].value, mlp.step, set(block.streams)):
-            mlp.problem = "the MLP sees only some of the tokens"
+        attribute = where.attribute(context.repository, callee)
+        mlp = None if attribute is None else mlp_built(context.repository, attribute.owner, attribute.name)
+        if attribute is None or mlp is None or where.stream_of(call) != "image":
+            continue
+        found.append(_Call(call, step, where, attribute, mlp, done))
+    for each in found:
+        if not each.done:
+            each.problem = _problem(each, found)
     return found
 
 
-def _calls_behind_results(scope: Scope, block: Block) -> dict[str, set[cst.Call]]:
-    """For `image` and `text`: the calls that the returned stream is computed by."""
-    found: dict[str, set[cst.Call]] = {"image": set(), "text": set()}
-    order = list(block.streams.values())
-    names = {stream: name for name, stream in block.streams.items()}
-    for step in scope.steps:
-        if not isinstance(step.node, cst.Return):
-            continue
-        parts = elements(step.node.value)
-        if parts is None or len(parts) < 2:
-            continue
-        for place, part in enumerate(parts[:2]):
-            # A result in the variable of a stream is that stream; else the order of the parameters decides.
-            stream = next((s for s, name in names.items() if name in set(value_names(part))), order[place])
-            found[stream].update(call for call, _ in scope.calls_behind(part, step))
-    return found
+def _problem(found: _Call, others: list[_Call]) -> str:
+    """Why the call must stay dense; empty if it may be sparse."""
+    scope, args = found.where.function.scope, found.call.args
+    if len(args) != 1 or args[0].star:
+        return "the MLP is called with more than its input"
+    if any(isinstance(node, (cst.For, cst.While)) for node, branch in found.step.chain if branch == "body"):
+        return "the MLP is called piece by piece, in a loop"
+    if _is_gathered(scope, args[0].value, found.step, set(found.where.streams)):
+        return "the MLP sees only some of the tokens"
+    for other in others:
+        apart = other.step.excludes(found.step) or found.step.excludes(other.step)
+        if other is not found and other.attribute == found.attribute and not apart:
+            return "the MLP is called at several places in one call of the block"
+    return ""
 
 
 def _is_gathered(scope: Scope, value: cst.CSTNode, step: Step, streams: set[str]) -> bool:
@@ -124,6 +127,43 @@ def _is_gathered(scope: Scope, value: cst.CSTNode, step: Step, streams: set[str]
 
 
 _CALL = "self.image_mlp(self.image_norm(image))"
+_IMPORT = ("import torch\nfrom", "import chipmunk\nimport torch\nfrom")
+_BUILT = """nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width)
+        )"""
+_OWN = variant(
+    DOUBLE,
+    (f"self.image_mlp = {_BUILT}", "self.image_mlp = Feed(width)"),
+    (
+        "class PairBlock",
+        """class Feed(nn.Module):
+    def __init__(self, width, drop=0.0):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x):
+        x = nn.functional.gelu(self.up(x), approximate="tanh")
+        return self.down(self.drop(x))
+
+
+class PairBlock""",
+    ),
+)
+_GATED = variant(
+    DOUBLE,
+    (_BUILT, "nn.Sequential(nn.Linear(width, 8 * width, bias=False), Gate(), nn.Linear(4 * width, width, bias=False))"),
+    (
+        "class PairBlock",
+        """class Gate(nn.Module):
+    def forward(self, x):
+        value, gate = x.chunk(2, dim=-1)
+        return value * nn.functional.silu(gate)
+
+
+class PairBlock""",
+    ),
+)
 
 EXAMPLES = (
     Example(
@@ -133,19 +173,60 @@ EXAMPLES = (
         None,
     ),
     Example(
+        "an MLP of the repository's own class, with something in between",
+        "flow/double.py",
+        variant(_OWN, ("self.down(self.drop(x))", "self.down(x / x.norm(dim=-1, keepdim=True))")),
+        None,
+    ),
+    Example(
+        "a gate by another function",
+        "flow/double.py",
+        variant(_GATED, ("nn.functional.silu(gate)", "nn.functional.sigmoid(gate)")),
+        None,
+    ),
+    Example(
         "an MLP that sees only some of the tokens",
         "flow/double.py",
         variant(DOUBLE, (_CALL, "self.image_mlp(self.image_norm(image)[:, ::2]).repeat_interleave(2, dim=1)")),
         None,
     ),
     Example(
+        "an MLP that is called twice",
+        "flow/double.py",
+        variant(DOUBLE, (_CALL, f"self.image_mlp(image) + {_CALL}")),
+        None,
+    ),
+    Example(
         "the MLP of the image stream; that of the text stays dense",
         "flow/double.py",
         DOUBLE,
+        variant(DOUBLE, _IMPORT, (_CALL, "chipmunk.mlp(self, self.image_mlp, self.image_norm(image))")),
+    ),
+    Example(
+        "an MLP of the repository's own class: its parts are named",
+        "flow/double.py",
+        _OWN,
         variant(
-            DOUBLE,
-            ("import torch\nfrom", "import chipmunk\nimport torch\nfrom"),
-            (_CALL, "chipmunk.mlp(self, self.image_mlp, self.image_norm(image))"),
+            _OWN,
+            _IMPORT,
+            (
+                _CALL,
+                'chipmunk.mlp(self, self.image_mlp, self.image_norm(image), parts="up, gelu_tanh, down", of="Feed")',
+            ),
+        ),
+    ),
+    Example(
+        "SwiGLU, the value before the gate, and an update in place",
+        "flow/double.py",
+        variant(_GATED, (f"image = image + {_CALL}", f"image += {_CALL}")),
+        variant(
+            _GATED,
+            _IMPORT,
+            (
+                f"image = image + {_CALL}",
+                "image += chipmunk.mlp(self, self.image_mlp, self.image_norm(image), "
+                'parts="0, swiglu_value_first, 2", of="Gate")',
+            ),
         ),
     ),
 )
