@@ -23,7 +23,9 @@ def still_life(dice: Dice, canvas: Canvas) -> list[list[str]]:
 
     count = dice.choice(0.3, 0.4, 0.3)
     alike = dice.chance(0.3)
-    shapes, colours, sizes = [], [], []
+    shapes: list[Tensor] = []
+    colours: list[Tensor] = []
+    sizes: list[Tensor] = []
     for i in range(3):
         same = alike & (i > 0)
         shapes.append(torch.where(same, shapes[0], dice.choice(*[1.0] * 5)) if i else dice.choice(*[1.0] * 5))
