@@ -13,7 +13,7 @@ finds the layer through the module that it is given.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import libcst as cst
 
@@ -136,6 +136,8 @@ class _Search:
     context: Context
     block: Block
     wanted: Streams
+    known: dict[tuple[int, str, str | None], Held] = field(default_factory=dict)
+    """What was found out of attributes: class (`id`), attribute and method."""
 
     def leaves(
         self,
@@ -195,14 +197,15 @@ class _Search:
         for name, owner in ((hop.block_name, self.block.owner), (function.scope.receiver, function.owner)):
             if name is None or owner is None or not isinstance(callee, cst.Attribute):
                 continue
-            below = _BELOW if name == hop.block_name else ""
-            attribute = self_attribute(callee, name)
-            if attribute is not None:
-                return below, held_by(self.context.repository, owner, attribute, None, self.block.owner.module)
-            attribute = self_attribute(callee.value, name)
-            if attribute is not None:
-                module = self.block.owner.module
-                return below, held_by(self.context.repository, owner, attribute, callee.attr.value, module)
+            attribute, method = self_attribute(callee, name), None
+            if attribute is None:
+                attribute, method = self_attribute(callee.value, name), callee.attr.value
+            if attribute is None:
+                continue
+            key = (id(owner), attribute, method)
+            if key not in self.known:
+                self.known[key] = held_by(self.context.repository, owner, attribute, method, self.block.owner.module)
+            return _BELOW if name == hop.block_name else "", self.known[key]
         return "", Held()
 
     def _below(

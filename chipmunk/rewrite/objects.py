@@ -13,7 +13,7 @@ import libcst as cst
 
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.repository import Class, Function, Module, Repository
-from chipmunk.rewrite.syntax import bind, dotted, last_name, parameters, self_attribute, walk
+from chipmunk.rewrite.syntax import bind, dotted, last_name, parameters, self_attribute
 
 _DEPTH = 4
 _FILES = 4
@@ -67,8 +67,12 @@ def _method(repository: Repository, owner: Class, name: str | None) -> Function 
 
 def _parameters_in(value: cst.CSTNode, function: Function, step: Step) -> list[str]:
     """The parameters of the function that the value may be, as they were given."""
-    scope, names = function.scope, [name for node in walk(value) if (name := dotted(node)) is not None]
-    return [n for n in names if n in scope.parameters[1:] and not scope.is_definite(scope.reaching(n, step), step)]
+    if isinstance(value, cst.IfExp):
+        return [*_parameters_in(value.body, function, step), *_parameters_in(value.orelse, function, step)]
+    scope, name = function.scope, dotted(value)
+    if name not in scope.parameters[1:] or scope.is_definite(scope.reaching(name, step), step):
+        return []
+    return [name]
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,14 @@ class _Search:
     repository: Repository
     owner: Class
     builder: Module
+    asked: set[tuple[int, str]] = field(default_factory=set)
 
     def given_for(self, function: Function, parameter: str, depth: int) -> list[Class]:
         """The classes whose objects are given to a parameter of one of the owner's methods."""
         name = function.node.name.value
+        if (id(function), parameter) in self.asked:
+            return []
+        self.asked.add((id(function), parameter))
         callers = [caller for c in self.repository.bases(self.owner) for caller in c.methods.values()]
         calls = [(call, caller, step) for caller in callers for call, step in caller.scope.calls]
         calls = [found for found in calls if self_attribute(found[0].func, found[1].scope.receiver) == name]
