@@ -168,7 +168,7 @@ class StepCaching(Section):
         default=None, description="Static mode: the steps to skip of `steps` (50); null is the original's list."
     )
     threshold: Threshold = Field(
-        default=0.02,
+        default=0.03,
         description="Adaptive mode: skip while the errors expected, relative to the hidden state, add up to less.",
     )
     keep: FractionOrNone = Field(

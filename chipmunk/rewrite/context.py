@@ -16,8 +16,8 @@ from chipmunk.rewrite.syntax import dotted, last_name, parameters
 from chipmunk.rewrite.values import Values
 
 RUNTIME = {
-    "activate", "attention", "cat_linear", "enable", "held_linear", "layer", "mlp", "mlp_linear", "model_forward",
-    "slot", "split_held", "split_linear", "steps",
+    "activate", "attention", "blocks", "cat_linear", "enable", "held_linear", "hidden", "layer", "mlp", "mlp_linear",
+    "model_forward", "slot", "split_held", "split_linear", "steps",
 }  # fmt: skip
 """The runtime's functions that rules insert."""
 
@@ -35,6 +35,8 @@ class Context:
         self.sites: dict[tuple[str, int, str, str], Site] = {}
         self.loops: dict[int, list[LoopFacts]] = {}
         """Sampling loops, by the model's place in `models`."""
+        self.cached_steps: set[int] = set()
+        """Places in `models` of those whose steps can be skipped."""
         self.patch = ""
         """Name of the patch whose rule is running."""
         self._needs_import: set[str] = set()

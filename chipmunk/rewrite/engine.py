@@ -222,6 +222,7 @@ def _facts(model: Model, index: int, context: Context) -> ModelFacts:
         double_block=_block_facts(model.double_block),
         single_block=_block_facts(model.single_block),
         loops=tuple(context.loops.get(index, ())),
+        step_caching=index in context.cached_steps,
     )
 
 

@@ -95,6 +95,8 @@ class ModelFacts:
     double_block: BlockFacts
     single_block: BlockFacts
     loops: tuple[LoopFacts, ...] = ()
+    step_caching: bool = False
+    """Whether the blocks can be left out on a step."""
 
 
 @dataclass(frozen=True)

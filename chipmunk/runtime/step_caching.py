@@ -197,8 +197,8 @@ class StepCall:
         return type(None), ()
 
 
-def blocks(model: nn.Module, blocks: Blocks, image: Tensor | None = None) -> Blocks:
-    """What a loop over the model's blocks iterates: `blocks` itself, or nothing on a step that is skipped.
+def blocks(blocks: Blocks, model: nn.Module, image: Tensor | None = None) -> Blocks:
+    """What a loop over `blocks` of `model` iterates: `blocks` itself, or nothing on a step that is skipped.
 
     image: the image tokens (B, L, C) that enter the blocks, where this is the model's first loop.
     """

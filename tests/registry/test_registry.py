@@ -34,6 +34,7 @@ def test_built_in() -> None:
         "double-mlp",
         "model-forward",
         "single-mlp",
+        "step-caching",
         "step-clock",
     ]
     assert "flux" in registry.targets

@@ -102,7 +102,7 @@ def test_an_unknown_target_is_an_error() -> None:
 
 def test_one_patch_after_the_other_is_all_at_once() -> None:
     files = SOURCES
-    for name in ("single-mlp", "command-line", "attention", "step-clock", "double-mlp"):
+    for name in ("single-mlp", "command-line", "attention", "step-clock", "double-mlp", "step-caching"):
         plan = plan_repository(files, REGISTRY, only=[name])
         assert plan.changes
         files = after(files, plan)

@@ -100,10 +100,10 @@ class Flux(nn.Module):
         if img_ids.dim() == 2:
             img_ids, txt_ids = img_ids[None], txt_ids[None]
         pe = rotary_table(torch.cat((txt_ids, img_ids), dim=1), self.size // self.count)
-        for block in chipmunk.blocks(self, self.double_blocks, img):
+        for block in chipmunk.blocks(self.double_blocks, self, img):
             img, txt = block(img=img, txt=txt, vec=vec, pe=pe, **options)
         img = torch.cat((txt, img), dim=1)
-        for block in chipmunk.blocks(self, self.single_blocks):
+        for block in chipmunk.blocks(self.single_blocks, self):
             img = block(img, vec=vec, pe=pe, **options)
         return self.out(chipmunk.hidden(self, img[:, txt.shape[1] :]))
 

@@ -41,7 +41,7 @@ class Unpatched:
         return linear(torch.cat((attn, act(mlp)), 2))
 
     @staticmethod
-    def blocks(model: nn.Module, blocks: Any, image: Any = None) -> Any:
+    def blocks(blocks: Any, model: nn.Module, image: Any = None) -> Any:
         return blocks
 
     @staticmethod
