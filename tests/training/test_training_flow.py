@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training import data, measure, train, weights
+from training.card import card
 from training.data import Words
 from training.flow import GUIDANCE, Example, draw, grid, guided_velocity, predict, start, times
+from training.photographs import PHOTOGRAPHS
 
 # the starter's modules; `training` makes them importable
 from flux import util  # isort: skip
@@ -219,3 +221,25 @@ def test_what_is_measured_adds_up(words: Words) -> None:
         assert (values >= torch.tensor(measure.SHARES) - 0.02).all()  # the best are no worse than any
     assert (attention >= group - 1e-6).all()  # a list of one's own is at least as good as a shared one
     assert (change > 0).all()
+
+
+def test_the_model_card_tells_what_the_log_says() -> None:
+    log: list[dict[str, object]] = [
+        {"seconds": 0, "event": "start", "torch": "2.11.0", "device": "a GPU", "settings": SETTINGS},
+        {"seconds": 9, "event": "painted", "scenes": 66560},
+        {"seconds": 9, "event": "model", "parameters": 13595200},
+        {"seconds": 300, "event": "teacher", "step": 3210},
+        {"seconds": 320, "event": "teacher", "step": 3500},
+        {"seconds": 330, "step": 3550, "loss": 0.21},
+        {"seconds": 540, "event": "saved", "step": 5000, "images": 640000, "test_loss": 0.1234},
+        {"seconds": 558, "event": "end"},
+    ]
+    text = card(log)
+    for said in ("13.6 million", "5,000 steps, 640,000 pictures", "9.3 minutes", "a GPU", "0.1234", "from step 3,210"):
+        assert said in text
+    assert "$" not in text
+    for photograph in PHOTOGRAPHS:
+        assert f"{photograph.author} | {photograph.licence}" in text
+
+
+SETTINGS = {"learning_rate": 1e-3, "batch": 128, "drop_text": 0.1, "seed": 0, "average": 0.999}
