@@ -105,6 +105,7 @@ class Adopted:
 
     def __init__(self, session: Session, model: nn.Module, call: Forward) -> None:
         """call: `session._call`, which runs a forward under the session."""
+        # Not before: it imports diffusers.
         from chipmunk.runtime import diffusers_attention
 
         self.session = session
@@ -115,14 +116,36 @@ class Adopted:
         self._previous = model.__dict__.get(where)
         self._forward = self._make_forward(model, call)
         model.__dict__[where] = self._forward
+        self._set_aside: list[tuple[nn.Module, str, Any]] = []
+        self.set_aside(model)
+
+    def set_aside(self, holder: object) -> None:
+        """Call the model as it is where `holder`, it or something that holds it, has it compiled as a whole.
+
+        Its graph has no place for caches, and with `fullgraph=True` what has none is an error. The blocks are compiled
+        instead, where the configuration and the device ask for it.
+        """
+        model = self.session.model()
+        found = [holder, *getattr(holder, "__dict__", {}).values()]
+        for module in found:
+            if not isinstance(module, nn.Module):
+                continue
+            if module is model and module._compiled_call_impl is not None:
+                self._set_aside.append((module, "_compiled_call_impl", module._compiled_call_impl))
+                module._compiled_call_impl = None
+            elif model is not None and module._modules.get("_orig_mod") is model:
+                self._set_aside.append((module, "forward", module.__dict__["forward"]))
+                module.__dict__["forward"] = model.__call__
 
     def release(self, model: nn.Module) -> None:
         """Leave the model as it was found."""
         for where in ("forward", "_old_forward"):
             if model.__dict__.get(where) is self._forward:
-                model.__dict__[where] = self._previous
-                if self._previous is None:
+                model.__dict__[where] = self._previous or MethodType(type(model).forward, model)
+                if self._previous is None and where == "forward":
                     del model.__dict__[where]
+        for module, name, value in self._set_aside:
+            module.__dict__[name] = value
         for module in model.modules():
             self._attention.uninstall(module)
             _uninstall(module)
@@ -136,7 +159,7 @@ class Adopted:
         adopted = self
 
         def inner(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-            adopted._prepare(model)
+            adopted._prepare(model, signature.bind(model, *args, **kwargs).arguments["hidden_states"].device)
             # By name: the LoRA scale is looked for among the keywords.
             given = signature.bind(model, *args, **kwargs).arguments
             del given[next(iter(given))]
@@ -158,27 +181,30 @@ class Adopted:
                 return result[-1].result
             return result
 
-        # Where the whole model is compiled, this is where the compiler stops; the blocks are compiled for themselves.
+        # Where the model is compiled as a whole after this, the compiler stops here.
         return MethodType(torch.compiler.disable(forward), model)  # type: ignore[no-untyped-call]
 
     # The layers, as they are in this call.
 
-    def _prepare(self, model: nn.Module) -> None:
-        """Look at every layer that has a state in this call; what cannot take part says why, and runs as it is."""
+    def _prepare(self, model: nn.Module, device: torch.device) -> None:
+        """Look at every layer that has a state in this call; what cannot take part says why, and runs as it is.
+
+        device: that of the activations; weights may still be elsewhere.
+        """
         for _, block in blocks_of(model, self.session.spec):
             state = block.__dict__.get(ATTRIBUTE)
             if state is not None:
-                self._prepare_attention(block, state)
-                self._prepare_mlp(block, state)
+                self._prepare_attention(block, state, device)
+                self._prepare_mlp(block, state, device)
 
-    def _prepare_attention(self, block: Any, state: LayerState) -> None:
+    def _prepare_attention(self, block: Any, state: LayerState, device: torch.device) -> None:
         attn = block.attn
         reason = self._attention.install(attn)
         if reason is None:
             key = (type(attn), type(attn.processor), type(attn.processor.previous), attn.fused_projections)
             if key not in self._checked:
                 with _without_state(attn):
-                    self._checked[key] = self._attention.why_unlike(attn)
+                    self._checked[key] = self._attention.why_unlike(attn, device)
             reason = self._checked[key]
         if reason is not None:
             attn.__dict__.pop(ATTRIBUTE, None)
@@ -186,9 +212,9 @@ class Adopted:
             if not hasattr(block, "ff") and not hasattr(block, "proj_mlp"):  # the processor has the MLP too
                 state.mlp, state.mlp_done = "dense", reason
 
-    def _prepare_mlp(self, block: Any, state: LayerState) -> None:
+    def _prepare_mlp(self, block: Any, state: LayerState, device: torch.device) -> None:
         if hasattr(block, "ff"):
-            reason = self._install_whole(block.ff)
+            reason = self._install_whole(block.ff, device)
             modules: tuple[nn.Module, ...] = (block.ff,)
         elif hasattr(block, "proj_mlp"):
             modules = (block.proj_mlp, block.act_mlp, block.proj_out)
@@ -200,7 +226,7 @@ class Adopted:
                 module.__dict__.pop(ATTRIBUTE, None)
             state.mlp, state.mlp_done = "dense", reason
 
-    def _install_whole(self, ff: Any) -> str | None:
+    def _install_whole(self, ff: Any, device: torch.device) -> str | None:
         """Let the MLP of a block run sparse; or why it cannot."""
         found = _linears_of(ff)
         if isinstance(found, str):
@@ -212,7 +238,7 @@ class Adopted:
         key = (type(ff), activation)
         if key not in self._checked:
             with _without_state(ff):
-                self._checked[key] = _why_another_mlp(ff, first, activation, second)
+                self._checked[key] = _why_another_mlp(ff, first, activation, second, device)
         if self._checked[key] is None:
             view = _WholeMlp(ff, first, second)
             return _install(ff, _run_whole_mlp, view, parts=f"first, {activation}, second")
@@ -361,14 +387,15 @@ def _linears_of(ff: Any) -> tuple[nn.Module, str, nn.Module] | str:
     return unknown
 
 
-def _why_another_mlp(ff: Any, first: Any, activation: str, second: Any) -> str | None:
+def _why_another_mlp(ff: Any, first: Any, activation: str, second: Any, device: torch.device) -> str | None:
     """Why the MLP is not the three steps that Chipmunk takes it for, seen on four random rows; None if it is."""
     weight = next((p for p in ff.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2), None)
     width = getattr(first, "in_features", None)
     if weight is None or not isinstance(width, int):
         return f"the MLP is a {_name_of(ff)} that is not understood"
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, width, generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(1, 4, width, generator=generator)
+    x = x.to(device if weight.device.type == "meta" else weight.device, weight.dtype)
     try:
         with torch.no_grad():
             theirs, ours = type(ff).forward(ff, x), second(linears.activate(activation, first(x)))

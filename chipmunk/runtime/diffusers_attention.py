@@ -195,10 +195,11 @@ def uninstall(attn: nn.Module) -> None:
         layer.set_processor(layer.processor.previous_of(attn))
 
 
-def why_unlike(attn: nn.Module) -> str | None:
+def why_unlike(attn: nn.Module, device: torch.device) -> str | None:
     """Why the processor's own statement and diffusers' are not the same computation on this layer; None if they are.
 
-    Runs both on twelve random tokens, without touching the random state.
+    Runs both on twelve random tokens, without touching the random state: where the weights are, or on `device` if
+    accelerate brings them there.
     """
     layer: Any = attn
     processor = layer.processor
@@ -208,16 +209,17 @@ def why_unlike(attn: nn.Module) -> str | None:
     if weight is None:
         return "the attention layer has no weights to be checked with"
     generator = torch.Generator().manual_seed(0)
+    device = device if weight.device.type == "meta" else weight.device
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
+        return torch.randn(*shape, generator=generator).to(device, weight.dtype)
 
     tokens, text = 8, None
     if getattr(layer, "added_kv_proj_dim", None) is not None:
         text = noise(1, 4, layer.added_kv_proj_dim)
     image = noise(1, tokens, layer.query_dim)
     angles = torch.rand(tokens + (0 if text is None else 4), layer.head_dim // 2, generator=generator)
-    angles = angles.repeat_interleave(2, dim=1).to(weight.device)
+    angles = angles.repeat_interleave(2, dim=1).to(device)
     rotary = (angles.cos(), angles.sin())
     streams = (image, text) if isinstance(processor, FluxProcessor) else (image,)
     try:

@@ -195,7 +195,9 @@ def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, An
     chosen = _find_config(spec) if config is None else _read_config(config)
     _take_away(owner)
     if chosen is not None:
-        owner.__dict__[ATTRIBUTE] = Session(owner, spec, chosen)
+        session = owner.__dict__[ATTRIBUTE] = Session(owner, spec, chosen)
+        if session.adopted is not None:
+            session.adopted.set_aside(model)
 
 
 def disable(model: Any) -> None:

@@ -86,7 +86,27 @@ def pipeline(transformer: nn.Module, kind: str = "FluxPipeline", **components: A
     others += [] if kind.startswith("Flux2") else ["text_encoder_2", "tokenizer_2"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = getattr(diffusers, kind)(**dict.fromkeys(others), **parts)
+        made = getattr(diffusers, kind)(**{**dict.fromkeys(others), **parts})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def vae() -> nn.Module:
+    """FLUX.2's pipelines need one for its statistics, and to encode reference images."""
+    made = diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=32
+    )
+    return _random(made)
+
+
+def flux3_pipeline(transformer: nn.Module) -> Any:
+    """The modular pipeline of FLUX.3, from the noise to the latents."""
+    from diffusers.guiders import ClassifierFreeGuidance
+    from diffusers.modular_pipelines.flux3.modular_blocks_flux3 import Flux3CoreDenoiseStep
+
+    made = Flux3CoreDenoiseStep().init_pipeline()
+    parts = {"scheduler": FlowMatchEulerDiscreteScheduler(), "guider": ClassifierFreeGuidance(guidance_scale=3.5)}
+    made.update_components(transformer=transformer, **parts)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -97,9 +117,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def draw(pipe: Any, steps: int = 12, seed: int = 0, **options: Any) -> Tensor:
     """The latents of one picture of a FLUX.1 pipeline."""
+    return draw_with(pipe, steps, seed, **{"pooled_prompt_embeds": random(1, 20, seed=seed + 2), **options})
+
+
+def draw_with(pipe: Any, steps: int, seed: int, **options: Any) -> Tensor:
     given = {
         "prompt_embeds": random(1, TEXT, 24, seed=seed + 1),
-        "pooled_prompt_embeds": random(1, 20, seed=seed + 2),
         "height": 16 * HEIGHT,
         "width": 16 * WIDTH,
         "num_inference_steps": steps,
@@ -108,6 +131,24 @@ def draw(pipe: Any, steps: int = 12, seed: int = 0, **options: Any) -> Tensor:
         "return_dict": False,
     }
     latents: Tensor = pipe(**{**given, **options})[0]
+    return latents
+
+
+def draw_plain(pipe: Any, steps: int = 12, seed: int = 0, **options: Any) -> Tensor:
+    """The latents of one picture of a pipeline without a pooled text."""
+    return draw_with(pipe, steps, seed, **{"guidance_scale": 1.0, **options})
+
+
+def draw_flux3(pipe: Any, steps: int = 12, seed: int = 0) -> Tensor:
+    latents: Tensor = pipe(
+        prompt_embeds=random(1, TEXT, 24, seed=seed + 1),
+        negative_prompt_embeds=random(1, TEXT, 24, seed=seed + 3),
+        height=16 * HEIGHT,
+        width=16 * WIDTH,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        output="latents",
+    )
     return latents
 
 
