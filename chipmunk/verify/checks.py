@@ -151,6 +151,10 @@ class Comparison:
             found = self.results[1]["coverage"][name]
             counts[name] = found["operators"]
             problems += [f"{name}: {problem}" for problem in self._coverage(scenario, expected, found)]
+            skipped = found["statistics"]["skipped_model_calls"]
+            if expected is not None and skipped != self.results[0]["oracle"][name]["skipped"]:
+                wanted = self.results[0]["oracle"][name]["skipped"]
+                problems.append(f"{name}: step caching skipped {skipped} model calls, not {wanted}")
         sparse = sum(c.get("column_sparse_attention", 0) + c.get("sparse_mlp_in", 0) for c in counts.values())
         says = f"every block ran sparse when it was its turn: {sparse} sparse operator calls"
         if not sparse:

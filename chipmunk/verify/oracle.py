@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from chipmunk.config import Config
 from chipmunk.rewrite.plan import BlockFacts, ModelFacts
+from chipmunk.verify.step_oracle import Steps
 
 RENEW_ALWAYS_BEFORE = 10
 """A sparse MLP step with a lower count of its own selects its neurons anew, whatever `block_mask_cache` says."""
@@ -40,6 +41,8 @@ class AttentionCache:
     """What one layer's attention remembers in one call slot of one generation."""
 
     count: int = 0
+    overdue: bool = False
+    """Whether a full step was skipped since the last call."""
     keys: list[list[list[list[int]]]] | None = None
     """Chosen keys by batch element, head and query group, ascending."""
     difference: Tensor | None = None
@@ -51,6 +54,8 @@ class MlpCache:
     """What one layer's MLP remembers in one call slot of one generation."""
 
     count: int = 0
+    overdue: bool = False
+    """Whether a full step was skipped since the last call."""
     neurons: list[list[list[int]]] | None = None
     """Chosen neurons by batch element and row group, ascending; None if none were chosen since the last full step."""
     activation: Tensor | None = None
@@ -67,6 +72,8 @@ class Slot:
 
     attention: dict[int, AttentionCache] = field(default_factory=dict)
     mlp: dict[int, MlpCache] = field(default_factory=dict)
+    steps: Steps | None = None
+    model_calls: int = 0
 
 
 class Oracle:
@@ -91,6 +98,8 @@ class Oracle:
         """The closest decision of all selections: the gap between the last score chosen and the first left out,
         relative to the largest. Where it is near the rounding error, another correct implementation may choose
         otherwise."""
+        self.skipped: list[tuple[int, str]] = []
+        """Step and slot of the model calls that step caching skipped."""
         self._slots: dict[str, Slot] = {}
         self._current: Slot | None = None
         self._name = ""
@@ -98,6 +107,14 @@ class Oracle:
         self._last_step = -1
         self._layer: int | None = None
         self._joint_tokens = 0
+        self._steps: Steps | None = None
+        """Those of this call's slot, and below: the call's step, whether it is skipped, its tokens on the way."""
+        self._step = 0
+        self._skip = False
+        self._image_tokens = 0
+        self._entering: Tensor | None = None
+        self._leaving_double: Tensor | None = None
+        self._text_first = True
         self._order: list[int] | None = None
         self._mlp_input: Tensor | None = None
         self._hooks = ExitStack()
@@ -165,9 +182,11 @@ class Oracle:
             streams = [x for x in sequences if x.shape[-1] == sequences[0].shape[-1]]  # ids are narrower
             self._layer = layer
             self._joint_tokens = sum(stream.shape[1] for stream in streams)
+            self._note_entering(layer, streams)
 
-        def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             self._layer = None
+            return self._hidden_state(layer, output)
 
         self._hook(block.register_forward_pre_hook(before, with_kwargs=True))
         self._hook(block.register_forward_hook(after, always_call=True))
@@ -227,8 +246,9 @@ class Oracle:
     def _before_model(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._current = self._order = None
-        if not self.config.attn.is_enabled and not self.config.mlp.is_enabled:
+        self._current = self._order = self._steps = None
+        config = self.config
+        if not config.attn.is_enabled and not config.mlp.is_enabled and not config.step_caching.is_enabled:
             return None
         if torch.is_grad_enabled():
             raise RuntimeError("the oracle runs under torch.no_grad() or torch.inference_mode()")
@@ -238,6 +258,8 @@ class Oracle:
                 self.begin_step(step)
             self.slot(name)
         self._current = self._slots.setdefault(self._name, Slot())
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        self._begin_call(self._current, bound.arguments[self.facts.image].shape[1])
 
         if self.facts.ids is None or not self.config.patchify.is_enabled:
             return None
@@ -306,6 +328,67 @@ class Oracle:
 
         return [*sorted(range(tokens), key=key), *range(tokens, len(positions))]
 
+    # Step caching.
+
+    def _begin_call(self, slot: Slot, image_tokens: int) -> None:
+        """Decide whether this call of the model is skipped; its blocks are then computed without being counted."""
+        self._step = self._last_step if self._last_step >= 0 else slot.model_calls
+        slot.model_calls += 1
+        self._skip, self._image_tokens = False, image_tokens
+        few = self.steps is not None and self.steps < self.config.min_steps
+        if not self.config.step_caching.is_enabled or not self.facts.step_caching or few:
+            return
+        if slot.steps is None:
+            slot.steps = Steps(self.config, self.steps)
+        self._steps = slot.steps
+        self._skip = slot.steps.skips(self._step)
+        self.smallest_margin = min(self.smallest_margin, slot.steps.smallest_margin)
+        if not self._skip:
+            return
+        self.skipped.append((self._step, self._name))
+        self._current = None
+        mlp = self.config.mlp
+        for attention in slot.attention.values():
+            attention.overdue |= self._attention_step_is_full(attention.count)
+            attention.count += 1
+        for cache in slot.mlp.values():
+            cache.overdue |= cache.count % mlp.full_step_every == 0
+            if cache.count < RENEW_ALWAYS_BEFORE or cache.count % mlp.block_mask_cache == 0:
+                cache.neurons = None  # chosen anew at the next call
+            cache.count += 1
+
+    def _note_entering(self, layer: int, streams: Sequence[Tensor]) -> None:
+        """Know what enters the blocks, and on which side of the joint stream the image is."""
+        if self._steps is None:
+            return
+        images = [stream for stream in streams if stream.shape[1] == self._image_tokens]
+        if layer == 0:
+            self._entering = images[0].clone()
+        elif layer == len(getattr(self.model, self.facts.double)) and self._leaving_double is not None and not images:
+            head = streams[0][:, : self._image_tokens]
+            self._text_first = not torch.equal(head, self._leaving_double)
+
+    def _hidden_state(self, layer: int, output: Any) -> Any:
+        """The output of a block; of the last one, with the image tokens that step caching puts into their place."""
+        if self._steps is None:
+            return None
+        parts = list(output) if isinstance(output, (tuple, list)) else [output]
+        double = len(getattr(self.model, self.facts.double))
+        index = next((i for i, part in enumerate(parts) if part.shape[1] == self._image_tokens), 0)
+        if layer == double - 1:
+            self._leaving_double = parts[index].clone()
+        if layer != double + len(getattr(self.model, self.facts.single)) - 1:
+            return None
+        assert self._entering is not None
+        tokens = parts[index].shape[1]
+        rows = slice(tokens - self._image_tokens, None) if self._text_first else slice(self._image_tokens)
+        if not self._skip:
+            self._steps.compute(self._step, self._entering, parts[index][:, rows])
+            return None
+        parts[index] = parts[index].clone()
+        parts[index][:, rows] = self._steps.skip(self._step, self._entering)
+        return type(output)(parts) if isinstance(output, (tuple, list)) else parts[0]
+
     # Attention.
 
     def _attention(self, dense: Tensor, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -331,7 +414,8 @@ class Oracle:
             scores = query[b, h, rows.start : rows.stop] @ key[b, h, chosen].T * scale
             return torch.softmax(scores, dim=-1) @ value[b, h, chosen]
 
-        if not self._attention_step_is_full(count):
+        is_full, cache.overdue = self._attention_step_is_full(count) or cache.overdue, False
+        if not is_full:
             assert cache.keys is not None
             assert cache.difference is not None
             self.calls[layer, "attention", "sparse"] += 1
@@ -415,7 +499,8 @@ class Oracle:
             bias = 0.0 if bias_in is None else bias_in.double()
             return [part.double().mean(dim=0) @ weight_in.double().T + bias for part in parts]
 
-        if count % config.full_step_every == 0:
+        is_full, cache.overdue = count % config.full_step_every == 0 or cache.overdue, False
+        if is_full:
             self.calls[layer, "mlp", "full"] += 1
             cache.neurons = None
             cache.activation = activation.clone()

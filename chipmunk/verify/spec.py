@@ -40,6 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attn": {**_ATTENTION, "recompute_mask": False, "random_keys": 0.1, "full_step_schedule": [0, 4, 9]},
         "mlp": {"bm": 64, "mbm": 16, "counts_multiple_of": 32, "block_mask_cache": 2, "full_step_every": 5},
         "patchify": {"chunk_size_1": 4, "chunk_size_2": 2},
+        "step_caching": {"is_enabled": True, "mode": "adaptive", "keep": 0.7, "first_steps": 3},
     },
 }
 """By name, what is in `chipmunk-config.yml`; tiles are cut down to the small model's size, all else is the default or,

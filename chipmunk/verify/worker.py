@@ -77,9 +77,11 @@ class Worker:
                 oracle.follow(self.labels[f"{scenario.name}/{index}"])
                 self.draw("oracle", scenario, index)
             calls = dict(oracle.calls)
+            skipped = len(oracle.skipped)
             margin = oracle.smallest_margin
         self.progress(f"{scenario.name}: oracle")
-        return {"calls": [[*key, count] for key, count in sorted(calls.items())], "smallest_margin": margin}
+        counts = [[*key, count] for key, count in sorted(calls.items())]
+        return {"calls": counts, "skipped": skipped, "smallest_margin": margin}
 
     # The patched side.
 

@@ -34,6 +34,7 @@ FACTS = ModelFacts(
     single_block=BlockFacts(
         "flux/modules/layers.py", "SingleStreamBlock", attention=True, linear_in="linear1", linear_out="linear2"
     ),
+    step_caching=True,
 )
 
 

@@ -16,6 +16,8 @@ from tests.end_to_end.starter import FACTS, STARTER, Repository, inputs, load, p
 
 Case = dict[str, Any]
 
+SKIPPING = {"is_enabled": True, "threshold": 0.2, "first_steps": 3, "max_consecutive": 3}
+
 CASES: dict[str, Case] = {
     "default-like": {},
     "batch of two": {"batch": 2},
@@ -48,6 +50,32 @@ CASES: dict[str, Case] = {
     "one query group": {"attn": {"mbm": 64}},
     "one row group": {"mlp": {"bm": 64, "mbm": 64}},
     "too few steps": {"steps": 7, "min_steps": 8},
+    "too few steps to skip any": {"steps": 7, "min_steps": 8, "step_caching": SKIPPING},
+    "steps skipped, the original's way": {"steps": 26, "step_caching": {"is_enabled": True, "mode": "static"}},
+    "full steps skipped": {
+        "steps": 16,
+        "step_caching": {"is_enabled": True, "skip_step_schedule": [0, 1, 4, 5, 8, 9, 10, 13, 15]},
+        "config_steps": 16,
+        "attn": {"full_step_every": 4},
+        "mlp": {"full_step_every": 5},
+    },
+    "scheduled full steps skipped": {
+        "steps": 16,
+        "step_caching": {"is_enabled": True, "skip_step_schedule": [5, 6, 9, 10, 11], "extrapolation": 0},
+        "config_steps": 16,
+        "attn": {"full_step_schedule": [0, 5, 9, 10]},
+        "mlp": {"block_mask_cache": 3, "full_step_every": 6},
+    },
+    "steps skipped by the error": {"steps": 20, "step_caching": SKIPPING},
+    "steps skipped by a curve": {"steps": 20, "step_caching": {**SKIPPING, "extrapolation": 2}},
+    "residuals used again": {"steps": 16, "step_caching": {**SKIPPING, "extrapolation": 0}},
+    "half of the steps": {"steps": 19, "step_caching": {"is_enabled": True, "keep": 0.5, "max_consecutive": 1}},
+    "a third of the steps": {"steps": 20, "batch": 2, "step_caching": {"is_enabled": True, "keep": 0.33}},
+    "nothing sparse, steps skipped": {
+        "attn": {"is_enabled": False},
+        "mlp": {"is_enabled": False},
+        "step_caching": SKIPPING,
+    },
 }
 
 
@@ -112,6 +140,8 @@ def compare(
         chipmunk.enable(model, config)
         outputs = [call(model, arguments, step) for step in chipmunk.steps(model, range(steps))]
     assert relative(outputs, expected) < 1e-4, f"closest decision: {oracle.smallest_margin:.1e}"
+    skipped = chipmunk.statistics(model).skipped_steps.get("main", ())
+    assert skipped == tuple(step for step, _ in oracle.skipped)
     for layer, counted in enumerate(chipmunk.statistics(model).layers):
         for part in ("attention", "mlp"):
             ran_sparse = sum(calls.sparse for calls in getattr(counted, part).values())
@@ -123,6 +153,8 @@ def test_runtime_equals_oracle(original: Repository, patched: Repository, name: 
     case = dict(CASES[name])
     shape = {key: case.pop(key) for key in ("height", "width", "text", "batch") if key in case}
     steps = case.pop("steps", 12)
+    if "config_steps" in case:
+        case["steps"] = case.pop("config_steps")
     compare(original, patched, small_config(**case), inputs(**shape), steps)
 
 
