@@ -177,6 +177,7 @@ def run_with_bar(repo: Path, options: FidelityOptions) -> FidelityReport:
 def show_report(out: Console, report: FidelityReport) -> None:
     """Print the tables, what they were measured with, and what a reader should know."""
     from chipmunk.cli.terminal import clean, sentence
+    from chipmunk.fidelity.report import notes
     from chipmunk.fidelity.tables import report_tables
 
     found: dict[str, Any] = report.results["environment"]
@@ -190,9 +191,7 @@ def show_report(out: Console, report: FidelityReport) -> None:
     out.print()
     for table in report_tables(report):
         out.print(table)
-    notes = [*report.results["notes"]]
-    notes += [f"{variant['name']}: {note}" for variant in report.results["variants"] for note in variant["notes"]]
-    for note in notes:
+    for note in notes(report.results):
         sentence(out, note, label="Note", style="yellow", indent=0)
 
 

@@ -93,6 +93,16 @@ def step_kinds(variant: dict[str, Any]) -> dict[str, dict[str, float]]:
     }
 
 
+def notes(results: dict[str, Any]) -> list[str]:
+    """What a reader should know; what holds of several variants is said once."""
+    said: dict[str, list[str]] = {}
+    for variant in results["variants"]:
+        for note in variant["notes"]:
+            said.setdefault(note, []).append(variant["name"])
+    shown = {note: names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") for note, names in said.items()}
+    return [*results["notes"], *(f"{names}: {note}" for note, names in shown.items())]
+
+
 def covered(variant: dict[str, Any], part: str) -> float | None:
     """Mean share of the attention mass, or of the MLP change, that sparse steps cover, over layers and steps."""
     layers = variant.get("coverage", {}).get(part, {})

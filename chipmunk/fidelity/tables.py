@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import RenderableType
@@ -72,9 +73,7 @@ def _summaries(report: FidelityReport) -> Table:
 def _kinds(report: FidelityReport) -> Table:
     table = _table("attention/MLP", "steps", "FLOPs", "ms", "attention mass", "MLP change")
     dense = report.results["cost"]["dense_call"]
-    variants = [variant for variant in report.results["variants"] if variant["config"] is not None]
-    if len(variants) > _VARIANTS_SHOWN:  # one of each family
-        variants = [*{variant["family"]: variant for variant in reversed(variants)}.values()][::-1]
+    variants = _some(report)
     for variant in variants:
         if len(variants) > 1:
             table.add_section()
@@ -92,11 +91,19 @@ def _kinds(report: FidelityReport) -> Table:
     return table
 
 
+def _some(report: FidelityReport) -> list[dict[str, Any]]:
+    """The variants with a configuration; of many, one of each family."""
+    variants = [variant for variant in report.results["variants"] if variant["config"] is not None]
+    if len(variants) <= _VARIANTS_SHOWN:
+        return variants
+    return [*{variant["family"]: variant for variant in reversed(variants)}.values()][::-1]
+
+
 def _steps(report: FidelityReport) -> Table:
     count = report.results["steps"]
     shown = sorted({round(index * (count - 1) / (_STEPS_SHOWN - 1)) for index in range(_STEPS_SHOWN)})
     table = _table("after step", *(str(step) for step in shown))
-    for variant in report.results["variants"]:
+    for variant in _some(report):
         curves = [picture["steps"] for picture in variant["pictures"] if picture["steps"]]
         if curves:
             means = [sum(curve[step]["l2"] for curve in curves) / len(curves) for step in shown]

@@ -11,7 +11,7 @@ from typing import Any
 
 from chipmunk.config import Config
 from chipmunk.fidelity.metrics import CAP, INSTALL
-from chipmunk.fidelity.report import FidelityError
+from chipmunk.fidelity.report import FidelityError, notes
 from chipmunk.fidelity.tables import psnr
 from chipmunk.report import charts
 
@@ -69,7 +69,7 @@ def page(results: Data, folder: Path) -> Data:
         "curves": [chart for chart in (_curve(results, families, by) for by in _measures(gpu)) if chart],
         "curve_legend": _legend(families),
         "environment": {name: value for name, value in results["environment"].items() if name != "chipmunk"},
-        "notes": [*results["notes"], *(f"{v['name']}: {note}" for v in variants for note in v["notes"])],
+        "notes": notes(results),
         "mean_call": _mean_flops(results),
     }
 

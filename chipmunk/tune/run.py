@@ -13,7 +13,6 @@ from typing import Any
 
 from chipmunk import config as configuration
 from chipmunk.config import FILE_NAME, Config
-from chipmunk.fidelity.report import FidelityError
 from chipmunk.fidelity.run import FidelityOptions, Prepared, prepare, work_on
 from chipmunk.registry import data_path
 from chipmunk.tune.write import rendered
@@ -153,8 +152,11 @@ def _report(
     )
     if tuned is None:
         return found
-    text = rendered(base, tuned["config"], _about(found, result, options))
-    _check(text, tuned["config"])
+    about = _about(found, result, options)
+    text = rendered(base, tuned["config"], about)
+    if not _says(text, tuned["config"]):  # sections in braces, say: the start's comments cannot be kept
+        text = rendered("", tuned["config"], about)
+        assert _says(text, tuned["config"])
     return replace(found, text=text)
 
 
@@ -180,13 +182,15 @@ def _about(found: TuneReport, result: Mapping[str, Any], options: TuneOptions) -
     ]
 
 
-def _check(text: str, config: Mapping[str, Any]) -> None:
-    """Raise FidelityError if the text that is to be written does not say what was found."""
+def _says(text: str, config: Mapping[str, Any]) -> bool:
+    """Whether the text that is to be written says what was found."""
     with tempfile.TemporaryDirectory(prefix="chipmunk-tune-") as folder:
         path = Path(folder) / FILE_NAME
         path.write_text(text, encoding="utf-8")
-        read = configuration.load(path)
+        try:
+            read = configuration.load(path)
+        except configuration.ConfigError:
+            return False
     wanted = Config.model_validate_json(json.dumps(config))
-    parts = {"mlp", "attn", "patchify", "step_caching", "min_steps"}
-    if any(getattr(read, part) != getattr(wanted, part) for part in parts):
-        raise FidelityError("the configuration cannot be written as it was found", next_command="chipmunk config init")
+    parts = ("mlp", "attn", "patchify", "step_caching", "min_steps")
+    return all(getattr(read, part) == getattr(wanted, part) for part in parts)

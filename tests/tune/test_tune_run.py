@@ -1,0 +1,55 @@
+"""Tune on the starter repository: the search in the patched process, confirmation, and an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from chipmunk.config import load
+from chipmunk.fidelity import FidelityOptions
+from chipmunk.tune import TuneOptions, run
+from tests.cli.command_line import chipmunk
+from tests.fidelity.test_fidelity_run import patched_starter
+
+STEPS = 8
+
+
+def options(tmp_path: Path, floor: float, trials: int = 10) -> TuneOptions:
+    start = tmp_path / "start.yml"
+    start.write_text("attn: {mbm: 32, counts_multiple_of: 8}\nmlp: {bm: 32, mbm: 32, counts_multiple_of: 16}\n")
+    small = FidelityOptions(count=1, seeds=(0,), steps=STEPS, size=(64, 64), command="chipmunk tune x")
+    return TuneOptions(fidelity=small, floor=floor, start=start, trials=trials)
+
+
+def test_a_search_ends_with_a_commented_configuration(tmp_path: Path) -> None:
+    root = patched_starter(tmp_path)
+    found = run(root, options(tmp_path, 12.0))
+    assert found.exit_code == 0
+    assert found.tuned is not None
+    assert found.confirmed is not None
+    assert found.tuned["fidelity"] >= 12
+    assert found.tuned["cost"] <= found.trail[0]["cost"]
+    assert len(found.tried) <= 11
+    path = tmp_path / "found.yml"
+    path.write_text(found.text)
+    assert load(path).attn.mbm == 32, "what the start says is kept"
+    assert "chipmunk tune x" in found.text
+    assert f"{found.confirmed['fidelity']:.1f} dB" in found.text
+    assert json.loads(json.dumps(found.to_json()))["cost"] == "FLOPs"
+
+
+def test_a_file_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "chipmunk-config.yml").write_text("mlp: {}\n")
+    done = chipmunk("tune", tmp_path)
+    assert done.code == 2
+    assert "is there already" in done.err
+    assert (tmp_path / "chipmunk-config.yml").read_text() == "mlp: {}\n"
+
+
+@pytest.mark.parametrize("floor", ["loud", "-3dB", "30 bananas"])
+def test_a_floor_is_a_number_of_decibels(tmp_path: Path, floor: str) -> None:
+    done = chipmunk("tune", tmp_path, f"--floor={floor}")
+    assert done.code == 2
+    assert "30dB say" in done.err
