@@ -8,7 +8,7 @@ import libcst as cst
 
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.loops import Loops, find_loops
-from chipmunk.rewrite.plan import LoopFacts, Site, SiteStatus
+from chipmunk.rewrite.plan import LoopFacts, ModelFacts, Site, SiteStatus
 from chipmunk.rewrite.repository import External, Function, Module, Repository
 from chipmunk.rewrite.roles import Model, Roles
 from chipmunk.rewrite.source import PACKAGE, Edit, Source, import_edit, runtime_name
@@ -35,6 +35,8 @@ class Context:
         self.sites: dict[tuple[str, int, str, str], Site] = {}
         self.loops: dict[int, list[LoopFacts]] = {}
         """Sampling loops, by the model's place in `models`."""
+        self.installed: list[ModelFacts] = []
+        """Models of installed packages that the repository's code is told to enable Chipmunk on."""
         self.cached_steps: set[int] = set()
         """Places in `models` of those whose steps can be skipped."""
         self.patch = ""

@@ -84,6 +84,7 @@ def plan_repository(
         parsed = {**repository.parsed, **unfit}
     sites = [*context.sites.values(), *_refused(repository, context)]
     facts = tuple(_facts(model, index, context) for index, model in enumerate(context.models))
+    facts += tuple(context.installed)
     try:
         after = context.results()
         problem = _check(files, after, context, registry, chosen, hopeless)

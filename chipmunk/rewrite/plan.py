@@ -95,6 +95,8 @@ class ModelFacts:
     double_block: BlockFacts
     single_block: BlockFacts
     loops: tuple[LoopFacts, ...] = ()
+    installed: bool = False
+    """Whether it is not in the repository but in an installed package; `file` is then its path among the packages."""
     step_caching: bool = False
     """Whether the blocks can be left out on a step."""
 

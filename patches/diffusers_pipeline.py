@@ -1,0 +1,474 @@
+"""Enable Chipmunk on the FLUX pipelines of diffusers that a script or a server loads.
+
+Where diffusers is installed and only called, there is no code to patch: one line, `chipmunk.enable(pipe)`, after the
+pipeline is made lets Chipmunk work in its transformer at run time, through diffusers' own attention processors. It
+stands behind the statements that go on setting the pipeline up (`pipe.to(…)`, offloading, LoRA weights,
+`torch.compile`). Without a configuration it does nothing.
+
+A pipeline is known by its class, `Flux…Pipeline`; for `DiffusionPipeline`, `AutoPipelineFor…` and `ModularPipeline` the
+id of the model has to say FLUX. Left alone: pipelines of other models, `from_pipe`, which shares the transformer of
+another pipeline, and pipelines that are returned without having a name, which are enabled where they get one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import libcst as cst
+
+from chipmunk.registry import Example
+from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.flow import Step
+from chipmunk.rewrite.minimal import variant
+from chipmunk.rewrite.plan import BlockFacts, ModelFacts
+from chipmunk.rewrite.repository import External, Function
+from chipmunk.rewrite.syntax import argument, dotted, parameters, text_of_string, walk
+from chipmunk.rewrite.values import Place
+
+NAME = "diffusers-pipeline"
+API = 1
+VERSION = "1"
+
+_LOADERS = ("from_pretrained", "from_single_file")
+_SAME_OBJECT = {"to", "cuda", "cpu"}
+_ANY_MODEL = re.compile(r"DiffusionPipeline|ModularPipeline|AutoPipelineFor\w+")
+_FLUX = re.compile(r"Flux(?!Prior)\w*Pipeline")
+_ID = ("pretrained_model_name_or_path", "pretrained_model_or_path", "pretrained_model_link_or_path_or_dict")
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A statement that makes a pipeline. `target`: what it is assigned to; None where it is returned."""
+
+    place: Place
+    step: Step
+    statement: cst.CSTNode
+    target: cst.BaseExpression | None
+    call: cst.Call
+    family: str
+
+
+def rule(context: Context) -> None:
+    if any(context.repository.find_module("diffusers", path) for path in context.repository.files):
+        return  # diffusers itself: its transformers are patched
+    made, returning = _directly_made(context)
+    for one in [*made, *_made_by_functions(context, returning)]:
+        _enable(context, one)
+
+
+# Finding
+
+
+def _directly_made(context: Context) -> tuple[list[_Made], dict[int, str]]:
+    """Pipelines that get a name where they are loaded, and functions (`id`) that return one without: its family."""
+    found: list[_Made] = []
+    returning: dict[int, str] = {}
+    for place in _places(context, b"diffusers"):
+        for step, target, value in _values(place):
+            call = _innermost(value)
+            if call is None or not isinstance(call.func, cst.Attribute):
+                continue
+            if call.func.attr.value == "from_pipe" and _class_name(context, call, step, place):
+                reason = "it shares the transformer of another pipeline: Chipmunk is enabled where that is loaded"
+                context.left_dense(place.module.source, step.node, reason)
+                continue
+            family = _family(context, call, step, place)
+            if family is None:
+                continue
+            if target is None and place.function is not None:
+                returning[id(place.function)] = family
+            elif target is not None:
+                found.append(_Made(place, step, step.statement, target, call, family))
+    return found, returning
+
+
+def _made_by_functions(context: Context, returning: dict[int, str]) -> Iterator[_Made]:
+    """Places that give a name to what those functions return."""
+    seen: set[int] = set()
+    while returning:
+        names = {name.encode() for place in _places(context, b"") if (name := _returns(place, returning))}
+        more: dict[int, str] = {}
+        for place in _places(context, *names):
+            for step, target, value in _values(place):
+                call = _innermost(value)
+                meaning = None if call is None else context.repository.resolve(call.func, place.names, step)
+                if call is None or not isinstance(meaning, Function) or id(meaning) not in returning:
+                    continue
+                if target is not None:
+                    yield _Made(place, step, step.statement, target, call, returning[id(meaning)])
+                elif place.function is not None and id(place.function) not in seen:
+                    more[id(place.function)] = returning[id(meaning)]
+        seen |= returning.keys()
+        returning = {key: family for key, family in more.items() if key not in seen}
+
+
+def _returns(place: Place, returning: dict[int, str]) -> str | None:
+    return place.function.node.name.value if place.function is not None and id(place.function) in returning else None
+
+
+def _places(context: Context, *words: bytes) -> list[Place]:
+    """The functions, and the module's own statements, of every file that has one of the words."""
+    found: list[Place] = []
+    for path in sorted(context.repository.files):
+        if any(word in context.repository.files[path] for word in words):
+            module = context.repository.module(path)
+            if module is not None:
+                found += [Place(module, None), *(Place(module, function) for function in module.all_functions())]
+    return found
+
+
+def _values(place: Place) -> Iterator[tuple[Step, cst.BaseExpression | None, cst.BaseExpression]]:
+    """What is assigned to something, or returned."""
+    for step in place.scope.steps:
+        node = step.node
+        if isinstance(node, cst.Assign) and len(node.targets) == 1:
+            yield step, node.targets[0].target, node.value
+        elif isinstance(node, cst.AnnAssign) and node.value is not None:
+            yield step, node.target, node.value
+        elif isinstance(node, cst.Return) and node.value is not None:
+            yield step, None, node.value
+
+
+def _innermost(value: cst.BaseExpression) -> cst.Call | None:
+    """`Class.from_pretrained(…)` of `Class.from_pretrained(…).to(device)`."""
+    while isinstance(value, cst.Call):
+        func = value.func
+        if not (isinstance(func, cst.Attribute) and func.attr.value in _SAME_OBJECT):
+            return value
+        value = func.value
+    return None
+
+
+def _class_name(context: Context, call: cst.Call, step: Step, place: Place) -> str | None:
+    """The class of diffusers whose method is called."""
+    assert isinstance(call.func, cst.Attribute)
+    meaning = context.repository.resolve(call.func.value, place.names, step)
+    if not isinstance(meaning, External) or meaning.name.split(".")[0] != "diffusers":
+        return None
+    return meaning.name.split(".")[-1]
+
+
+def _family(context: Context, call: cst.Call, step: Step, place: Place) -> str | None:
+    """`Flux`, `Flux2` or `Flux3`, if the call loads a pipeline of it; what is not known is reported."""
+    assert isinstance(call.func, cst.Attribute)
+    name = _class_name(context, call, step, place)
+    if name is None or call.func.attr.value not in _LOADERS:
+        return None
+    if _FLUX.fullmatch(name):
+        return name[:5] if name[4:5] in ("2", "3") else "Flux"
+    if not _ANY_MODEL.fullmatch(name):
+        return None
+    model = _text(argument(call, 0, *_ID), step, place)
+    if model is None:
+        reason = "which model it is shows only when it runs: for FLUX, write chipmunk.enable(…) after it yourself"
+        context.left_dense(place.module.source, step.node, reason)
+        return None
+    if "flux" not in model.lower():
+        return None
+    generation = re.search(r"flux[-_. ]?([23])\b", model.lower())
+    return f"Flux{generation[1]}" if generation else "Flux"
+
+
+def _text(node: cst.CSTNode | None, step: Step, place: Place) -> str | None:
+    """The text that an expression stands for: a literal, a name bound to one, or a parameter whose default is one."""
+    if not isinstance(node, cst.Name):
+        return text_of_string(node)
+    scopes = [(place.scope, place.scope.reaching(node.value, step))]
+    scopes.append((place.module.scope, place.module.scope.bindings.get(node.value, [])))
+    for scope, bindings in scopes:
+        if bindings:
+            texts = {text_of_string(binding.value) for binding in bindings if binding.path == ()}
+            return texts.pop() if len(texts) == 1 else None
+        for parameter in parameters(scope.node) if isinstance(scope.node, cst.FunctionDef) else ():
+            if parameter.name.value == node.value:
+                return text_of_string(parameter.default)
+    return None
+
+
+# Changing
+
+
+def _enable(context: Context, made: _Made) -> None:
+    source = made.place.module.source
+    assert made.target is not None
+    if not isinstance(made.target, (cst.Name, cst.Attribute, cst.Subscript)):
+        context.left_dense(source, made.step.node, "the pipeline is unpacked into several names")
+        return
+    name = source.code(made.target)
+    _know(context, made.family)
+    if _is_enabled(context, made.place, name):
+        context.already(source, made.step.node, "Chipmunk is enabled on the pipeline")
+        return
+    last = _last_of_setup(made, name)
+    if not isinstance(last, cst.SimpleStatementLine):
+        context.left_dense(source, made.step.node, "it shares its line with other code")
+        return
+    end = source.span(last)[1]
+    text = source.text
+    while end > 0 and text[end - 1 : end] in (b"\n", b"\r"):
+        end -= 1
+    end = max(end, _line_end(text, end))
+    indentation = source.indentation(last)
+    context.edit(source, end, end, f"\n{indentation}{context.runtime(source)}.enable({name})")
+    context.patched(source, made.step.node, f"a {made.family} pipeline of diffusers")
+
+
+def _line_end(text: bytes, at: int) -> int:
+    """The end of the line, before its line break: a comment may follow the statement."""
+    stop = text.find(b"\n", at)
+    stop = len(text) if stop < 0 else stop
+    return stop - (text[stop - 1 : stop] == b"\r")
+
+
+def _is_enabled(context: Context, place: Place, name: str) -> bool:
+    return any(
+        context.runtime_call(call, place.names, step) == "enable"
+        and call.args
+        and place.module.source.code(call.args[0].value) == name
+        for call, step in place.scope.calls
+    )
+
+
+def _last_of_setup(made: _Made, name: str) -> cst.CSTNode:
+    """The last of the statements right behind the one that makes the pipeline which only set it up."""
+    last = made.statement
+    lines = _suite_of(made)
+    if made.statement not in lines:
+        return last
+    for statement in lines[lines.index(made.statement) + 1 :]:
+        if not isinstance(statement, cst.SimpleStatementLine) or len(statement.body) != 1:
+            break
+        if not _sets_up(statement.body[0], name, made):
+            break
+        last = statement
+    return last
+
+
+def _suite_of(made: _Made) -> list[cst.CSTNode]:
+    """The statements among which the pipeline is made."""
+    top = made.place.scope.node
+    body = top.body if isinstance(top, cst.Module) else top.body.body
+    suites: list[list[cst.CSTNode]] = [list(body)]
+    for node, _ in made.step.chain:
+        suites += [list(part.body) for part in walk(node) if isinstance(part, cst.IndentedBlock)]
+    return next((suite for suite in suites if made.statement in suite), [])
+
+
+def _sets_up(small: cst.CSTNode, name: str, made: _Made) -> bool:
+    """Whether a statement does something to the pipeline without drawing: `pipe.to(…)`, `pipe.scheduler = …`."""
+    code = made.place.module.source.code
+    if isinstance(small, cst.Assign) and len(small.targets) == 1:
+        target = small.targets[0].target
+        if code(target) == name:
+            return code(small.value).startswith(name + ".")
+        return code(target).startswith(name + ".")
+    if isinstance(small, cst.Expr) and isinstance(small.value, cst.Call):
+        return code(small.value.func).startswith(name + ".") and dotted(small.value.func) is not None
+    return False
+
+
+# Facts
+
+
+def _know(context: Context, family: str) -> None:
+    """Note the transformer that verify and bench are to run, once."""
+    file = f"diffusers/models/transformers/transformer_{family.lower()}.py"
+    if any(facts.file == file for facts in context.installed):
+        return
+    double = f"{family}ModeTransformerBlock" if family == "Flux3" else f"{family}TransformerBlock"
+    single = BlockFacts(file, f"{family}SingleTransformerBlock", True, gated=family != "Flux")
+    if family == "Flux":
+        single = replace(single, linear_in="proj_mlp", linear_out="proj_out")
+    elif family == "Flux2":
+        single = replace(single, linear_in="attn.to_qkv_mlp_proj", linear_out="attn.to_out")
+    else:
+        single = replace(single, mlp="ff")
+    context.installed.append(
+        ModelFacts(
+            file=file,
+            name=f"{family}Transformer2DModel",
+            double="mode_blocks.image" if family == "Flux3" else "transformer_blocks",
+            single="single_transformer_blocks",
+            image="hidden_states",
+            ids="img_ids",
+            double_block=BlockFacts(file, double, True, mlp="ff", gated=family != "Flux"),
+            single_block=single,
+            installed=True,
+        )
+    )
+
+
+_SCRIPT = """\
+import torch
+from diffusers import FluxPipeline
+
+pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16)
+pipe.enable_model_cpu_offload()
+
+image = pipe("a chipmunk", num_inference_steps=50).images[0]
+image.save("chipmunk.png")
+"""
+_IMPORT = ("import torch\n", "import chipmunk\nimport torch\n")
+_LOAD = 'FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16)'
+_OFFLOAD = "pipe.enable_model_cpu_offload()\n"
+_ENABLED = (_OFFLOAD, _OFFLOAD + "chipmunk.enable(pipe)\n")
+_PICTURE = """\
+image = pipe("a chipmunk", num_inference_steps=50).images[0]
+image.save("chipmunk.png")
+"""
+
+EXAMPLES = (
+    Example(
+        "a pipeline of another model",
+        "draw.py",
+        variant(
+            _SCRIPT,
+            ("import FluxPipeline", "import StableDiffusion3Pipeline"),
+            (_LOAD, 'StableDiffusion3Pipeline.from_pretrained("stabilityai/stable-diffusion-3-medium")'),
+        ),
+        None,
+    ),
+    Example(
+        "any pipeline, of another model",
+        "draw.py",
+        variant(
+            _SCRIPT,
+            ("import FluxPipeline", "import DiffusionPipeline"),
+            (_LOAD, 'DiffusionPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0")'),
+        ),
+        None,
+    ),
+    Example(
+        "any pipeline, of a model that shows when it runs",
+        "draw.py",
+        variant(
+            _SCRIPT,
+            ("import torch\n", "import sys\n\nimport torch\n"),
+            ("import FluxPipeline", "import DiffusionPipeline"),
+            (_LOAD, "DiffusionPipeline.from_pretrained(sys.argv[1])"),
+        ),
+        None,
+    ),
+    Example(
+        "a class of the user's own with that name",
+        "draw.py",
+        variant(_SCRIPT, ("from diffusers import", "from mine import")),
+        None,
+    ),
+    Example(
+        "a pipeline without a transformer",
+        "draw.py",
+        variant(
+            _SCRIPT,
+            ("import FluxPipeline", "import FluxPriorReduxPipeline"),
+            ("= FluxPipeline.", "= FluxPriorReduxPipeline."),
+        ),
+        None,
+    ),
+    Example(
+        "a pipeline that shares another one's transformer",
+        "draw.py",
+        variant(
+            _SCRIPT,
+            ("import FluxPipeline\n", "import FluxImg2ImgPipeline\n\nfrom mine import base\n"),
+            (_LOAD, "FluxImg2ImgPipeline.from_pipe(base)"),
+        ),
+        None,
+    ),
+    Example(
+        "a script that enables Chipmunk already",
+        "draw.py",
+        variant(_SCRIPT, _IMPORT, (_OFFLOAD, _OFFLOAD + 'chipmunk.enable(pipe, "fast.yml")\n')),
+        None,
+    ),
+    Example("a script", "draw.py", _SCRIPT, variant(_SCRIPT, _IMPORT, _ENABLED)),
+    Example(
+        "everything that sets it up comes first",
+        "draw.py",
+        variant(
+            _SCRIPT,
+            (_LOAD, _LOAD + '.to("cuda")  # 24 GB'),
+            (
+                _OFFLOAD,
+                'pipe.load_lora_weights("mine")\npipe.transformer = torch.compile(pipe.transformer)\n'
+                "pipe = pipe.to(torch.bfloat16)  # again\n",
+            ),
+        ),
+        variant(
+            _SCRIPT,
+            _IMPORT,
+            (_LOAD, _LOAD + '.to("cuda")  # 24 GB'),
+            (
+                _OFFLOAD,
+                'pipe.load_lora_weights("mine")\npipe.transformer = torch.compile(pipe.transformer)\n'
+                "pipe = pipe.to(torch.bfloat16)  # again\nchipmunk.enable(pipe)\n",
+            ),
+        ),
+    ),
+    Example(
+        "any pipeline, of FLUX",
+        "draw.py",
+        variant(
+            _SCRIPT,
+            ("import FluxPipeline\n", 'import DiffusionPipeline\n\nMODEL = "black-forest-labs/FLUX.2-dev"\n'),
+            (_LOAD, "DiffusionPipeline.from_pretrained(MODEL)"),
+        ),
+        variant(
+            _SCRIPT,
+            _IMPORT,
+            ("import FluxPipeline\n", 'import DiffusionPipeline\n\nMODEL = "black-forest-labs/FLUX.2-dev"\n'),
+            (_LOAD, "DiffusionPipeline.from_pretrained(MODEL)"),
+            _ENABLED,
+        ),
+    ),
+    Example(
+        "in one branch",
+        "draw.py",
+        variant(
+            _SCRIPT,
+            (f"pipe = {_LOAD}\n", f"pipe = None\nif torch.cuda.is_available():\n    pipe = {_LOAD}\n"),
+            (_OFFLOAD, "    " + _OFFLOAD),
+        ),
+        variant(
+            _SCRIPT,
+            _IMPORT,
+            (f"pipe = {_LOAD}\n", f"pipe = None\nif torch.cuda.is_available():\n    pipe = {_LOAD}\n"),
+            (_OFFLOAD, f"    {_OFFLOAD}    chipmunk.enable(pipe)\n"),
+        ),
+    ),
+    Example(
+        "a server",
+        "serve.py",
+        variant(
+            _SCRIPT,
+            (
+                f"pipe = {_LOAD}\n{_OFFLOAD}",
+                f"\nclass Server:\n    def __init__(self):\n        self.pipe = {_LOAD}\n        self.{_OFFLOAD}",
+            ),
+            (_PICTURE, "    def draw(self, prompt):\n        return self.pipe(prompt).images[0]\n"),
+        ),
+        variant(
+            _SCRIPT,
+            _IMPORT,
+            (
+                f"pipe = {_LOAD}\n{_OFFLOAD}",
+                f"\nclass Server:\n    def __init__(self):\n        self.pipe = {_LOAD}\n        self.{_OFFLOAD}"
+                "        chipmunk.enable(self.pipe)\n",
+            ),
+            (_PICTURE, "    def draw(self, prompt):\n        return self.pipe(prompt).images[0]\n"),
+        ),
+    ),
+    Example(
+        "a function that returns it",
+        "draw.py",
+        variant(_SCRIPT, (f"pipe = {_LOAD}\n", f"\ndef load():\n    return {_LOAD}\n\n\npipe = load()\n")),
+        variant(
+            _SCRIPT,
+            _IMPORT,
+            (f"pipe = {_LOAD}\n", f"\ndef load():\n    return {_LOAD}\n\n\npipe = load()\n"),
+            _ENABLED,
+        ),
+    ),
+)
