@@ -39,8 +39,8 @@ class Level:
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers from at most `low` to at least `high`."""
-    if not high > low:
-        high = low + 1
+    if high - low <= 1e-9 * max(abs(low), abs(high), 1e-3):  # all the same, but for rounding
+        high = low + max(abs(low), 1.0) * 0.1
     rough = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
@@ -99,7 +99,8 @@ def _lines(
     ys = [y for line in series for _, y in line.points] + [level.value for level in levels]
     low = min(ys) if y_from is None else y_from
     y_ticks = ticks(low, max(ys), 5)
-    x_ticks = ticks(*(x_range or (min(xs), max(xs))), 6 if wide else 4)
+    first, last = x_range or (min(xs), max(xs))
+    x_ticks = ticks(min(first, *xs), max(last, *xs), 6 if wide else 4)
     right = 24 + max(_LETTER * len(line.name) for line in series) if wide else 14
     left, top, bottom = 52, 30, 46
 
