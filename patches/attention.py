@@ -43,7 +43,7 @@ KNOWN = {
 # A repository's own function over several of these: it is told the number of heads, and whether they are apart.
 HEADS = (("q", "k", "v", "heads", "mask"), ("query", "key", "value", "heads", "mask"))
 HEADS_OPTION = "skip_reshape"
-# Known, but not handled: why.
+# Known, by the name or by all of it, but not handled: why.
 OTHERS = {
     "flash_attn_varlen_func": "takes several sequences in one",
     "sageattn_varlen": "takes several sequences in one",
@@ -117,7 +117,9 @@ def _shared_with(context: Context, model: Model, block: Block) -> str:
     """A clause for the report if other models use the block's class too."""
     others = [found.owner.name for found in context.roles.lookalikes if found.owner.name != model.name]
     users = [name for name in dict.fromkeys(others) if _uses(context, name, block)]
-    return f"; {' and '.join(users)} shares the class and stays dense, as its blocks get no state" if users else ""
+    if len(users) > 1:
+        return f"; {' and '.join(users)} share the class and stay dense, as their blocks get no state"
+    return f"; {users[0]} shares the class and stays dense, as its blocks get no state" if users else ""
 
 
 def _uses(context: Context, owner: str, block: Block) -> bool:
@@ -263,8 +265,9 @@ def _unfit(meaning: Meaning | None) -> str | None:
     """Why a function that is known to be attention is not handled."""
     if not isinstance(meaning, External):
         return None
-    name = next((n for n in OTHERS if f".{meaning.name}".endswith(f".{n}")), None)
-    return None if name is None else f"{name.split('.')[-1]} {OTHERS[name]}"
+    name = meaning.name.split(".")[-1]
+    why = OTHERS.get(meaning.name) or OTHERS.get(name)
+    return None if why is None else f"{name} {why}"
 
 
 def _once(leaf: _Leaf, leaves: list[_Leaf]) -> _Leaf:

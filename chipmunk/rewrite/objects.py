@@ -6,7 +6,6 @@ users put there is decided when the program runs; every class beside the default
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 import libcst as cst
@@ -55,8 +54,8 @@ def held_by(repository: Repository, owner: Class, attribute: str, method: str | 
 
 def _is_general(repository: Repository, owner: Class) -> bool:
     """Whether objects of the class are made in so many files that the processors beside it are for others too."""
-    call = re.compile(rb"\b" + owner.name.encode() + rb"\(")
-    found = (path for path, content in repository.files.items() if call.search(content))
+    call = owner.name.encode() + b"("
+    found = (path for path, content in repository.files.items() if call in content)
     return sum(1 for _ in zip(found, range(_FILES + 1), strict=False)) > _FILES
 
 
@@ -90,7 +89,9 @@ class _Search:
         if (id(function), parameter) in self.asked:
             return []
         self.asked.add((id(function), parameter))
-        callers = [caller for c in self.repository.bases(self.owner) for caller in c.methods.values()]
+        # What other methods put there, when users ask for it, are replacements.
+        makers = [c.methods.get("__init__") for c in self.repository.bases(self.owner)]
+        callers = [caller for caller in makers if caller is not None]
         calls = [(call, caller, step) for caller in callers for call, step in caller.scope.calls]
         calls = [found for found in calls if self_attribute(found[0].func, found[1].scope.receiver) == name]
         if name == "__init__":
