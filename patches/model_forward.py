@@ -3,7 +3,9 @@
 The model is found by what it does: it runs a list of blocks that turn an image and a text stream into two, joins the
 streams, runs a second list of blocks on the joint stream, and slices the image off again. The decorator names the two
 lists, the parameter with the image tokens and the one with their positions. Where the forward adds something else
-with one row for each image token (a ControlNet's residual, say), `ids` is left out: image tokens then keep their order.
+with one row for each image token (a ControlNet's residual, say), image tokens must keep their order: if it is an
+optional parameter, `per_token` names it, and they do where it is given; else `ids` is left out. Where no sampling loop
+counts the steps, `timesteps` names the parameter whose changes do.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import libcst as cst
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.loops import timestep_parameter
-from chipmunk.rewrite.minimal import MODEL, variant
+from chipmunk.rewrite.minimal import MODEL, SINGLE, variant
 from chipmunk.rewrite.roles import Model
 
 NAME = "model-forward"
@@ -44,21 +46,26 @@ def _mark(context: Context, model: Model, timesteps: str | None) -> None:
         options.append(f'ids="{model.ids}"')
     if timesteps is not None:
         options.append(f'timesteps="{timesteps}"')
+    if model.per_token:
+        names = [f'"{name}"' for name in model.per_token]
+        options.append(f"per_token=({', '.join(names)}{',' if len(names) == 1 else ''})")
     first: cst.CSTNode = function.decorators[0] if function.decorators else function
     start = source.span(first)[0]
     indentation = source.indentation(first)
     line = f"@{runtime}.model_forward({', '.join(options)})"
     if len(indentation.expandtabs(4) + line) > max(88, _longest_line(source.text)):
         inner = f"\n{indentation}" + ("\t" if "\t" in indentation else "    ")
-        line = f"@{runtime}.model_forward({inner}{', '.join(options)}\n{indentation})"
+        listed = ", ".join(options)
+        if len(inner.expandtabs(4)) - 1 + len(listed) > max(88, _longest_line(source.text)):
+            listed = f",{inner}".join(options) + ","
+        line = f"@{runtime}.model_forward({inner}{listed}\n{indentation})"
     context.edit(source, start, start, f"{line}\n{indentation}")
-    reason = f"its forward runs self.{model.double} on two streams and self.{model.single} on the joint one"
-    context.patched(
-        source,
-        function.name,
-        f"{reason}; {model.order_off or 'token order follows ' + str(model.ids)}",
-        matched=matched,
-    )
+    streams = "two streams" if len(model.double_block.streams) > 1 else "the image"
+    reason = f"its forward runs self.{model.double} on {streams} and self.{model.single} on the joint one"
+    order = model.order_off or f"token order follows {model.ids}"
+    if model.per_token:
+        order += f", unless {' or '.join(model.per_token)} is given"
+    context.patched(source, function.name, f"{reason}; {order}", matched=matched)
 
 
 def _longest_line(text: bytes) -> int:
@@ -81,6 +88,22 @@ _RESIDUAL = variant(
         "image, text = block(image, text, rotation)\n            image = image + control",
     ),
 )
+_OPTIONAL = variant(_RESIDUAL, ("time, control):", "time, control=None):"))
+_INSIDE = variant(
+    MODEL,
+    ("        x = torch.cat((text, image), dim=1)\n", ""),
+    ("            x = block(x, rotation)\n", "            image, text = block(image, text, rotation)\n"),
+    ("        x = x[:, text.shape[1] :]\n        return self.out(x)\n", "        return self.out(image)\n"),
+)
+_JOINS_INSIDE = variant(
+    SINGLE,
+    (
+        "forward(self, x, rotation):\n",
+        "forward(self, image, text, rotation):\n        x = torch.cat((text, image), 1)\n",
+    ),
+    ("        return x + self", "        x = x + self"),
+    ("mixed, self.act(hidden)), 2))\n", "mixed, self.act(hidden)), 2))\n        return x[:, text.shape[1] :], text\n"),
+)
 
 EXAMPLES = (
     Example(
@@ -95,7 +118,29 @@ EXAMPLES = (
         variant(MODEL, ("        for block in self.joints:\n            x = block(x, rotation)\n", "")),
         None,
     ),
+    Example(
+        "an optional residual: image tokens keep their order where it is given",
+        "flow/model.py",
+        _OPTIONAL,
+        variant(
+            _OPTIONAL,
+            _IMPORT,
+            (
+                "    def forward(",
+                "    @chipmunk.model_forward(\n"
+                '        double="pairs", single="joints", image="image", ids="image_ids", per_token=("control",)\n'
+                "    )\n    def forward(",
+            ),
+        ),
+    ),
     Example("a model", "flow/model.py", MODEL, variant(MODEL, _IMPORT, (_FORWARD, _MARK + _FORWARD))),
+    Example(
+        "the blocks of the second list join the streams themselves",
+        "flow/model.py",
+        _INSIDE,
+        variant(_INSIDE, _IMPORT, (_FORWARD, _MARK + _FORWARD)),
+        {"flow/single.py": _JOINS_INSIDE},
+    ),
     Example(
         "no loop in the repository calls the model: its timestep counts the steps",
         "flow/model.py",
