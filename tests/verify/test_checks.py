@@ -46,6 +46,7 @@ def healthy() -> tuple[Outputs, Outputs, Results]:
     never = {"main": {"sparse": 0, "full": 0, "dense": {"one of the first layers": 4}}}
     statistics = {
         "dense_model_calls": {},
+        "skipped_model_calls": 3,
         "layers": [
             {"name": name, "attention": copy.deepcopy(part), "mlp": copy.deepcopy(part)}
             for name, part in zip(LAYERS, [never, never, counted, counted], strict=True)
@@ -55,7 +56,7 @@ def healthy() -> tuple[Outputs, Outputs, Results]:
     results: Results = [
         {
             "scenarios": [asdict(Scenario("denoise", "model", IMAGES, "default", 0))],
-            "oracle": {"denoise": {"calls": calls, "smallest_margin": 1e-4}},
+            "oracle": {"denoise": {"calls": calls, "skipped": 3, "smallest_margin": 1e-4}},
             "parameters": [["a.weight", "1"], ["b.weight", "2"]],
         },
         {
@@ -152,6 +153,11 @@ CHANGES: list[tuple[str, set[str], Change]] = [
         "dense model calls",
         {"coverage"},
         lambda o, p, r: r[1]["coverage"]["denoise"]["statistics"]["dense_model_calls"].update({"no steps": 1}),
+    ),
+    (
+        "a step skipped too many",
+        {"coverage"},
+        lambda o, p, r: r[1]["coverage"]["denoise"]["statistics"].update(skipped_model_calls=4),
     ),
 ]
 
