@@ -151,16 +151,17 @@ class Oracle:
     def __enter__(self) -> Oracle:
         self._hook(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
         self._hook(self.model.register_forward_hook(self._after_model))
-        double: Iterable[nn.Module] = getattr(self.model, self.facts.double)
-        single: Iterable[nn.Module] = getattr(self.model, self.facts.single)
+        double: Iterable[nn.Module] = attrgetter(self.facts.double)(self.model)
+        single: Iterable[nn.Module] = attrgetter(self.facts.single)(self.model)
         layer = 0
         for block in double:
             self._hook_block(block, layer)
-            self._hook_double_mlp(block, layer)
+            self._hook_whole_mlp(block, layer, self.facts.double_block)
             layer += 1
         for block in single:
             self._hook_block(block, layer)
             self._hook_single_mlp(block, layer)
+            self._hook_whole_mlp(block, layer, self.facts.single_block)
             layer += 1
         self._hooks.enter_context(_InterceptAttention(self))
         return self
@@ -173,6 +174,9 @@ class Oracle:
 
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._hooks.callback(handle.remove)
+
+    def _doubles(self) -> int:
+        return len(attrgetter(self.facts.double)(self.model))
 
     def _hook_block(self, block: nn.Module, layer: int) -> None:
         """Know, inside the block's forward, which layer it is and how many tokens take part in its joint attention."""
@@ -191,14 +195,15 @@ class Oracle:
         self._hook(block.register_forward_pre_hook(before, with_kwargs=True))
         self._hook(block.register_forward_hook(after, always_call=True))
 
-    def _hook_double_mlp(self, block: nn.Module, layer: int) -> None:
-        if self.facts.double_block.mlp is None:
+    def _hook_whole_mlp(self, block: nn.Module, layer: int, facts: BlockFacts) -> None:
+        """The image MLP of a double block; in FLUX.3 also that of a joint block, which is beside the attention."""
+        if facts.mlp is None:
             return
-        mlp = attrgetter(self.facts.double_block.mlp)(block)
+        mlp = attrgetter(facts.mlp)(block)
         linears = [part for part in mlp.modules() if isinstance(part, nn.Linear)]
         if [type(linear) for linear in linears] != [nn.Linear, nn.Linear]:
             return  # a LoRA or quantised layer: the MLP stays as it is
-        self._hook_linears(layer, linears[0], linears[1], self.facts.double_block)
+        self._hook_linears(layer, linears[0], linears[1], facts)
 
     def _hook_single_mlp(self, block: nn.Module, layer: int) -> None:
         names = self.facts.single_block.linear_in, self.facts.single_block.linear_out
@@ -364,7 +369,7 @@ class Oracle:
         images = [stream for stream in streams if stream.shape[1] == self._image_tokens]
         if layer == 0:
             self._entering = images[0].clone()
-        elif layer == len(getattr(self.model, self.facts.double)) and self._leaving_double is not None and not images:
+        elif layer == self._doubles() and self._leaving_double is not None and not images:
             head = streams[0][:, : self._image_tokens]
             self._text_first = not torch.equal(head, self._leaving_double)
 
@@ -373,11 +378,11 @@ class Oracle:
         if self._steps is None:
             return None
         parts = list(output) if isinstance(output, (tuple, list)) else [output]
-        double = len(getattr(self.model, self.facts.double))
+        double = self._doubles()
         index = next((i for i, part in enumerate(parts) if part.shape[1] == self._image_tokens), 0)
         if layer == double - 1:
             self._leaving_double = parts[index].clone()
-        if layer != double + len(getattr(self.model, self.facts.single)) - 1:
+        if layer != double + len(attrgetter(self.facts.single)(self.model)) - 1:
             return None
         assert self._entering is not None
         tokens = parts[index].shape[1]
@@ -396,7 +401,7 @@ class Oracle:
         assert self._layer is not None
         assert self._current is not None
         config, layer = self.config.attn, self._layer
-        is_double = layer < len(getattr(self.model, self.facts.double))
+        is_double = layer < self._doubles()
         if not (self.facts.double_block if is_double else self.facts.single_block).attention:
             return dense
         batch, heads, tokens, _ = query.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +62,8 @@ class Subject:
         self.notes: list[str] = []
         self.extra: dict[str, Any] = {}
         """Arguments of the model's forward that only the factory knows."""
-        self.model_class: type[nn.Module] = self.checkout.object(self.facts.file, self.facts.name)
+        find = installed_object if self.facts.installed else self.checkout.object
+        self.model_class: type[nn.Module] = find(self.facts.file, self.facts.name)
         self.loops = self._load_loops()
         self._models: dict[str, nn.Module] = {}
         self.model("model")
@@ -245,7 +247,7 @@ class Subject:
         for index, (now, after) in steps(model, enumerate(list(itertools.pairwise(times)))):
             velocity = self._call(model, model, {**given, "img": image}, now)
             if index >= 2:
-                prompt = {"txt": other["txt"], "vec": other["vec"]}
+                prompt = {name: other[name] for name in ("txt", "vec") if name in other}
                 second = self._call(slot(model, "second"), model, {**given, **prompt, "img": image}, now)
                 velocity = second + 1.5 * (velocity - second)
             image = image + (after - now) * velocity
@@ -270,6 +272,21 @@ def load_file(path: Path, name: str) -> ModuleType:
     return module
 
 
+def installed_object(file: str, name: str) -> Any:
+    """A class of an installed package, by its file's path among the packages. Raises CheckoutError."""
+    module = file.removesuffix(".py").replace("/", ".")
+    package = module.partition(".")[0]
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:
+        installed = importlib.util.find_spec(package) is not None
+        why = f"{type(error).__name__}: {error}" if installed else "it is not installed"
+        raise CheckoutError(
+            f"{name} of {package} cannot be imported by {sys.executable}: {why}",
+            f"{sys.executable} -m pip install --upgrade {package}",
+        ) from error
+
+
 def unwrapped(function: Callable[..., Any]) -> Any:
     """The function inside decorators such as `torch.no_grad()`."""
     while hasattr(function, "__wrapped__"):
@@ -289,7 +306,8 @@ def randomise(model: nn.Module, seed: int) -> None:
             if parameter.dim() > 1:
                 parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
             else:
-                parameter.normal_(1.5 if name.endswith("scale") else 0.0, 0.1, generator=generator)
+                is_scale = name.endswith("scale") or re.search(r"norm\w*\.weight$", name) is not None
+                parameter.normal_(1.5 if is_scale else 0.0, 0.1, generator=generator)
 
 
 @contextmanager
