@@ -290,10 +290,11 @@ class _Finder:
         if any(last_name(call.func) == "backward" for call, step in scope.calls if loop in step.loops):
             denoises, reason = False, "a training loop"
         elif not _feeds_back(scope, loop, found.calls):
-            denoises, reason = (
-                False,
-                "nothing that the model returns reaches its next call: these are no denoising steps",
-            )
+            around = {node for call in found.calls for node in call.step.loops if node is not loop}
+            denoises = any(_feeds_back(scope, node, found.calls) for node in around)
+            reason = "nothing that the model returns reaches its next call: these are no denoising steps"
+            if denoises:
+                reason = "a step calls the model in a loop of its own, from one place"
         elif loop.asynchronous is not None:
             reason = "an `async for` loop has no iterable to count steps by"
         elif len(found.calls) > 1 and (helper := next((c.helper for c in found.calls if c.helper), "")):

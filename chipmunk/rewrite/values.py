@@ -134,8 +134,10 @@ class Values:
                         keywords = {arg.keyword.value for arg in call.args if arg.keyword is not None}
                         name = dotted(call.func)
                         if step.loops and name in function.scope.parameters and wanted <= keywords <= known:
-                            self._give(self.arguments, (id(function), name), frozenset({label_of(index)}))
                             self._add_places(function.module)
+                            self._settle()
+                            if (id(function), name) not in self.arguments:
+                                self._give(self.arguments, (id(function), name), frozenset({label_of(index)}))
         self._read_files()
 
     def _add_places(self, module: Module) -> None:

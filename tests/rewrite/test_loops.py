@@ -21,7 +21,6 @@ from flow.model import Painter
 
 
 """
-CLOCK = '        double="pairs", single="joints", image="image", ids="image_ids", timesteps="time"\n'
 
 
 def plan_of(sampling: str, **files: str) -> Plan:
@@ -137,6 +136,15 @@ def sample(model: Painter, image, image_ids, text, text_ids, times):
         image = image - 0.1 * guided(model, image, image_ids, text, text_ids, time)
     return image
 """,
+    "prompts in a loop inside the step": f"""\
+def sample(model: Painter, image, image_ids, texts, text_ids, times):
+    for time in times:
+        velocities = []
+        for text in texts:
+            velocities.append(model({GIVEN}))
+        image = image - 0.1 * sum(velocities)
+    return image
+""",
     "a sampler of another library": """\
 from k_diffusion.sampling import sample_euler
 
@@ -160,7 +168,7 @@ def sample(image, image_ids, text, text_ids, times):
 def test_where_no_iterable_counts_steps_the_timestep_does(text: str) -> None:
     plan = plan_of(text)
     assert wrapped(plan) == []
-    assert CLOCK in after(plan, "flow/model.py")
+    assert is_clocked(plan)
     assert ["counted by changes of `time`" in reason for reason in reasons(plan, "patched")] == [True]
     files = {path: content.encode() for path, content in {**FILES, "flow/sampling.py": HEAD + text}.items()}
     again = plan_repository({**files, **{change.path: change.after for change in plan.changes}}, REGISTRY)
