@@ -63,7 +63,7 @@ def find_grid(ids: Tensor) -> tuple[int, int] | str:
 def _is_even(positions: Tensor, number: Tensor, second: int) -> bool:
     """Whether each position (float64) is its number times the position of token `second`, rounding in float32 aside."""
     step = positions[second] if second < len(positions) and number[second] else positions.new_ones(())
-    return bool(step != 0) and bool(((positions - number * step).abs() <= 1e-3 * step.abs()).all())
+    return bool(step > 0) and bool(((positions - number * step).abs() <= 1e-3 * step).all())
 
 
 def find_order(ids: Tensor, tokens: int, patchify: Patchify, device: torch.device) -> tuple[TokenOrder | None, str]:

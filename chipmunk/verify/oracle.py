@@ -321,7 +321,7 @@ class Oracle:
         for index in range(tokens):
             row, column = divmod(index, width)
             off = positions[index][1] - first[1] - row * down, positions[index][2] - first[2] - column * right
-            if right == 0 or abs(off[0]) > 1e-3 * abs(down) or abs(off[1]) > 1e-3 * abs(right):
+            if min(down, right) <= 0 or abs(off[0]) > 1e-3 * down or abs(off[1]) > 1e-3 * right:
                 return None
         if tokens % width:
             return None
