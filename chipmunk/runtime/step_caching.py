@@ -90,11 +90,14 @@ class StepCache:
 
     def _is_kept(self, step: int, keep: float) -> bool:
         """Whether `step` is computed where a fraction `keep` of all is, spread evenly between the protected ones."""
-        first, last = self.rules.first_steps, self.rules.last_steps
-        between = 0 if self.steps is None else self.steps - first - last
-        if between > 0:
-            keep = min(max((keep * (first + between + last) - first - last) / between, 0.0), 1.0)
-        return int(keep * (step - first + 1)) > int(keep * (step - first))
+        rules, steps = self.rules, self.steps
+        if steps is not None:
+            between = steps - rules.first_steps - rules.last_steps
+            # the first of the last steps closes the last gap
+            computed = int(keep * steps + 0.5) - rules.first_steps - rules.last_steps
+            keep = (max(computed, 0) + 1) / (between + 1)
+        place = step - rules.first_steps
+        return int(keep * (place + 1)) > int(keep * place)
 
     def expected_error(self, step: int) -> float:
         """The error to expect of a prediction for `step`, relative to the hidden state; infinite if nothing is known.

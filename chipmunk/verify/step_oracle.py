@@ -57,10 +57,10 @@ class Steps:
             return False
         if rules.keep is not None:
             fraction = rules.keep
-            if total is not None and total > rules.first_steps + rules.last_steps:
+            if total is not None:
                 between = total - rules.first_steps - rules.last_steps
-                fraction = (fraction * total - rules.first_steps - rules.last_steps) / between
-                fraction = min(max(fraction, 0.0), 1.0)
+                computed = math.floor(fraction * total + 0.5) - rules.first_steps - rules.last_steps
+                fraction = (max(computed, 0) + 1) / (between + 1)
             place = step - rules.first_steps
             return math.floor(fraction * (place + 1)) == math.floor(fraction * place)
         together = self.expected + self.expected_error(step)
