@@ -80,6 +80,15 @@ _MARK = """\
         double="pairs", single="joints", image="image", ids="image_ids"
     )
 """
+_MARK_WITH_CLOCK = """\
+    @chipmunk.model_forward(
+        double="pairs",
+        single="joints",
+        image="image",
+        ids="image_ids",
+        timesteps="time",
+    )
+"""
 _RESIDUAL = variant(
     MODEL,
     ("text_ids, time):", "text_ids, time, control):"),
@@ -145,7 +154,7 @@ EXAMPLES = (
         "no loop in the repository calls the model: its timestep counts the steps",
         "flow/model.py",
         MODEL,
-        variant(MODEL, _IMPORT, (_FORWARD, _MARK.replace("\n    )", ', timesteps="time"\n    )') + _FORWARD)),
+        variant(MODEL, _IMPORT, (_FORWARD, _MARK_WITH_CLOCK + _FORWARD)),
         {"flow/sampling.py": ""},
     ),
     Example(

@@ -16,7 +16,7 @@ from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.loops import ModelCall, SamplingLoop, model_mark, timestep_parameter
-from chipmunk.rewrite.minimal import MODEL, SAMPLING, variant
+from chipmunk.rewrite.minimal import SAMPLING, variant
 from chipmunk.rewrite.plan import LoopFacts, SiteStatus
 from chipmunk.rewrite.source import Source
 from chipmunk.rewrite.syntax import argument, dotted, target_names
@@ -142,6 +142,25 @@ _GUIDED = variant(
     ),
 )
 
+_HELPER = f"""\
+def predict(network: Painter, image, image_ids, text, text_ids, time):
+    return {_CALL.replace("model", "network")}
+
+
+def sample("""
+_HELPED = variant(
+    SAMPLING,
+    (_CALL, "predict(model, image, image_ids, text, text_ids, time)"),
+    ("def sample(", _HELPER),
+)
+_TWICE = variant(
+    _HELPED,
+    (
+        "        image = image +",
+        "        velocity -= predict(model, image, image_ids, -text, text_ids, time)\n        image = image +",
+    ),
+)
+
 EXAMPLES = (
     Example(
         "a loop over independent inputs: nothing is fed back, so these are no steps",
@@ -156,10 +175,22 @@ EXAMPLES = (
         None,
     ),
     Example(
+        "two functions' calls in a step: they cannot be told apart here, but by the model's timestep they can",
+        "flow/sampling.py",
+        _TWICE,
+        None,
+    ),
+    Example(
         "a `while` loop",
         "flow/sampling.py",
         variant(SAMPLING, (f"for now, then in {_HEAD}:", "while (now := times.pop()) > (then := 0):")),
         None,
+    ),
+    Example(
+        "a function of the repository calls the model",
+        "flow/sampling.py",
+        _HELPED,
+        variant(_HELPED, _IMPORT, _STEPS),
     ),
     Example("a sampling loop", "flow/sampling.py", SAMPLING, variant(SAMPLING, _IMPORT, _STEPS)),
     Example(
