@@ -212,9 +212,9 @@ def _configs(options: BenchOptions, root: Path) -> dict[str, Path | None]:
 
 
 def _model(models: tuple[ModelFacts, ...]) -> ModelFacts:
-    """The model to time: the first that a loop takes as a parameter."""
+    """The model to time: the first that a loop takes as a parameter, or that is an installed package's."""
     for facts in models:
-        if any(loop.model_parameter is not None for loop in facts.loops):
+        if facts.installed or any(loop.model_parameter is not None for loop in facts.loops):
             return facts
     places = ", ".join(f"{loop.file}:{loop.line}" for facts in models for loop in facts.loops) or "none was found"
     raise BenchError(f"no sampling loop of this repository takes the model as a parameter ({places}): nothing to time")

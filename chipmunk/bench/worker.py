@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -35,7 +36,7 @@ from chipmunk.runtime.layer_state import DONE, LayerState
 from chipmunk.runtime.session import ATTRIBUTE, Session, statistics
 from chipmunk.verify.checkout import Checkout, CheckoutError
 from chipmunk.verify.placeholders import PlaceholderUsed
-from chipmunk.verify.subject import load_file, randomise
+from chipmunk.verify.subject import installed_object, load_file, randomise
 
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -78,7 +79,7 @@ def work(spec: Spec) -> list[Run]:
     if session is None and spec.compile:
         name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         setattr(torch._dynamo.config, name, 64)
-        for block in (*getattr(model, spec.facts.double), *getattr(model, spec.facts.single)):
+        for block in (*attrgetter(spec.facts.double)(model), *attrgetter(spec.facts.single)(model)):
             block.compile(dynamic=False)
     environment = describe(spec, model)
     return [replace(run, environment=environment) for run in measure(spec, model, loop, session)]
@@ -118,7 +119,8 @@ def explain(error: Exception) -> None:
 def build(spec: Spec) -> tuple[nn.Module, Loop]:
     """The repository's model with random or given weights, and its sampling loop."""
     checkout, target = Checkout(spec.root), load_file(spec.target, "chipmunk_bench_target")
-    model_class = checkout.object(spec.facts.file, spec.facts.name)
+    find = installed_object if spec.facts.installed else checkout.object
+    model_class = find(spec.facts.file, spec.facts.name)
     dtype = getattr(torch, spec.dtype)
     torch.set_default_dtype(dtype)
     tensors: dict[str, Tensor] | None = None
@@ -135,6 +137,8 @@ def build(spec: Spec) -> tuple[nn.Module, Loop]:
         randomise(model, spec.seed)
     else:
         model.load_state_dict(tensors, strict=True)
+    if spec.facts.installed:  # its loops are pipelines, which run with their encoders alone
+        return model.eval().requires_grad_(False), Loop(target, target.sample, "model", "plain")
     why = []
     for facts in spec.facts.loops:
         if facts.model_parameter is None:
@@ -273,6 +277,8 @@ def notes(counted: Statistics, images: Sequence[Image]) -> Iterator[str]:
     ):
         for reason, count in counts.items():
             yield f"{title}: {reason} ({count})"
+    if counted.no_step_caching is not None:
+        yield f"no steps were skipped: {counted.no_step_caching}"
     for size in dict.fromkeys(image.size for image in images):
         if not any("sparse" in kind for image in images if image.size == size for kind in image.kinds):
             yield f"at {size} no step of the last layer was sparse"
@@ -326,6 +332,9 @@ class Calls:
         if self.session is None:
             self.kinds.append("dense")
             return
+        if was_skipped(self.session):
+            self.kinds.append("skipped")
+            return
         state = state_of_last_call(self.session)
         self.kinds.append("dense/dense" if state is None else kind(state))
         if state is not None and "sparse" in self.kinds[-1] and len(self.kept) < 2:
@@ -353,6 +362,15 @@ def model_calls(model: nn.Module, session: Session | None, cuda: bool) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
+
+
+def was_skipped(session: Session) -> bool:
+    """Whether no block ran in the last call."""
+    return any(
+        slot.skipped and slot.last_step == generation.step
+        for generation in session.generations
+        for slot in generation.slots.values()
+    )
 
 
 def state_of_last_call(session: Session) -> LayerState | None:
