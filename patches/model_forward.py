@@ -34,14 +34,15 @@ def rule(context: Context) -> None:
 
 
 def _mark(context: Context, model: Model, timesteps: str | None) -> None:
-    source, function = model.owner.source, model.forward.node
-    matched = f"{model.name}.{function.name.value}"
+    source, function = model.forward.source, model.forward.node
+    matched = model.forward.name
     for decorator in function.decorators:
-        if context.runtime_call(decorator.decorator, model.owner.module) == "model_forward":
+        if context.runtime_call(decorator.decorator, model.forward.module) == "model_forward":
             context.already(source, function.name, "its forward is marked", matched=matched)
             return
     runtime = context.runtime(source)
-    options = [f'double="{model.double}"', f'single="{model.single}"', f'image="{model.image}"']
+    options = [f'model="{model.forward.scope.receiver}"'] if model.forward.owner is None else []
+    options += [f'double="{model.double}"', f'single="{model.single}"', f'image="{model.image}"']
     if model.ids is not None:
         options.append(f'ids="{model.ids}"')
     if timesteps is not None:
@@ -137,7 +138,8 @@ EXAMPLES = (
             (
                 "    def forward(",
                 "    @chipmunk.model_forward(\n"
-                '        double="pairs", single="joints", image="image", ids="image_ids", per_token=("control",)\n'
+                '        double="pairs",\n        single="joints",\n        image="image",\n        ids="image_ids",\n'
+                '        per_token=("control",),\n'
                 "    )\n    def forward(",
             ),
         ),
