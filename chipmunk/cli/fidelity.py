@@ -64,6 +64,7 @@ def fidelity(
         bool, typer.Option("--compare", help="Beside fewer dense steps, step caching and cache-dit, as curves.")
     ] = False,
     floor: Annotated[bool, typer.Option(help="Measure dense against dense too.")] = True,
+    coverage: Annotated[bool, typer.Option(help="Measure what the kept keys and neurons cover too.")] = True,
     require_psnr: Annotated[
         float | None, typer.Option("--require-psnr", help="End with 1 if a mean is below this.", metavar="DB")
     ] = None,
@@ -87,7 +88,7 @@ def fidelity(
         repo, config=config, prompt=prompt, prompts=prompts, seeds=range(first_seed, first_seed + seeds), steps=steps,
         size=size, weights=weights, factory=factory, autoencoder=autoencoder, dtype=dtype, device=device,
         floor=floor, require_psnr=require_psnr, output=output, target=target, plugins=plugins, python=python,
-        compare=compare,
+        compare=compare, coverage=coverage,
     )  # fmt: skip
     report = run_with_bar(repo, options)
     if as_json:
@@ -122,6 +123,7 @@ def fidelity_options(
     dtype: str | None = None,
     device: str = "cpu",
     floor: bool = True,
+    coverage: bool = True,
     require_psnr: float | None = None,
     output: Path | None = None,
     target: str | None = None,
@@ -159,6 +161,7 @@ def fidelity_options(
         target=target,
         plugins=tuple(plugins or ()),
         floor=1 if floor else 0,
+        coverage=coverage,
         require_psnr=require_psnr,
         output=output,
         command=shlex.join(["chipmunk", *sys.argv[1:]]),
@@ -209,8 +212,9 @@ def write(report: FidelityReport, folder: Path) -> None:
 
 def _say_where(folder: Path) -> None:
     from chipmunk.apply.errors import quoted
-    from chipmunk.cli.terminal import next_commands, screen
+    from chipmunk.cli.terminal import next_commands, say, screen
 
+    say(screen(), f"Wrote {folder}: results.json, fidelity.txt, and the pictures, if they could be decoded.")
     results = quoted(folder / "results.json")
     next_commands(screen(), [(f"chipmunk report {results}", "all of it as one HTML page")])
 

@@ -267,7 +267,24 @@ def _pictures(results: dict[str, Any], work: Path, output: Path | None) -> dict[
         if name in numbers:
             images[key] = f"pictures/{numbers[name]}-{number}.png"
             Image.fromarray(picture[0]).save(output / images[key], optimize=True)
+    first = next((name for name, _ in named if f"{name}/0" in images), None)
+    if first is not None and "dense/0" in images:
+        _side_by_side(output / images["dense/0"], output / images[f"{first}/0"], output / PAIR)
     return images
+
+
+PAIR = "dense-and-sparse.png"
+"""The first picture, dense on the left."""
+
+
+def _side_by_side(left: Path, right: Path, path: Path) -> None:
+    from PIL import Image
+
+    one, other = Image.open(left), Image.open(right)
+    pair = Image.new("RGB", (one.width + 8 + other.width, one.height), "white")
+    pair.paste(one, (0, 0))
+    pair.paste(other, (one.width + 8, 0))
+    pair.save(path, optimize=True)
 
 
 __all__ = ["FidelityOptions", "Prepared", "VerifyError", "config_variants", "prepare", "run", "work_on"]
