@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import chipmunk
+from chipmunk.bench.worker import model_calls
 from chipmunk.config import StepCaching
 from chipmunk.runtime.step_caching import NO_PLACE, UPSTREAM_SCHEDULE, StepCache, scaled
 
@@ -375,6 +376,14 @@ def test_the_statistics_list_the_skipped_steps() -> None:
     assert counted.skipped_model_calls == 50
     assert counted.model_calls == 100
     assert "skipped steps of the last image: 7 11 13 14" in str(counted)
+
+
+def test_a_benchmark_tells_skipped_steps_from_others() -> None:
+    model, given = enabled({**small(), **caching(keep=0.5)}), inputs()
+    with model_calls(model, model.__dict__["_chipmunk_session"], cuda=False) as calls:
+        denoise(model, 16, **given)
+    assert tuple(step for step, kind in enumerate(calls.kinds) if kind == "skipped") == skipped(model)
+    assert set(calls.kinds) == {"skipped", "dense/full", "full/sparse", "full/full", "sparse/sparse"}
 
 
 # Forwards that are no place for it.
