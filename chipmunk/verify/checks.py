@@ -20,6 +20,10 @@ NEAR_TIE = 3e-7
 and two correct runs go different ways."""
 
 
+SPARSE = {"attention": ("column_sparse_attention",), "mlp": ("sparse_mlp_in", "sparse_swiglu_in")}
+"""The operators of which a sparse call of a part makes one."""
+
+
 class Outputs:
     """Tensors of one worker, by job, scenario, image, and number of the model call (or `latents`)."""
 
@@ -155,7 +159,9 @@ class Comparison:
             if expected is not None and skipped != self.results[0]["oracle"][name]["skipped"]:
                 wanted = self.results[0]["oracle"][name]["skipped"]
                 problems.append(f"{name}: step caching skipped {skipped} model calls, not {wanted}")
-        sparse = sum(c.get("column_sparse_attention", 0) + c.get("sparse_mlp_in", 0) for c in counts.values())
+        sparse = sum(
+            c.get(operator, 0) for c in counts.values() for operators in SPARSE.values() for operator in operators
+        )
         says = f"every block ran sparse when it was its turn: {sparse} sparse operator calls"
         if not sparse:
             problems.append("nothing ran sparse")
@@ -184,10 +190,10 @@ class Comparison:
                             f"not {expected[layer, part, kind]}{why}"
                         )
         operators = found["operators"]
-        for part, operator in (("attention", "column_sparse_attention"), ("mlp", "sparse_mlp_in")):
-            reached = operators.get(operator, 0)
+        for part, names in SPARSE.items():
+            reached = sum(operators.get(name, 0) for name in names)
             if reached != totals[part]:
-                yield f"{totals[part]} sparse {part} calls were counted, but {reached} reached {operator}"
+                yield f"{totals[part]} sparse {part} calls were counted, but {reached} reached {' or '.join(names)}"
         yield from self._never_sparse(scenario, layers)
 
     def _never_sparse(self, scenario: dict[str, Any], layers: list[dict[str, Any]]) -> Iterator[str]:
