@@ -20,7 +20,7 @@ from chipmunk.rewrite.layers import Mlp, mlp_built
 from chipmunk.rewrite.minimal import DOUBLE, variant
 from chipmunk.rewrite.reach import Attribute, Reached, reached_from
 from chipmunk.rewrite.roles import Block
-from chipmunk.rewrite.syntax import is_call, walk
+from chipmunk.rewrite.syntax import dotted, integer, is_call, walk
 
 NAME = "double-mlp"
 API = 1
@@ -65,13 +65,11 @@ def _patch_block(context: Context, block: Block) -> None:
 
 
 def _patch(context: Context, found: _Call) -> None:
-    source, given = found.where.function.source, found.call.args[0]
-    callee, layer = source.code(found.call.func), found.where.layer
+    source, layer = found.where.function.source, found.where.layer
+    callee = source.code(found.call.func)
     assert layer is not None
     context.replace(source, found.call.func, f"{context.runtime(source)}.mlp")
-    context.prepend_arguments(source, found.call, [layer, callee])
-    if given.keyword is not None:
-        context.edit(source, source.span(given)[0], source.span(given.value)[0], "")
+    context.prepend_arguments(source, found.call, [layer, callee], drop_keyword=True)
     if found.mlp.parts:
         context.append_argument(source, found.call, f'parts="{found.mlp.parts}", of="{found.mlp.of}"')
 
@@ -113,7 +111,7 @@ def _problem(found: _Call, others: list[_Call]) -> str:
 def _is_gathered(scope: Scope, value: cst.CSTNode, step: Step, streams: set[str]) -> bool:
     """Whether the input is picked out of a stream by an index or a mask."""
     for node in walk(value):
-        if isinstance(node, cst.Subscript) and scope.roots(node.value, step) & streams:
+        if isinstance(node, cst.Subscript) and _selects(node) and scope.roots(node.value, step) & streams:
             return True
         if is_call(node, "index_select", "gather", "masked_select", "take_along_dim"):
             return True
@@ -124,6 +122,22 @@ def _is_gathered(scope: Scope, value: cst.CSTNode, step: Step, streams: set[str]
         for binding in scope.reaching(name, step)
         if binding.value is not None and not binding.path
     )
+
+
+def _selects(node: cst.Subscript) -> bool:
+    """Whether `x[…]` leaves something out; `x[:, None]` does not, and `x[0]` is one of several tensors."""
+    if len(node.slice) == 1 and integer(getattr(node.slice[0].slice, "value", None)) is not None:
+        return False
+    for part in node.slice:
+        if isinstance(part.slice, cst.Slice):
+            whole = part.slice.lower is None and part.slice.upper is None
+        else:
+            assert isinstance(part.slice, cst.Index)
+            value = part.slice.value
+            whole = isinstance(value, cst.Ellipsis) or dotted(value) == "None"
+        if not whole:
+            return True
+    return False
 
 
 _CALL = "self.image_mlp(self.image_norm(image))"

@@ -590,10 +590,7 @@ class _Edits:
     def _call(self, call: cst.Call, name: str, given: list[str]) -> None:
         """Make it a call of the runtime's, with arguments before those it has."""
         self.context.replace(self.source, call.func, f"{self.runtime}.{name}")
-        self.context.prepend_arguments(self.source, call, given)
-        first = call.args[0]
-        if first.keyword is not None:
-            self.context.edit(self.source, self.source.span(first)[0], self.source.span(first.value)[0], "")
+        self.context.prepend_arguments(self.source, call, given, drop_keyword=True)
 
 
 def _options(activation: _Activation) -> str:

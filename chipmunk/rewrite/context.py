@@ -117,13 +117,20 @@ class Context:
         end = source.span(node)[1]
         self.edit(source, end, end, text)
 
-    def prepend_arguments(self, source: Source, call: cst.Call, texts: list[str]) -> None:
-        """Put arguments before the call's first, each on its own line if the first has one."""
+    def prepend_arguments(
+        self, source: Source, call: cst.Call, texts: list[str], *, drop_keyword: bool = False
+    ) -> None:
+        """Put arguments before the call's first, each on its own line if the first has one.
+
+        drop_keyword: the first, where it is given by its keyword, becomes positional.
+        """
         first = call.args[0]
         separator = ", "
         if source.starts_line(first) and self._alone(source, first):
             separator = ",\n" + source.indentation(first)
-        self.insert_before(source, first, "".join(text + separator for text in texts))
+        start = source.span(first)[0]
+        end = source.span(first.value)[0] if drop_keyword else start
+        self.edit(source, start, end, "".join(text + separator for text in texts))
 
     def append_argument(self, source: Source, call: cst.Call, text: str) -> None:
         """Put an argument after the call's last."""
