@@ -148,6 +148,8 @@ def _image_name(model: Model, loop: _Loop) -> str:
         if any(loop.node in binding.step.loops and not binding.augmented for binding in bindings)
         and model.image in scope.roots(cst.Name(name), loop.step)
     }
+    if model.image in names:
+        return model.image
     if len(names) != 1:
         raise _DoesNotFit("which variable holds the image stream is not understood", loop.node)
     return names.pop()
@@ -197,7 +199,8 @@ def _check(model: Model, loops: list[_Loop], hidden: _Hidden) -> None:
         if name.startswith(f"{scope.receiver}."):
             raise _DoesNotFit(f"{name} is assigned between the blocks")
     for step in scope.steps:
-        if _inside(step, nodes) and isinstance(step.node, cst.Return):
+        nested = any(isinstance(node, cst.FunctionDef) for node, _ in step.chain)
+        if _inside(step, nodes) and isinstance(step.node, cst.Return) and not nested:
             raise _DoesNotFit("the forward returns from between the blocks", step.node)
         if step.index <= start or _inside(step, nodes):
             continue
