@@ -130,7 +130,7 @@ def _selects(node: cst.Subscript) -> bool:
         return False
     for part in node.slice:
         if isinstance(part.slice, cst.Slice):
-            whole = part.slice.lower is None and part.slice.upper is None
+            whole = part.slice.lower is None and part.slice.upper is None and part.slice.step is None
         else:
             assert isinstance(part.slice, cst.Index)
             value = part.slice.value
