@@ -29,7 +29,7 @@ from chipmunk.rewrite.syntax import (
 )
 
 CONCATENATIONS = ("cat", "concat", "concatenate")
-_LOOP_OVER_ATTRIBUTE = re.compile(rb"\bin\b[\s(]*(?:[\w.]+\([\s(]*)*self\s*\.\s*(\w+)")
+_LOOP_OVER_ATTRIBUTE = re.compile(rb"\bin\b[\s(]*(?:[\w.]+\([\s(]*)*(\w+)\s*\.\s*(\w+)")
 _LAST_WORD = re.compile(rb"(\w+)[\s)]*\Z")
 
 
@@ -93,7 +93,8 @@ def may_hold_model(content: bytes) -> bool:
     if b"class " not in content or not any(name.encode() + b"(" in content for name in CONCATENATIONS):
         return False
     loops = list(_LOOP_OVER_ATTRIBUTE.finditer(content))
-    if len({loop.group(1) for loop in loops}) < 2:
+    pairs = {loop.groups() for loop in loops}
+    if len(pairs) == len({receiver for receiver, _ in pairs}):
         return False
     targets = [_LAST_WORD.search(content[max(loop.start() - 100, 0) : loop.start()]) for loop in loops]
     elements = b"|".join(sorted({target.group(1) for target in targets if target is not None}))
@@ -123,6 +124,14 @@ def find_roles(repository: Repository) -> Roles:
                     break
                 if isinstance(found, Lookalike):
                     roles.lookalikes.append(found)
+        for function in module.functions.values():
+            first = parameters(function.node)[:1]
+            annotation = first[0].annotation if first else None
+            meaning = repository.resolve(annotation.annotation, module) if annotation is not None else None
+            if isinstance(meaning, Class):  # the model's work in a function that is given the model
+                found = _model(repository, meaning, function)
+                if isinstance(found, Model):
+                    roles.models.append(found)
     roles.lookalikes = [x for x in roles.lookalikes if x.reason]
     _leave_borrowers(roles)
     return roles

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -57,7 +60,25 @@ def is_patched(model: nn.Module) -> bool:
 def _spec_of_class(kind: type) -> ForwardSpec | None:
     # The whole ancestry, under any name: a subclass may override forward and call the decorated one.
     specs = (getattr(member, MARK, None) for base in kind.__mro__ for member in vars(base).values())
-    return next((spec for spec in specs if isinstance(spec, ForwardSpec)), None)
+    marked = next((spec for spec in specs if isinstance(spec, ForwardSpec)), None)
+    return marked or next((_by_function[base] for base in kind.__mro__ if base in _by_function), None)
+
+
+_by_function: WeakKeyDictionary[type, ForwardSpec] = WeakKeyDictionary()
+"""Classes whose work is done in a decorated function that is given the model."""
+
+
+def mark_class(function: Callable[..., Any], parameter: str, spec: ForwardSpec) -> None:
+    """Note that a decorated function does the work of the class that its parameter is annotated with."""
+    annotation: Any = function.__annotations__.get(parameter)
+    if isinstance(annotation, str):  # from __future__ import annotations
+        first, *rest = annotation.split(".")
+        annotation = getattr(function, "__globals__", {}).get(first)
+        for name in rest:
+            annotation = getattr(annotation, name, None)
+    if isinstance(annotation, type):
+        _by_function[annotation] = spec
+        _spec_of_class.cache_clear()
 
 
 @lru_cache(maxsize=256)

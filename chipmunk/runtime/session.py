@@ -25,7 +25,7 @@ from chipmunk.runtime.block_list import blocks_of
 from chipmunk.runtime.clock import Generation, run_steps
 from chipmunk.runtime.compiling import BlockCompiler
 from chipmunk.runtime.counts import MAIN_SLOT, Recorder, Statistics
-from chipmunk.runtime.find_model import MARK, ForwardSpec, find_model, is_patched, spec_of
+from chipmunk.runtime.find_model import MARK, ForwardSpec, find_model, is_patched, mark_class, spec_of
 from chipmunk.runtime.guards import is_exporting
 from chipmunk.runtime.model_call import run_model_call
 from chipmunk.runtime.timestep_clock import TimestepClock
@@ -121,6 +121,7 @@ def model_forward(
     ids: str | None = None,
     timesteps: str | None = None,
     per_token: Sequence[str] = (),
+    model: str | None = None,
 ) -> Callable[[Function], Function]:
     """Mark the forward of a FLUX model, as a decorator.
 
@@ -129,7 +130,8 @@ def model_forward(
     (L, axes) or (B, L, axes); without it their order is left alone. timesteps: parameter with the timestep, one number
     for all of the batch; with it, steps are counted by its changes wherever no `steps` loop does. per_token: parameters
     that may hold something for each image token (a ControlNet's residuals); where one of them is given, the order is
-    left alone. While Chipmunk is off, the decorated forward is the original one.
+    left alone. model: of a function that is given the model and is no method of it, the first parameter, annotated with
+    the model's class. While Chipmunk is off, the decorated forward is the original one.
     """
 
     def decorate(forward: Function) -> Function:
@@ -138,6 +140,9 @@ def model_forward(
         for name in (image, ids, timesteps, *per_token):
             if name is not None and name not in signature.parameters:
                 raise TypeError(f"{forward.__qualname__} has no parameter {name!r}")
+
+        if model is not None:
+            return _decorated_function(forward, signature, model, spec)
 
         @functools.wraps(forward)
         def chipmunk_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -153,6 +158,24 @@ def model_forward(
         return chipmunk_forward  # type: ignore[return-value]
 
     return decorate
+
+
+def _decorated_function(forward: Function, signature: inspect.Signature, model: str, spec: ForwardSpec) -> Function:
+    """A function whose first parameter is the model, which may be given by its name."""
+    if next(iter(signature.parameters), None) != model:
+        raise TypeError(f"{model!r} is not the first parameter of {forward.__qualname__}")
+    mark_class(forward, model, spec)
+
+    @functools.wraps(forward)
+    def chipmunk_function(*args: Any, **kwargs: Any) -> Any:
+        if not args and model in kwargs:
+            args = (kwargs.pop(model),)
+        if not args or not isinstance(args[0], nn.Module):
+            return forward(*args, **kwargs)
+        return _call(forward, signature, args[0], args[1:], kwargs)
+
+    setattr(chipmunk_function, MARK, spec)
+    return chipmunk_function  # type: ignore[return-value]
 
 
 def _call(

@@ -5,7 +5,7 @@ Each is the minimal repository with some files written otherwise, and the number
 
 from __future__ import annotations
 
-from chipmunk.rewrite.minimal import DOUBLE, FILES, MODEL, SINGLE, variant
+from chipmunk.rewrite.minimal import DOUBLE, FILES, MODEL, SAMPLING, SINGLE, variant
 
 Files = dict[str, str]
 
@@ -146,12 +146,36 @@ OWN_LISTS = variant(
 )
 """A list of blocks for each stream, then joint blocks of two streams; reference tokens behind the image's."""
 
+_FORWARD = MODEL[MODEL.index("    def forward(") :]
+FUNCTION = variant(
+    MODEL.replace(_FORWARD, "    def forward(self, image):\n        return None\n"),
+    ("class Painter", "def run(block, slow, *given, **named):\n    return block(*given, **named)\n\n\nclass Painter"),
+) + variant(
+    "\n\n" + _FORWARD.replace("\n    ", "\n").replace("    def", "def", 1).replace("self", "painter"),
+    ("def forward(painter, image,", "def paint(painter: Painter, image,"),
+    ("block(image, text, rotation)", "run(block, False, image, text, rotation)"),
+    ("block(x, rotation)", "run(block, slow=False, x=x, rotation=rotation)"),
+)
+"""The model's work is done in a function that is given the model, and runs blocks through another."""
+
 FORMS: dict[str, tuple[Files, int]] = {
     "processors": ({**FILES, "flow/double.py": PROCESSORS}, 4),
     "a processor below a module": ({**FILES, "flow/single.py": HELPER, "flow/fast.py": FAST}, 3),
     "streams joined inside": ({**FILES, "flow/single.py": JOINS_INSIDE, "flow/model.py": MODEL_INSIDE}, 3),
     "a list for each stream": (
         {**FILES, "flow/own.py": ONE_STREAM, "flow/single.py": JOINS_INSIDE, "flow/model.py": OWN_LISTS},
+        3,
+    ),
+    "a function of the model": (
+        {
+            **FILES,
+            "flow/model.py": FUNCTION,
+            "flow/sampling.py": variant(
+                SAMPLING,
+                ("import Painter", "import Painter, paint"),
+                ("velocity = model(", "velocity = paint(painter=model, "),
+            ),
+        },
         3,
     ),
 }

@@ -154,6 +154,14 @@ def test_a_list_in_a_dictionary_has_a_dotted_name() -> None:
     assert (plan.models[0].double, plan.models[0].single) == ("pairs.image", "joints")
 
 
+def test_a_function_is_told_which_parameter_is_the_model() -> None:
+    files, _ = FORMS["a function of the model"]
+    text = " ".join(after(files, plan_of(files))["flow/model.py"].split())
+    assert '@chipmunk.model_forward( model="painter", double="pairs", single="joints", image="image"' in text
+    elsewhere = {**files, "flow/model.py": files["flow/model.py"].replace("painter: Painter", "painter")}
+    assert not plan_of(elsewhere).models
+
+
 def test_a_controlnet_of_blocks_that_join_the_streams_stays() -> None:
     files, _ = FORMS["streams joined inside"]
     control = variant(
