@@ -17,6 +17,7 @@ from flux_model import Flux, denoise, error, inputs, same, small
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import chipmunk
 from chipmunk.bench.worker import model_calls
@@ -471,3 +472,21 @@ def test_a_copy_made_during_a_call_carries_no_state() -> None:
     denoise(model, 12, **given)
     assert getattr(copies[0], "_chipmunk_step", None) is None
     assert isinstance(copies[0], nn.Module)
+
+
+def test_skipped_steps_compile_nothing() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model, plain, given = flux_model.build(double=2, single=1), flux_model.build(double=2, single=1), inputs()
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.compile(fullgraph=True, backend="eager")
+    config = {**small(), **caching(keep=0.5)}
+    chipmunk.enable(model, config)
+    chipmunk.enable(plain, config)
+    assert error(denoise(model, 20, **given), denoise(plain, 20, **given)) < 1e-5
+    assert skipped(model)
+    # as many as without step caching: four kinds of step for either block class, and one for the layer that is dense
+    assert counters["stats"]["unique_graphs"] == 9
+    denoise(model, 13, **given)
+    assert counters["stats"]["unique_graphs"] == 9
+    torch._dynamo.reset()
