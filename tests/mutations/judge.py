@@ -1,0 +1,169 @@
+"""What the tool makes of a rewritten repository, held against what it should make of the original."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from chipmunk import verify
+from chipmunk.apply import carry_out, plan_update, revert
+from chipmunk.rewrite import Plan, SiteStatus, plan_repository
+
+from . import calls, layout, moves, names
+from .names import Rewriting
+from .program import REGISTRY, Files, Program
+
+EXPECTED = Path(__file__).with_name("expected.yml")
+REWRITINGS: dict[str, Rewriting] = {
+    **names.REWRITINGS,
+    **layout.REWRITINGS,
+    **calls.REWRITINGS,
+    **moves.REWRITINGS,
+}
+
+SAME, DENSE, BROKEN, NOT_HERE = "same sites", "left dense or refused", "broken", "does not apply"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One mutant."""
+
+    name: str
+    kind: str
+    why: tuple[str, ...] = ()
+    plan: Plan | None = field(default=None, repr=False)
+
+
+def covered(plan: Plan) -> dict[str, int]:
+    """What a plan makes sparse: blocks whose attention it hands over, and places of each other patch.
+
+    Sites of the attention patch are not counted themselves: a helper between block and attention is one more of them.
+    """
+    sites = Counter(site.patch for site in plan.sites if site.status is SiteStatus.PATCHED)
+    blocks = {(b.file, b.name): b.attention for m in plan.models for b in (m.double_block, m.single_block)}
+    return {**{patch: sites[patch] for patch in sorted(sites)}, "attention": sum(blocks.values())}
+
+
+def expected() -> dict[str, dict[str, int]]:
+    loaded: dict[str, dict[str, int]] = yaml.safe_load(EXPECTED.read_text())
+    return loaded
+
+
+def rewritten(program: Program, name: str, seed: int) -> Files | None:
+    """The repository after one rewriting; None where it does not apply."""
+    return REWRITINGS[name](program, random.Random(f"{seed} {name}"))
+
+
+def combined(program: Program, chosen: list[str], number: int, seed: int) -> Iterator[tuple[str, Files | None]]:
+    """`number` times three rewritings one after the other, with the names of those that applied."""
+    for index in range(number):
+        rng = random.Random(f"{seed} combination {index}")
+        picked = rng.sample(chosen, k=min(3, len(chosen)))
+        done, current = [], program
+        for name in picked:
+            if done:  # its facts moved
+                current = Program.of(current.files)
+            files = REWRITINGS[name](current, rng) if current.models else None
+            if files is not None:
+                done.append(name)
+                current = Program(files, current.plan)
+        yield " + ".join(done) or "nothing", current.files if done else None
+
+
+def judge(name: str, files: Files | None, wanted: dict[str, int]) -> Outcome:
+    """What the tool makes of a mutant: planned, patched again, and reverted on the disk."""
+    if files is None:
+        return Outcome(name, NOT_HERE)
+    before = {path: text.encode() for path, text in files.items()}
+    for path, content in before.items():
+        if (error := does_not_compile(path, content)) is not None:
+            return Outcome(name, BROKEN, (f"the rewriting itself: {path}: {error}",))
+    plan = plan_repository(before, REGISTRY)
+    after = {**before, **{change.path: change.after for change in plan.changes}}
+    for change in plan.changes:
+        if (error := does_not_compile(change.path, change.after)) is not None:
+            return Outcome(name, BROKEN, (f"patched: {change.path}: {error}",))
+    second = plan_repository(after, REGISTRY)
+    if second.changes or any(site.status is SiteStatus.PATCHED for site in second.sites):
+        return Outcome(name, BROKEN, ("a second patch changes something",))
+    if (problem := _on_disk(before, plan)) is not None:
+        return Outcome(name, BROKEN, (problem,))
+    got = covered(plan)
+    if got == wanted:
+        return Outcome(name, SAME, plan=plan)
+    left = [site for site in plan.sites if site.status in (SiteStatus.LEFT_DENSE, SiteStatus.REFUSED)]
+    difference = ", ".join(
+        f"{patch} {got.get(patch, 0)} of {wanted.get(patch, 0)}"
+        for patch in sorted({*got, *wanted})
+        if got.get(patch, 0) != wanted.get(patch, 0)
+    )
+    reasons = dict.fromkeys(f"{site.file}:{site.line} {site.patch}: {site.reason}" for site in left)
+    return Outcome(name, DENSE, (difference, *reasons), plan)
+
+
+def does_not_compile(path: str, content: bytes) -> str | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(content, path, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _on_disk(files: dict[str, bytes], plan: Plan) -> str | None:
+    """Carry the plan out in a folder of its own, and revert."""
+    with tempfile.TemporaryDirectory(prefix="chipmunk-mutant-") as folder:
+        root = Path(folder)
+        write(root, files)
+        carry_out(plan_update(root, lambda _: plan))
+        revert(root)
+        found = {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        return None if found == files else "a revert does not give every byte back"
+
+
+def verified(source: Path, files: Files) -> tuple[str, ...]:
+    """Checks of `chipmunk verify` that a mutant of the repository at `source` fails: the same numbers as before it was
+    patched, with Chipmunk off and with everything kept among them. What it says if it cannot be run, too."""
+    with tempfile.TemporaryDirectory(prefix="chipmunk-mutant-") as folder:
+        root = Path(folder) / "repository"
+        shutil.copytree(source, root, ignore=shutil.ignore_patterns(".git", ".chipmunk", "__pycache__"))
+        for path in read(source).keys() - files.keys():
+            (root / path).unlink()
+        write(root, {path: text.encode() for path, text in files.items()})
+        carry_out(plan_update(root, lambda found: plan_repository(found, REGISTRY)))
+        try:
+            report = verify.run(root)
+        except verify.VerifyError as error:
+            return (f"cannot be verified: {error}",)
+        return tuple(f"{check.name}: {check.says}" for check in report.checks if not check.holds)
+
+
+def write(root: Path, files: dict[str, bytes]) -> None:
+    for path, content in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(content)
+
+
+def read(root: Path) -> Files:
+    """The Python files of a repository that are UTF-8 and Python at all; the others are left out."""
+    found: Files = {}
+    for path in sorted(root.rglob("*.py")):
+        if any(part.startswith(".") for part in path.relative_to(root).parts):
+            continue
+        content = path.read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        if does_not_compile(str(path), content) is None:
+            found[path.relative_to(root).as_posix()] = text
+    return found
