@@ -15,7 +15,7 @@ import typer
 
 from chipmunk.cli.failure import Failure, command
 
-STEPS = "30"
+STEPS = "50"
 """Of the pictures: the whole walk takes less than three minutes on two cores."""
 
 

@@ -63,6 +63,9 @@ def fidelity(
     compare: Annotated[
         bool, typer.Option("--compare", help="Beside fewer dense steps, step caching and cache-dit, as curves.")
     ] = False,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="The defaults with one setting changed at a time: what each brings.")
+    ] = False,
     floor: Annotated[bool, typer.Option(help="Measure dense against dense too.")] = True,
     coverage: Annotated[bool, typer.Option(help="Measure what the kept keys and neurons cover too.")] = True,
     require_psnr: Annotated[
@@ -88,7 +91,7 @@ def fidelity(
         repo, config=config, prompt=prompt, prompts=prompts, seeds=range(first_seed, first_seed + seeds), steps=steps,
         size=size, weights=weights, factory=factory, autoencoder=autoencoder, dtype=dtype, device=device,
         floor=floor, require_psnr=require_psnr, output=output, target=target, plugins=plugins, python=python,
-        compare=compare, coverage=coverage,
+        compare=compare, ablation=ablation, coverage=coverage,
     )  # fmt: skip
     report = run_with_bar(repo, options)
     if as_json:
@@ -130,6 +133,7 @@ def fidelity_options(
     plugins: list[Path] | None = None,
     python: str | None = None,
     compare: bool = False,
+    ablation: bool = False,
 ) -> FidelityOptions:
     """What was typed, checked."""
     import shlex
@@ -137,7 +141,7 @@ def fidelity_options(
 
     from chipmunk.cli.verify import python_of
     from chipmunk.fidelity import FidelityOptions
-    from chipmunk.fidelity.compare import comparison
+    from chipmunk.fidelity import compare as rivals
 
     chosen = dtype or ("float32" if device == "cpu" else "bfloat16")
     if chosen not in ("float32", "bfloat16", "float16"):
@@ -145,7 +149,10 @@ def fidelity_options(
     executable = python_of(repo, python)
     return FidelityOptions(
         configs=tuple(config or ()),
-        variants=comparison(steps, executable) if compare else (),
+        variants=(
+            *(rivals.comparison(steps, executable) if compare else ()),
+            *(rivals.ablation() if ablation else ()),
+        ),
         prompts=tuple(prompt or ()),
         count=prompts,
         seeds=tuple(seeds),

@@ -6,6 +6,7 @@ own lists of blocks hand every call to it.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,7 +100,12 @@ def cached(
     forward = model.forward
     setattr(model, double, nn.ModuleList([_DoubleDoor(lambda: stand_in)]))
     setattr(model, single, nn.ModuleList([_SingleDoor(lambda: stand_in)]))
-    model.forward = lambda *args, **kwargs: stand_in(lambda: forward(*args, **kwargs))
+
+    @functools.wraps(forward)
+    def through_stand_in(*args: Any, **kwargs: Any) -> Any:
+        return stand_in(lambda: forward(*args, **kwargs))
+
+    model.forward = through_stand_in
     try:
         yield lambda: cache_dit.refresh_context(stand_in, num_inference_steps=steps)
     finally:

@@ -61,6 +61,33 @@ def comparison(steps: int, python: str) -> tuple[Variant, ...]:
     return tuple(found)
 
 
+ABLATION: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "recompute_mask: false": {"attn": {"recompute_mask": False}},
+    "block_mask_cache: 2": {"mlp": {"block_mask_cache": 2}},
+    "attn.top_keys: 0.08": {"attn": {"top_keys": 0.08}},
+    "attn.top_keys: 0.3": {"attn": {"top_keys": 0.3}},
+    "mlp.top_keys: 0.15": {"mlp": {"top_keys": 0.15}},
+    "mlp.top_keys: 0.5": {"mlp": {"top_keys": 0.5}},
+    "mlp.random_keys: 0": {"mlp": {"random_keys": 0.0}},
+    "attn.random_keys: 0.03": {"attn": {"random_keys": 0.03}},
+    "token order off": {"patchify": {"is_enabled": False}},
+    "full_step_every: 5": {"attn": {"full_step_every": 5}, "mlp": {"full_step_every": 5}},
+    "full_step_every: 20": {"attn": {"full_step_every": 20}, "mlp": {"full_step_every": 20}},
+    "groups of 64": {"attn": {"mbm": 64}, "mlp": {"bm": 64, "mbm": 64}},
+    "groups of 192 and 256": {"attn": {"mbm": 192}, "mlp": {"bm": 256, "mbm": 256}},
+    "counts in multiples of 16": {"attn": {"counts_multiple_of": 16}, "mlp": {"counts_multiple_of": 16}},
+    "attention alone": {"mlp": {"is_enabled": False}},
+    "MLPs alone": {"attn": {"is_enabled": False}},
+}
+"""One setting changed at a time."""
+
+
+def ablation() -> tuple[Variant, ...]:
+    """What each setting costs and brings, beside the defaults."""
+    return tuple(Variant(name, config, family="one setting changed") for name, config in ABLATION.items())
+
+
 def cache_dit() -> list[Variant]:
     """cache-dit's DBCache with thresholds around its own default of 0.08, without and with TaylorSeer.
 

@@ -26,6 +26,7 @@ VARIANTS = (
     Variant("everything kept", KEPT, family="sparse"),
     Variant("some kept", FINE, family="sparse"),
     Variant("few kept", FEW, family="sparse"),
+    Variant("steps skipped", {**FINE, "step_caching": {"is_enabled": True, "mode": "adaptive", "keep": 0.6}}),
     Variant("5 steps", steps=5, method="dense", family="fewer dense steps"),
 )
 
@@ -83,6 +84,18 @@ def test_the_error_grows_from_nothing(found: FidelityReport) -> None:
 def test_steps_are_told_apart(found: FidelityReport) -> None:
     kinds = variant(found, "some kept")["pictures"][0]["kinds"]
     assert kinds == ["dense/full", "full/sparse", *["sparse/sparse"] * (STEPS - 2)]
+
+
+def test_skipped_steps_cost_next_to_nothing(found: FidelityReport) -> None:
+    summary, some = found.summaries["steps skipped"], found.summaries["some kept"]
+    picture = variant(found, "steps skipped")["pictures"][0]
+    skipped = picture["kinds"].count("skipped")
+    assert summary.skipped == skipped
+    assert 1 <= skipped <= 4
+    assert summary.flops < some.flops - 0.4 * skipped / STEPS
+    cost = found.results["cost"]
+    by_kind = dict(zip(picture["kinds"], picture["call_flops"], strict=True))
+    assert by_kind["skipped"] == cost["outside"] < 0.05 * cost["dense_call"]
 
 
 def test_fewer_dense_steps_cost_in_proportion(found: FidelityReport) -> None:
