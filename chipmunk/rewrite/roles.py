@@ -414,6 +414,8 @@ def _with_roles(
         taken_in = {dotted(arg.value) or "" for arg in single.call.args} & streams.inside.keys()
         mixed = {streams.image, *taken_in, *single.results[:1]} - {streams.text}
         why, per_token = _other_spatial(method, double, single, streams.image, mixed, others)
+        if {image_parameter, ids} & set(per_token):
+            why = "token order is off: something computed from the image itself is added to its stream"
     return Model(
         owner, method, double.attribute, single.attribute, blocks[0], blocks[1],
         image_parameter, None if why else ids, why, () if why else per_token,
