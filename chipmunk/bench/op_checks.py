@@ -210,6 +210,8 @@ def checks() -> Iterator[Check]:
     yield from check_attention(515, 16, 256, 128, fp16)
     yield from check_attention(1091, 130, 128, 128, bf16)
     yield from check_mlp(4352, 4352, 128, "gelu_tanh", bf16)
+    yield from check_mlp(1000, 704, 128, "gelu_tanh", bf16, width=768, neurons=2048, batch=2)
+    yield from check_mlp(600, 64, 256, "gelu_tanh", fp16, width=384, neurons=1024)
     yield from check_mlp(1000, 700, 128, "gelu", fp16, width=320, neurons=1280, batch=2)
     yield from check_mlp(333, 96, 64, "gelu_tanh", bf16, width=136, neurons=500, transposed_cache=False)
     yield from check_mlp(700, 512, 192, "gelu_tanh", bf16, width=256, neurons=1024, batch=2, transposed_weight=False)

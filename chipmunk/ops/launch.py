@@ -94,7 +94,9 @@ def workers() -> Any:
     """PyTorch's own pool of processes that compile kernels, started now if it was not; None where there is none."""
     try:
         from torch._inductor.async_compile import AsyncCompile
+        from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
+        _set_triton_ptxas_path()  # theirs: what another assembler made is no hit in Triton's cache
         # starts it, and looks from now on whether it is ready
         AsyncCompile.use_process_pool()  # type: ignore[no-untyped-call]
         return AsyncCompile.process_pool()

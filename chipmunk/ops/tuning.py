@@ -35,6 +35,7 @@ _HOPPER: dict[str, Parameters] = {
     "column_sparse_attention/128 gluon 2": {"gluon": 1, "keys": 128, "stages": 2},
     "column_sparse_attention/128 gluon 3": {"gluon": 1, "keys": 64, "stages": 3},
     "sparse_mlp_in": {"rows": 128, "neurons": 256, "depth": 64, "warps": 8, "stages": 3, "split": 4},
+    "sparse_mlp_out/gluon": {"gluon": 1, "blocks": 3, "stages": 3},
     "sparse_mlp_out": {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 3, "split": 4},
 }
 TABLE: dict[tuple[int, int], dict[str, Parameters]] = {(9, 0): _HOPPER}
@@ -73,6 +74,11 @@ def capability(device: torch.device) -> tuple[int, int]:
 def gluon(device: torch.device) -> bool:
     """Whether the kernels written in Gluon run here: Hopper, and a Triton whose Gluon they were tried on."""
     return device.type == "cuda" and capability(device) == (9, 0) and triton.__version__.startswith("3.6.")
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether rows of these can be copied 16 bytes at a time: by their data, which ahead of a launch is not there."""
+    return is_ahead() or all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
 
 
 @cache

@@ -106,3 +106,12 @@ def test_gathered_products(compiled: list[Any]) -> None:
     mlp_out._run(delta, weight, indices, x, 128, parameters=TABLE["sparse_mlp_out"])
     _check(compiled[2])
     assert len(compiled) == 4  # each with the kernel that finishes the tiles that were cut
+
+
+def test_the_second_product_in_gluon(compiled: list[Any]) -> None:
+    delta, weight = _tensor(1, 4352, 4352), _tensor(12288, 3072).t()
+    indices, out = _tensor(1, 34, 4352, dtype=torch.int32), _tensor(1, 4352, 3072)
+    mlp_out._run(delta, weight, indices, out, 128, TABLE["sparse_mlp_out/gluon"])
+    _check(compiled[0])
+    assert "cp.async.cg.shared.global" in compiled[0].asm["ptx"]  # whole rows, past the first cache
+    assert compiled[0].metadata.shared <= SHARED_MEMORY

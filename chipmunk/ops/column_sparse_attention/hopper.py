@@ -22,21 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # its name since Triton 3.7
-
-
-@gluon.jit
-def _next(slot, phase, stages: gl.constexpr):
-    """The next place in a ring, and the parity of its barrier."""
-    wraps = slot == stages - 1
-    return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
-
-
-@gluon.jit
-def _release(barrier):
-    """Tell the producer that all of this warpgroup has read a tile."""
-    _barrier()
-    mbarrier.arrive(barrier, count=1)
+from chipmunk.ops.hopper import next_slot, release, synchronize
 
 
 @gluon.jit
@@ -85,7 +71,7 @@ def _produce(
             async_copy.async_copy_global_to_shared(v_tiles.index(slot), v_base + (key[:, None] * stride_vn + channel))
             async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
             key = next_key
-            slot, phase = _next(slot, phase, stages)
+            slot, phase = next_slot(slot, phase, stages)
 
 
 @gluon.jit
@@ -131,13 +117,13 @@ def _consume(
         at = q + (batch * stride_qb + head * stride_qh) + (row[:, None] * stride_qn + channel[None, :])
         q_tile.store(gl.load(at))
         fence_async_shared()
-        _barrier()
+        synchronize()
 
         mbarrier.wait(k_full.index(slot), phase)
         fence_async_shared()
         token = warpgroup_mma(q_tile, k_tiles.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(token,))
-        _release(k_empty.index(slot))
+        release(k_empty.index(slot))
         scores = gl.where(inside, scores, float("-inf"))
         largest = gl.max(scores, 1) * scale
         weights = gl.exp2(scores * scale - largest[:, None])
@@ -146,7 +132,7 @@ def _consume(
         acc = gl.zeros([rows, width], gl.float32, out_layout)
         v_slot = slot
         v_phase = phase
-        slot, phase = _next(slot, phase, stages)
+        slot, phase = next_slot(slot, phase, stages)
         for _ in range(1, tiles):
             mbarrier.wait(k_full.index(slot), phase)
             fence_async_shared()
@@ -155,19 +141,19 @@ def _consume(
             fence_async_shared()
             acc_token = warpgroup_mma(weights_16, v_tiles.index(v_slot), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(token,))
-            _release(k_empty.index(slot))
+            release(k_empty.index(slot))
             new_largest = gl.maximum(largest, gl.max(scores, 1) * scale)
             weights = gl.exp2(scores * scale - new_largest[:, None])
             shrink = gl.exp2(largest - new_largest)
             total = total * shrink + gl.sum(weights, 1)
             largest = new_largest
             acc = warpgroup_mma_wait(0, deps=(acc_token,))
-            _release(v_empty.index(v_slot))
+            release(v_empty.index(v_slot))
             acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, out_layout))[:, None]
             weights_16 = gl.convert_layout(weights.to(dtype), weight_layout)
             v_slot = slot
             v_phase = phase
-            slot, phase = _next(slot, phase, stages)
+            slot, phase = next_slot(slot, phase, stages)
 
         mbarrier.wait(v_full.index(v_slot), v_phase)
         fence_async_shared()
@@ -177,7 +163,7 @@ def _consume(
         row_inside = (out_row < tokens)[:, None]
         wide_row = out_row.to(gl.int64)[:, None]
         acc = warpgroup_mma_wait(0, deps=(acc_token,))
-        _release(v_empty.index(v_slot))
+        release(v_empty.index(v_slot))
         acc = acc / gl.convert_layout(total, gl.SliceLayout(1, out_layout))[:, None]
         if negate:
             acc = -acc

@@ -2,7 +2,8 @@
 
 A tile is `rows` rows of one group × `columns` output channels; its steps go over the kept neurons, `depth` at a time,
 whose indices are loaded one step ahead. Kept neurons ascend, so the programs that run at one time gather from the same
-part of the weight, which stays in L2. The weight is fast when its transpose is contiguous (stride 1 along C).
+part of the weight, which stays in L2. The weight is fast when its transpose is contiguous (stride 1 along C). On
+Hopper, `hopper.py` has the same in Gluon, for whole tiles.
 """
 
 # The kernels are in Triton's language, which has no types.
@@ -51,7 +52,7 @@ def sparse_mlp_out(delta: Tensor, weight: Tensor, indices: Tensor, out_cache: Te
     run = partial(_run, delta, weight, indices, group=group)
     parameters = tuning.parameters(
         "sparse_mlp_out",
-        "",
+        "gluon" if _fits_hopper(delta, weight, group) else "",
         delta.device,
         _CANDIDATES,
         lambda p: run(out_cache=torch.empty_like(out_cache), parameters=p),
@@ -59,9 +60,26 @@ def sparse_mlp_out(delta: Tensor, weight: Tensor, indices: Tensor, out_cache: Te
     run(out_cache=out_cache, parameters=parameters)
 
 
+def _fits_hopper(delta: Tensor, weight: Tensor, group: int) -> bool:
+    """Whether `hopper.py` runs here, and takes these: whole tiles, rows that can be copied 16 bytes at a time."""
+    return (
+        tuning.gluon(delta.device)
+        and group % 128 == 0
+        and delta.shape[2] % 64 == 0
+        and delta.stride() == (delta.shape[1] * delta.shape[2], delta.shape[2], 1)
+        and weight.shape[0] % 384 == 0
+        and weight.stride(0) == 1
+        and weight.stride(1) % 16 == 0
+        and tuning.aligned(delta, weight)
+    )
+
+
 def _run(
     delta: Tensor, weight: Tensor, indices: Tensor, out_cache: Tensor, group: int, parameters: tuning.Parameters
 ) -> None:
+    if parameters.get("gluon"):
+        _run_gluon(delta, weight, indices, out_cache, group, parameters)
+        return
     batch, tokens, kept = delta.shape
     width = weight.shape[0]
     indices = indices.contiguous()
@@ -109,6 +127,67 @@ def _run(
             *cut,
             *out_cache.stride(),
             **shape,
+            num_warps=8,
+        )
+
+
+def _run_gluon(
+    delta: Tensor, weight: Tensor, indices: Tensor, out_cache: Tensor, group: int, parameters: tuning.Parameters
+) -> None:
+    from chipmunk.ops.sparse_mlp_out.hopper import product_kernel
+
+    batch, tokens, kept = delta.shape
+    indices = indices.contiguous()
+    blocks = parameters["blocks"]
+    columns = blocks * 128
+    groups, per_group = groups_of(tokens, group), group // 128
+    row_tiles, column_tiles = batch * groups * per_group, weight.shape[0] // columns
+    share = balance.share(row_tiles * column_tiles, kept // 64, tuning.multiprocessors(delta.device))
+    sums = share.workspace(128 * columns, delta.device)
+    cut = (share.whole, share.left, share.parts)
+    launch(
+        product_kernel,
+        (share.programs,),
+        delta,
+        weight,
+        indices,
+        out_cache,
+        sums,
+        tokens,
+        kept,
+        groups,
+        row_tiles,
+        *cut,
+        share.run,
+        *delta.stride()[:2],
+        weight.stride(1),
+        *out_cache.stride(),
+        group=group,
+        blocks=blocks,
+        stages=parameters["stages"],
+        consumer_registers=224,
+        producer_registers=56,
+        num_warps=4,
+    )
+    if share.left:
+        launch(
+            _finish_kernel,
+            (share.left, blocks),
+            out_cache,
+            sums,
+            tokens,
+            weight.shape[0],
+            groups,
+            row_tiles,
+            column_tiles,
+            row_tiles,
+            *cut,
+            *out_cache.stride(),
+            group=group,
+            per_group=per_group,
+            rows=128,
+            columns=columns,
+            split=blocks,
             num_warps=8,
         )
 
