@@ -71,7 +71,10 @@ def _patch(context: Context, found: _Call) -> None:
     context.replace(source, found.call.func, f"{context.runtime(source)}.mlp")
     context.prepend_arguments(source, found.call, [layer, callee], drop_keyword=True)
     if found.mlp.parts:
-        context.append_argument(source, found.call, f'parts="{found.mlp.parts}", of="{found.mlp.of}"')
+        given = found.call.args[0]
+        separator = ",\n" + source.indentation(given) if source.starts_line(given) else ", "
+        options = [f'parts="{found.mlp.parts}"', *([f'of="{found.mlp.of}"'] if found.mlp.of else [])]
+        context.append_argument(source, found.call, separator.join(options))
 
 
 def _calls(context: Context, where: Reached) -> list[_Call]:

@@ -87,6 +87,8 @@ class _Second(_Piece):
     attention: cst.BaseExpression | None = None
     active: cst.BaseExpression | None = None
     mlp_first: bool = False
+    call_step: Step | None = None
+    """The statement that the call stands in; `step` is that of the concatenation."""
 
 
 @dataclass
@@ -246,7 +248,7 @@ class _Finder:
         if held and at.chain != step.chain:
             return []
         return [
-            (_Second(call, at if held else step, False, *linear, cat, parts[i], parts[1 - i], i == 1), list(held))
+            (_Second(call, at if held else step, False, *linear, cat, parts[i], parts[1 - i], i == 1, step), list(held))
             for i in (0, 1)
         ]
 
@@ -518,7 +520,9 @@ class _Edits:
         if first.kind == "split_linear":
             given = self.source.span(linear.args[0].value)
             head = f"{self.runtime}.split_linear("
-            inputs = f"{self.layer}, {first.linear_text}, "
+            lines = call.args[0].value is linear and self.source.starts_line(linear)
+            separator = ",\n" + self.source.indentation(linear) if lines else ", "
+            inputs = f"{self.layer}{separator}{first.linear_text}{separator}"
             if call.args[0].value is linear:  # a function: the arguments stay where they are
                 self.context.replace(self.source, call.func, head[:-1])
                 self.context.edit(self.source, self.source.span(linear)[0], given[0], inputs)
@@ -570,10 +574,7 @@ class _Edits:
         assert activation.argument is not None
         outer = self.source.span(call if any(node is cat for node in walk(call)) else cat)
         if outer == self.source.span(cat):  # held in a variable: the linear moves to where the parts are concatenated
-            start, end = self.source.span(call)
-            given = self.source.span(call.args[0].value)
-            self.context.edit(self.source, start, given[0], "")
-            self.context.edit(self.source, given[1], end, "")
+            self._unwrap(call, second.call_step)
         head = f"{self.runtime}.cat_linear({self.layer}, {second.linear_text}, "
         between = f", {activation.text}, " if activation.inside else ", None, "
         last = activation.argument if activation.inside else second.active
@@ -586,6 +587,20 @@ class _Edits:
         self.context.edit(self.source, outer[0], attention[0], head)
         self.context.edit(self.source, attention[1], active[0], between)
         self.context.edit(self.source, active[1], outer[1], f"{tail})")
+
+    def _unwrap(self, call: cst.Call, step: Step | None) -> None:
+        """Leave of a call what it is given; of `x = f(x)`, nothing."""
+        (start, end), given = self.source.span(call), self.source.span(call.args[0].value)
+        node = step.node if step is not None else None
+        if isinstance(node, cst.Assign) and node.value is call and len(node.targets) == 1:
+            first, last = self.source.span(node)
+            line = self.source.line_at(first)[0], self.source.line_at(last)[1]
+            alone = self.source.text[line[0] : first].strip() == self.source.text[last : line[1]].strip() == b""
+            if alone and dotted(node.targets[0].target) == dotted(call.args[0].value):
+                self.context.edit(self.source, line[0], line[1] + 1, "")
+                return
+        self.context.edit(self.source, start, given[0], "")
+        self.context.edit(self.source, given[1], end, "")
 
     def _call(self, call: cst.Call, name: str, given: list[str]) -> None:
         """Make it a call of the runtime's, with arguments before those it has."""
