@@ -70,7 +70,7 @@ class StepCache:
         """How many of them since the last computed step."""
         self._spent = 0.0
         """The errors expected of these, added up."""
-        self._measured: tuple[Tensor, tuple[int, ...]] | None = None
+        self._measured: tuple[Tensor | float, tuple[int, ...]] | None = None
         """Relative error of what the steps before the last computed one predicted for it, and which steps they were."""
 
     def skips(self, step: int) -> bool:
@@ -107,10 +107,11 @@ class StepCache:
         """
         if self._measured is None:
             return float("inf")
-        error, nodes = self._measured
+        error, nodes = float(self._measured[0]), self._measured[1]
+        self._measured = error, nodes  # read from the device once
         measured_at = self.past[0][0]
         growth = prod(step - node for node, _ in self.past) / prod(measured_at - node for node in nodes)
-        return float(error) * growth
+        return error * growth
 
     def predict(self, step: int, before: Tensor) -> Tensor:
         """The hidden state of `step`, whose image tokens enter the blocks as `before` (B, L, C). A new tensor."""

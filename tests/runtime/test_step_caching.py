@@ -190,6 +190,17 @@ def test_an_error_that_is_no_number_skips_nothing() -> None:
     assert run(cache(threshold=1e9), 12, lambda step: torch.tensor(math.nan)) == []
 
 
+def test_one_number_is_read_from_the_device_for_a_computed_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Tensor] = []
+    original = Tensor.__float__
+    monkeypatch.setattr(Tensor, "__float__", lambda x: (reads.append(x), original(x))[1])
+    found = run(cache(threshold=1.0), 30, lambda step: torch.full((1,), 1.05**step))
+    assert found
+    assert len(reads) <= 30 - len(found)
+    assert run(cache(keep=0.5), 30, lambda step: torch.randn(1))
+    assert len(reads) <= 30 - len(found)
+
+
 # What the model then computes.
 
 
