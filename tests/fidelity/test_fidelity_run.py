@@ -45,9 +45,7 @@ def patched_starter(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> FidelityReport:
     folder = tmp_path_factory.mktemp("fidelity")
-    options = FidelityOptions(
-        variants=VARIANTS, count=1, seeds=(3,), steps=STEPS, size=(128, 96), output=folder / "out"
-    )
+    options = FidelityOptions(variants=VARIANTS, count=1, seeds=(3,), steps=STEPS, size=(64, 64), output=folder / "out")
     said: list[tuple[str, int, int]] = []
     report = run(patched_starter(folder), options, lambda *line: said.append(line))
     assert said
@@ -129,11 +127,11 @@ def test_counted_flops_are_those_that_pytorch_counts(found: FidelityReport) -> N
     """Of the tiny model, by hand: the linears of every token, and the attention."""
     cost = found.results["cost"]
     layer = cost["layers"][0]
-    assert (layer["tokens"], layer["width"], layer["rows"], layer["neurons"]) == (48 + 77, 128, 48, 512)
+    assert (layer["tokens"], layer["width"], layer["rows"], layer["neurons"]) == (16 + 77, 128, 16, 512)
     single = cost["layers"][-1]
-    assert (single["rows"], single["neurons"]) == (48 + 77, 512)
-    attention, mlp = 4 * 125 * 125 * 128, 4 * 125 * 128 * 512
-    linear = 2 * 125 * 128 * (3 * 128) + 2 * 125 * 128 * 128 + 2 * 128 * 3 * 128
+    assert (single["rows"], single["neurons"]) == (16 + 77, 512)
+    attention, mlp = 4 * 93 * 93 * 128, 4 * 93 * 128 * 512
+    linear = 2 * 93 * 128 * (3 * 128) + 2 * 93 * 128 * 128 + 2 * 128 * 3 * 128
     assert cost["blocks"][-1] == attention + mlp + linear
 
 
@@ -141,7 +139,7 @@ def test_pictures_are_written_and_differ(found: FidelityReport, tmp_path_factory
     assert set(found.images) == {f"{name}/0" for name in ("dense", *(v.name for v in VARIANTS))}
     folder = next(tmp_path_factory.getbasetemp().glob("fidelity*")) / "out"
     dense, few = (Image.open(folder / found.images[f"{name}/0"]) for name in ("dense", "few kept"))
-    assert dense.size == (128, 96)
+    assert dense.size == (64, 64)
     assert dense.tobytes() != few.tobytes()
 
 

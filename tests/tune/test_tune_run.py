@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +21,7 @@ from tests.fidelity.test_fidelity_run import patched_starter
 STEPS = 8
 
 
-def options(tmp_path: Path, floor: float, trials: int = 10) -> TuneOptions:
+def options(tmp_path: Path, floor: float, trials: int = 4) -> TuneOptions:
     start = tmp_path / "start.yml"
     start.write_text("attn: {mbm: 32, counts_multiple_of: 8}\nmlp: {bm: 32, mbm: 32, counts_multiple_of: 16}\n")
     small = FidelityOptions(count=1, seeds=(0,), steps=STEPS, size=(64, 64), command="chipmunk tune x")
@@ -31,13 +36,37 @@ def test_a_search_ends_with_a_commented_configuration(tmp_path: Path) -> None:
     assert found.confirmed is not None
     assert found.tuned["fidelity"] >= 12
     assert found.tuned["cost"] <= found.trail[0]["cost"]
-    assert len(found.tried) <= 11
+    assert len(found.tried) <= 5
     path = tmp_path / "found.yml"
     path.write_text(found.text)
     assert load(path).attn.mbm == 32, "what the start says is kept"
     assert "chipmunk tune x" in found.text
     assert f"{found.confirmed['fidelity']:.1f} dB" in found.text
     assert json.loads(json.dumps(found.to_json()))["cost"] == "FLOPs"
+
+
+def test_an_interruption_leaves_the_best_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def interrupt() -> None:
+        """As soon as anything has held the floor."""
+        while not any('"trail": [{' in best.read_text() for best in tmp_path.glob("chipmunk-tune-*/patched/best.json")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    root = patched_starter(tmp_path)
+    watcher = threading.Thread(target=interrupt, daemon=True)
+    watcher.start()
+    found = run(root, options(tmp_path, 12.0, trials=500))
+    watcher.join()
+    assert found.interrupted
+    assert found.exit_code == 130
+    assert found.tuned == found.trail[-1]
+    assert found.confirmed is None
+    assert "not confirmed" in found.text
+    path = tmp_path / "found.yml"
+    path.write_text(found.text)
+    load(path)
 
 
 def test_a_file_that_is_there_is_left_alone(tmp_path: Path) -> None:
