@@ -501,3 +501,25 @@ def test_skipped_steps_compile_nothing() -> None:
     denoise(model, 13, **given)
     assert counters["stats"]["unique_graphs"] == 9
     torch._dynamo.reset()
+
+
+class Clocked(Flux):
+    forward = chipmunk.model_forward(
+        double="double_blocks", single="single_blocks", image="img", ids="img_ids", timesteps="timesteps"
+    )(Flux.forward.__wrapped__)  # type: ignore[attr-defined]
+
+
+def test_steps_counted_by_the_timestep_are_skipped_too() -> None:
+    """Where no sampling loop is marked; the number of steps is not known then."""
+    given, steps = inputs(), 14
+    config = {**small(), **caching(skip_step_schedule=[4, 6, 7, 11])}
+    model, loop = enabled(config, Clocked), enabled(config)
+
+    def call(model: Flux, step: int) -> Tensor:
+        out: Tensor = model(**given, timesteps=torch.full((1,), 1 - step / steps))
+        return out
+
+    expected = [call(loop, step) for step in chipmunk.steps(loop, (step for step in range(steps)))]
+    for _ in range(2):
+        assert same([call(model, step) for step in range(steps)], expected)
+        assert skipped(model) == (4, 6, 7, 11)
