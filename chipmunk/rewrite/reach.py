@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import libcst as cst
 
-from chipmunk.rewrite.flow import Step, value_names
+from chipmunk.rewrite.flow import Scope, Step, value_names
 from chipmunk.rewrite.objects import held_by
 from chipmunk.rewrite.repository import Class, Function, Repository
 from chipmunk.rewrite.roles import Block
@@ -72,14 +72,24 @@ class Reached:
         for step in scope.steps:
             if not isinstance(step.node, cst.Return) or step.node.value is None:
                 continue
-            parts = elements(step.node.value) or [step.node.value]
+            value, at = _named_tuple(scope, step.node.value, step)
+            parts = elements(value) or [value]
             if len(parts) < len(wanted):
                 continue
             for place, part in enumerate(parts[: len(wanted)]):
                 # A result in the variable of a stream is that stream; else the order of the parameters decides.
                 stream = next((s for s, name in names.items() if name in set(value_names(part))), order[place])
-                found[stream].update(call for call, _ in scope.calls_behind(part, step))
+                found[stream].update(call for call, _ in scope.calls_behind(part, at))
         return found if any(found.values()) else None
+
+
+def _named_tuple(scope: Scope, value: cst.BaseExpression, step: Step) -> tuple[cst.BaseExpression, Step]:
+    """The tuple that a name stands for, and where it is made: `result = img, txt`, then `return result`."""
+    known = scope.reaching(value.value, step) if isinstance(value, cst.Name) else []
+    if len(known) == 1 and scope.is_definite(known, step) and not known[0].path and known[0].value is not None:
+        made = known[0].value
+        return (made, known[0].step) if elements(made) is not None else (value, step)
+    return value, step
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def may_hold_model(content: bytes) -> bool:
         return False
     targets = [_LAST_WORD.search(content[max(loop.start() - 100, 0) : loop.start()]) for loop in loops]
     elements = b"|".join(sorted({target.group(1) for target in targets if target is not None}))
-    return re.search(rb"\w\s*,\s*\w+[\s),]*=\s*(?:[\w.]+\(\s*)*(?:" + elements + rb")\s*[.(,]", content) is not None
+    return re.search(rb"\w\s*,\s*\w+[\s),]*=\s*(?:[\w.]*\(\s*)*(?:" + elements + rb")\s*[.(,]", content) is not None
 
 
 def find_roles(repository: Repository) -> Roles:

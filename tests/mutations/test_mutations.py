@@ -29,11 +29,6 @@ from .judge import (
 from .program import Files, Program
 
 ROOT = Path(__file__).parents[2]
-NOT_UNDERSTOOD_YET = {
-    "parentheses": "`img, txt = (block(img, txt))`: a file that may hold a model is told by its text first",
-    "values returned by name": "`result = img, txt; return result`: which result is the image's is not followed",
-}
-"""Left dense, which is right as long as it is not understood; goes from here when it is."""
 NOT_IN_THIS_ONE = {
     "ruff format": "it is formatted",
     "helper for the residual": "it has no gates",
@@ -120,15 +115,11 @@ def test_each_rewriting(name: str, original: torch.Tensor, tmp_path: Path) -> No
     if outcome.kind == NOT_HERE:
         assert name in NOT_IN_THIS_ONE
         return
-    if name in NOT_UNDERSTOOD_YET:
-        assert outcome.kind == DENSE, "it is understood by now"
-        return
     check(outcome, files, original, tmp_path)
 
 
 def test_some_together(original: torch.Tensor, tmp_path: Path) -> None:
-    understood = [name for name in REWRITINGS if name not in NOT_UNDERSTOOD_YET]
-    for number, (label, files) in enumerate(combined(PROGRAM, understood, 3, seed=0)):
+    for number, (label, files) in enumerate(combined(PROGRAM, list(REWRITINGS), 3, seed=0)):
         check(judge(label, files, WANTED), files, original, tmp_path / str(number))
 
 
