@@ -32,12 +32,17 @@ def why_dense_here(image: Any) -> str | None:
         return "autograd is on"
     if image.device.type == "meta":
         return "the model is on the meta device"
-    kind = image.device.type
-    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != image.dtype:
+    if is_cast(image):
         return "autocast to another dtype is on"
-    if kind == "cuda" and torch.cuda.is_current_stream_capturing():
+    if image.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured"
     return None
+
+
+def is_cast(x: Tensor) -> bool:
+    """Whether autocast would cast x, an input of a matrix product, to another dtype."""
+    kind = x.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
 
 
 def _tracer() -> str | None:

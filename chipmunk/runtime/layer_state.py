@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from chipmunk import config
@@ -161,4 +162,8 @@ def state_of(block: nn.Module | LayerState | None) -> LayerState | None:
         return block
     # getattr, not __dict__: Dynamo guards on the absence of an attribute, but not on that of a key.
     state: LayerState | None = getattr(block, ATTRIBUTE, None)
+    if state is not None and torch.is_grad_enabled() and state.single_mlp == "dense":
+        # Turned on inside the model. What has begun sparse must end so: the second half of a single block's MLP.
+        state.attention_done = state.mlp_done = "autograd is on"
+        return None
     return state

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional
 
+from chipmunk.runtime.guards import is_cast
+
 GELUS = {"gelu_tanh": "tanh", "gelu": "none"}
 """Names of activations → `approximate` of `torch.nn.functional.gelu`."""
 GATED = {"swiglu": 0, "swiglu_value_first": 1}
@@ -61,6 +63,8 @@ def why_not_linear(linear: nn.Module, x: Tensor, width: int) -> str | None:
         return f"the weight is a {type(weight).__name__}"
     if weight.dtype != x.dtype or not x.dtype.is_floating_point or (bias is not None and bias.dtype != x.dtype):
         return "the weight's dtype is not that of the activations"
+    if is_cast(x):
+        return "autocast to another dtype is on"
     if weight.dim() != 2 or weight.shape[1] != width or (bias is not None and bias.shape != weight.shape[:1]):
         return "the weight's shape is not (out, in)"
     if weight.device != x.device:

@@ -357,6 +357,9 @@ def _restored(session: Session, order: TokenOrder, result: Any) -> Any:
     if not isinstance(first, Tensor) or first.dim() < 2 or first.shape[1] < len(order.order):
         session.keep_order = "the model's output is not (B, tokens, …)"
         return _AGAIN
+    if first.requires_grad:
+        session.keep_order = "the model turns autograd on itself"
+        return _AGAIN
     restored = order.undo(first, session.config.implementation)
     return restored if first is result else type(result)((restored, *result[1:]))
 

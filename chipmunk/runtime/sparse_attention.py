@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from chipmunk import ops
 from chipmunk.ops.dispatch import groups_of
 from chipmunk.runtime.attention_calls import AttentionCall, read_call
+from chipmunk.runtime.guards import is_cast
 from chipmunk.runtime.layer_state import DONE, LayerState, state_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -73,6 +74,8 @@ def _why_dense(layer: LayerState, call: AttentionCall) -> str | None:
         return "query, key and value differ in shape"
     if q.dtype not in _DTYPES or q.dtype != k.dtype or q.dtype != v.dtype:
         return "unsupported dtype"
+    if is_cast(q):
+        return "autocast to another dtype is on"
     rules, tokens = layer.attention_rules, q.shape[2]
     if groups_of(tokens, rules.group) < 2:
         return "fewer than two query groups"
