@@ -304,18 +304,9 @@ def _select(state: LayerState, x: Tensor, weight: Tensor, bias: Tensor | None, n
     """Choose the neurons whose block means changed most, and refresh their means."""
     assert state.means is not None
     assert state.mlp_seed is not None
-    new = _means_through(state, x, weight, bias)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    scores = (new.to(wide) - state.means.to(wide)).abs().sum(dim=2)
     keep, random = state.mlp_rules.kept(neurons)
-    if scores.shape[-1] != neurons:  # two rows a neuron
-        scores = scores[..., :neurons] + scores[..., neurons:]
-    state.neurons = ops.select_columns(scores, state.mlp_seed, keep, random, state.implementation)
-    chosen = state.neurons.long()
-    if new.shape[-1] != neurons:
-        chosen = torch.cat((chosen, chosen + neurons), dim=-1)
-    chosen = chosen[:, :, None].expand(-1, -1, new.shape[2], -1)
-    state.means = state.means.scatter(-1, chosen, new.gather(-1, chosen))
+    new = _means_through(state, x, weight, bias)
+    state.neurons = ops.select_neurons(new, state.means, state.mlp_seed, neurons, keep, random, state.implementation)
 
 
 def _updated_output(state: LayerState, delta: Tensor, weight: Tensor) -> Tensor:

@@ -163,6 +163,27 @@ def test_random_columns_differ_between_steps_layers_and_groups_but_not_between_b
     assert not torch.equal(first, other_layer)
 
 
+@pytest.mark.parametrize("rows_of_a_neuron", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_select_neurons(dtype: torch.dtype, rows_of_a_neuron: int) -> None:
+    batch, groups, parts, neurons, keep, chance = 2, 3, 2, 11, 4, 2
+    new, means = (torch.randn(batch, groups, parts, rows_of_a_neuron * neurons).to(dtype) for _ in range(2))
+    seed, before = torch.tensor([5, 3, 0]), means.clone()
+    got = ops.select_neurons(new, means, seed, neurons, keep, chance)
+
+    scores = torch.zeros(batch, groups, neurons, dtype=torch.float64)
+    for neuron in range(neurons):
+        for row in range(neuron, rows_of_a_neuron * neurons, neurons):
+            scores[..., neuron] += (new[..., row].double() - before[..., row].double()).abs().sum(dim=2)
+    assert torch.equal(got, ops.select_columns(scores, seed, keep, chance))
+    for b in range(batch):
+        for group in range(groups):
+            chosen = set(got[b, group].tolist())
+            for row in range(rows_of_a_neuron * neurons):
+                source = new if row % neurons in chosen else before
+                assert torch.equal(means[b, group, :, row], source[b, group, :, row])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -239,6 +260,7 @@ def cases() -> dict[str, tuple[object, ...]]:
         "attention_with_column_sums": (q, k, v, 3, 0.5),
         "column_sparse_attention": (q, k, v, keys, q, 3, 0.5, True),
         "select_columns": (random(1, 2, 3, 7), torch.tensor([1, 2, 0]), 2, 1),
+        "select_neurons": (random(1, 3, 2, 24), random(1, 3, 2, 24), torch.tensor([1, 2, 0]), 12, 3, 1),
         "sparse_mlp_in": (x, weight, None, neurons, torch.zeros(1, 7, 12), 3, "gelu"),
         "sparse_mlp_out": (random(1, 7, 3), random(5, 12), neurons, torch.zeros(1, 7, 5), 3),
         "reorder_tokens": (x, torch.tensor([1, 0, 2])),
@@ -284,6 +306,10 @@ def test_auto_counts_why_triton_was_passed_over(monkeypatch: pytest.MonkeyPatch)
         ("column_sparse_attention", 4, torch.zeros(1, 2, 3, 4), "shape of q"),
         ("select_columns", 2, 7, "cannot keep 7 [+] 1 of 7"),
         ("select_columns", 2, -1, "negative"),
+        ("select_neurons", 1, torch.zeros(1, 3, 2, 12), "new and means must be alike"),
+        ("select_neurons", 3, 7, "24 rows are not those of 7 neurons"),
+        ("select_neurons", 4, 12, "cannot keep 12 [+] 1 of 12"),
+        ("select_neurons", 2, torch.tensor([1, 2]), "seed"),
         ("sparse_mlp_in", 1, torch.zeros(12, 4), "weight must be"),
         ("sparse_mlp_in", 4, torch.zeros(1, 7, 11), "cache must be"),
         ("sparse_mlp_in", 6, "relu", "gelu_tanh, gelu"),

@@ -51,6 +51,17 @@ def test_the_choice_is_the_references(kind: str, shape: tuple[int, ...]) -> None
         assert torch.equal(chosen, ops.select_columns(scores, seed, keep, random, "reference")), (keep, random)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("parts", "rows"), [(1, 1), (3, 1), (1, 2), (2, 2)])
+def test_neurons_are_chosen_and_refreshed_as_by_the_reference(parts: int, rows: int, dtype: torch.dtype) -> None:
+    for neurons, keep, random in ((100, 20, 9), (33, 33, 0), (257, 0, 40)):
+        new, means = (torch.randn(2, 3, parts, rows * neurons).to(dtype) for _ in range(2))
+        seed, expected = torch.randint(0, 2**40, (3,)), means.clone()
+        chosen = ops.select_neurons(new, means, seed, neurons, keep, random, "triton")
+        assert torch.equal(chosen, ops.select_neurons(new, expected, seed, neurons, keep, random, "reference"))
+        assert torch.equal(means, expected)
+
+
 def test_one_column() -> None:
     assert ops.select_columns(torch.rand(2, 3, 1), torch.zeros(3, dtype=torch.int64), 1, 0, "triton").sum() == 0
 

@@ -19,15 +19,15 @@ from torch import Tensor
 from chipmunk.ops import tuning
 from chipmunk.ops.launch import launch
 
-_LONGEST = 131072
+LONGEST = 131072
 
 
 def unsupported(scores: Tensor, seed: Tensor, keep: int, random: int) -> str | None:
     """Why this call cannot run in Triton; None where it can."""
     if scores.dtype != torch.float32:
         return f"scores in {scores.dtype}"
-    if scores.shape[-1] > _LONGEST:
-        return f"rows longer than {_LONGEST}"
+    if scores.shape[-1] > LONGEST:
+        return f"rows longer than {LONGEST}"
     if scores.numel() == 0:
         return "an empty input"
     if scores.device.type == "cuda":
@@ -55,10 +55,15 @@ def select_columns(scores: Tensor, seed: Tensor, keep: int, random: int) -> Tens
         padded=padded,
         has_best=keep > 0,
         has_random=random > 0,
-        num_warps=tuning.override.get("select_columns", {}).get("warps", 0)
-        or min(max(padded // (1024 if rows < 256 else 2048), 4), 16),
+        num_warps=warps(padded, rows),
     )
     return indices
+
+
+def warps(padded: int, rows: int) -> int:
+    """How many warps share a row of `padded` scores, where there are so many rows."""
+    wanted = tuning.override.get("select_columns", {}).get("warps", 0)
+    return wanted or min(max(padded // (1024 if rows < 256 else 2048), 4), 16)
 
 
 @triton.jit
@@ -104,6 +109,33 @@ def _largest(ordered, free, free_count, wanted):
 
 
 @triton.jit
+def choose(score, column, seed, group, columns, keep, random, has_best: tl.constexpr, has_random: tl.constexpr):
+    """Which columns of a row of scores are kept: the `keep` largest, and `random` more by the hash of the group."""
+    inside = column < columns
+    chosen = column < 0
+    if has_best:
+        bits = (score + 0.0).to(tl.uint32, bitcast=True)  # −0 is +0
+        ordered = bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000)
+        chosen = _largest(ordered, inside, columns, keep)
+    if has_random:
+        golden = tl.full((), 0x9E3779B9, tl.uint32)
+        h = _mix(tl.load(seed).to(tl.uint32))
+        h = _mix(tl.load(seed + 1).to(tl.uint32) + golden * h)
+        h = _mix(group.to(tl.uint32) + golden * h)
+        h = _mix(column.to(tl.uint32) + golden * h)
+        free = inside & ~chosen
+        chosen |= _largest(h ^ 0xFFFFFFFF, free, columns - keep, random)
+    return chosen
+
+
+@triton.jit
+def put(indices, column, chosen):
+    """Store the chosen columns, ascending."""
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(indices + place, column, mask=chosen)
+
+
+@triton.jit
 def _kernel(
     scores,
     seed,
@@ -118,20 +150,8 @@ def _kernel(
 ):
     row = tl.program_id(0)
     column = tl.arange(0, padded)
-    inside = column < columns
-    chosen = column < 0
+    score = tl.zeros((padded,), tl.float32)
     if has_best:
-        score = tl.load(scores + row.to(tl.int64) * columns + column, mask=inside, other=0.0)
-        bits = (score + 0.0).to(tl.uint32, bitcast=True)  # −0 is +0
-        ordered = bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000)
-        chosen = _largest(ordered, inside, columns, keep)
-    if has_random:
-        golden = tl.full((), 0x9E3779B9, tl.uint32)
-        h = _mix(tl.load(seed).to(tl.uint32))
-        h = _mix(tl.load(seed + 1).to(tl.uint32) + golden * h)
-        h = _mix((row % groups).to(tl.uint32) + golden * h)
-        h = _mix(column.to(tl.uint32) + golden * h)
-        free = inside & ~chosen
-        chosen |= _largest(h ^ 0xFFFFFFFF, free, columns - keep, random)
-    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(indices + row.to(tl.int64) * (keep + random) + place, column, mask=chosen)
+        score = tl.load(scores + row.to(tl.int64) * columns + column, mask=column < columns, other=0.0)
+    chosen = choose(score, column, seed, row % groups, columns, keep, random, has_best, has_random)
+    put(indices + row.to(tl.int64) * (keep + random), column, chosen)

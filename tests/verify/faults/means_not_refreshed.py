@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from chipmunk.runtime.layer_state import LayerState
+from chipmunk import ops
 
 
-def set_means(self: LayerState, value: Any) -> None:
-    if self.mlp != "sparse":
-        self.__dict__["means"] = value
+def select_neurons(new: Any, means: Any, *rest: Any) -> Any:
+    return original(new, means.clone(), *rest)
 
 
-LayerState.means = property(lambda self: self.__dict__.get("means"), set_means)  # type: ignore[assignment]
+original = ops.select_neurons
+ops.select_neurons = select_neurons

@@ -6,8 +6,12 @@ from chipmunk import ops
 
 
 def select_columns(scores: Any, seed: Any, *rest: Any) -> Any:
-    return original(scores, seed * 0, *rest)
+    return columns(scores, seed * 0, *rest)
 
 
-original = ops.select_columns
-ops.select_columns = select_columns
+def select_neurons(new: Any, means: Any, seed: Any, *rest: Any) -> Any:
+    return neurons(new, means, seed * 0, *rest)
+
+
+columns, neurons = ops.select_columns, ops.select_neurons
+ops.select_columns, ops.select_neurons = select_columns, select_neurons

@@ -1,13 +1,14 @@
 """Each group of rows gets the keys or neurons that were chosen for its neighbour."""
 
+from collections.abc import Callable
 from typing import Any
 
 from chipmunk import ops
 
 
-def select_columns(*args: Any) -> Any:
-    return original(*args).roll(1, dims=-2)
+def neighbours(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: original(*args).roll(1, dims=-2)
 
 
-original = ops.select_columns
-ops.select_columns = select_columns
+ops.select_columns = neighbours(ops.select_columns)
+ops.select_neurons = neighbours(ops.select_neurons)
