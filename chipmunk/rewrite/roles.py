@@ -9,6 +9,7 @@ there the first list may be one for each stream, whose elements turn one stream 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 import libcst as cst
@@ -30,6 +31,7 @@ from chipmunk.rewrite.syntax import (
 
 CONCATENATIONS = ("cat", "concat", "concatenate")
 _LOOP_OVER_ATTRIBUTE = re.compile(rb"\bin\b[\s(]*(?:[\w.]+\([\s(]*)*(\w+)\s*\.\s*(\w+)")
+_CALL = 800  # bytes in which the streams are among a call's arguments
 _LAST_WORD = re.compile(rb"(\w+)[\s)]*\Z")
 
 
@@ -89,16 +91,24 @@ class Roles:
 
 
 def may_hold_model(content: bytes) -> bool:
-    """The cheap test before a file is parsed: loops over two attributes, one of whose elements gives two streams."""
+    """The cheap test before a file is parsed: loops over two attributes, one of whose elements turns two into two."""
     if b"class " not in content or not any(name.encode() + b"(" in content for name in CONCATENATIONS):
         return False
     loops = list(_LOOP_OVER_ATTRIBUTE.finditer(content))
-    pairs = {loop.groups() for loop in loops}
-    if len(pairs) == len({receiver for receiver, _ in pairs}):
-        return False
+    lists = Counter(receiver for receiver, _ in {loop.groups() for loop in loops})
+    loops = [loop for loop in loops if lists[loop.group(1)] > 1]
     targets = [_LAST_WORD.search(content[max(loop.start() - 100, 0) : loop.start()]) for loop in loops]
     elements = b"|".join(sorted({target.group(1) for target in targets if target is not None}))
-    return re.search(rb"\w\s*,\s*\w+[\s),]*=\s*(?:[\w.]*\(\s*)*(?:" + elements + rb")\s*[.(,]", content) is not None
+    if not elements:
+        return False
+    calls = re.finditer(rb"(\w+)\s*,\s*(\w+)[\s),]*=\s*(?:[\w.]*\(\s*)*(?:" + elements + rb")\s*[.(,]", content)
+    return any(_takes(content[call.end() : call.end() + _CALL], *call.groups()) for call in calls)
+
+
+def _takes(arguments: bytes, *streams: bytes) -> bool:
+    """Whether a call's arguments name all streams, or may hold them."""
+    named = all(re.search(rb"\b" + stream + rb"\b", arguments) for stream in streams)
+    return named or arguments.lstrip().startswith(b"*")
 
 
 def find_roles(repository: Repository) -> Roles:
