@@ -201,6 +201,43 @@ def check_selection(shape: tuple[int, ...], keep: int, random: int) -> Iterator[
         yield Check(f"select_columns {shape} {keep} + {random}{name}", 0.0 if equal else 1.0, 0.5, same)
 
 
+def check_neurons(shape: tuple[int, ...], neurons: int, keep: int, random: int) -> Iterator[Check]:
+    seed = torch.randint(0, 1000, (3,), device="cuda")
+    new, means = torch.randn(2, *shape, device="cuda").bfloat16()
+    refreshed = means.clone()
+    wanted = ops.select_neurons(new, refreshed, seed, neurons, keep, random, "reference")
+
+    def run() -> tuple[Tensor, Tensor]:
+        mutated = means.clone()
+        return ops.select_neurons(new, mutated, seed, neurons, keep, random, "triton"), mutated
+
+    (out, mutated), same = _twice(run)
+    equal = torch.equal(out, wanted) and torch.equal(mutated, refreshed)
+    yield Check(f"select_neurons {shape} {keep} + {random} of {neurons}", 0.0 if equal else 1.0, 0.5, same)
+
+
+def check_swiglu(tokens: int, kept: int, group: int, width: int, neurons: int, dtype: torch.dtype) -> Iterator[Check]:
+    m = random_mlp(tokens, kept, group, width=width, neurons=neurons, dtype=dtype)
+    gate, value = m.weight_in, torch.randn_like(m.weight_in) * width**-0.5
+    cache = m.act_cache.double()
+    wanted = ops.sparse_swiglu_in(
+        m.x.double(), gate.double(), value.double(), None, None, m.indices, cache, group, "reference"
+    )
+    chosen = m.indices[:, torch.arange(tokens, device="cuda") // group].long()
+    dense = (functional.silu(m.x @ gate.T) * (m.x @ value.T)).gather(-1, chosen) - m.act_cache.gather(-1, chosen)
+
+    def run() -> tuple[Tensor, Tensor]:
+        mutated = m.act_cache.clone(memory_format=torch.preserve_format)
+        return ops.sparse_swiglu_in(m.x, gate, value, None, None, m.indices, mutated, group, "triton"), mutated
+
+    (delta, mutated), same = _twice(run)
+    label = f"M={tokens} K={kept} group={group} C={width} F={neurons} {str(dtype)[6:]}"
+    yield Check(f"sparse_swiglu_in, delta, {label}", error(delta, wanted), 2 * error(dense, wanted), same)
+    untouched = torch.ones_like(mutated, dtype=torch.bool).scatter_(-1, chosen, False)
+    kept_rest = bool((mutated == m.act_cache)[untouched].all())
+    yield Check(f"sparse_swiglu_in, rest of the cache, {label}", 0.0 if kept_rest else 1.0, 0.5, True)
+
+
 def checks() -> Iterator[Check]:
     bf16, fp16 = torch.bfloat16, torch.float16
     yield from check_attention(4352, 672, 128, 128, bf16)
@@ -220,3 +257,8 @@ def checks() -> Iterator[Check]:
     yield from check_selection((1, 3, 133, 16896), 2800, 100)
     yield from check_selection((1, 2, 3, 1), 1, 0)
     yield from check_selection((3, 5, 1000), 0, 7)
+    yield from check_neurons((1, 34, 1, NEURONS), NEURONS, 3738, 614)
+    yield from check_neurons((2, 9, 3, 2 * 1000), 1000, 300, 7)
+    yield from check_neurons((1, 5, 2, 333), 333, 0, 40)
+    yield from check_swiglu(4352, 2048, 128, 1024, 4096, bf16)
+    yield from check_swiglu(777, 300, 192, 320, 1000, fp16)

@@ -145,16 +145,24 @@ def _sparse_mlp(tokens: int, kept: int, part: str, transposed_cache: bool = True
     return [partial(run, m, torch.randn(1, tokens, kept, device="cuda").bfloat16()) for m in sets]
 
 
-def _scores(tokens: int) -> list[Run]:
-    """What comes before an MLP's selection: group means, fc1, distance to the cached means."""
+def _means(tokens: int) -> list[Run]:
+    """What comes before an MLP's selection: the means of the groups, and fc1 of them."""
 
     @torch.compile
-    def run(m: Mlp, cached: Tensor) -> Tensor:
+    def run(m: Mlp) -> Tensor:
         means = m.x.view(1, -1, 128, HIDDEN).float().mean(2).to(m.x.dtype)
-        return (functional.linear(means, m.weight_in, m.bias).float() - cached.float()).abs()
+        return functional.linear(means, m.weight_in, m.bias)
 
-    sets = [random_mlp(tokens, 64) for _ in range(INPUT_SETS)]
-    return [partial(run, m, torch.randn(1, tokens // 128, NEURONS, device="cuda").bfloat16()) for m in sets]
+    return [partial(run, random_mlp(tokens, 64)) for _ in range(INPUT_SETS)]
+
+
+def _select_neurons(tokens: int, keep: int, random: int) -> list[Run]:
+    seed = torch.tensor([3, 4, 0], device="cuda")
+    shape = (1, tokens // 128, 1, NEURONS)
+    sets = [torch.randn(2, *shape, device="cuda").bfloat16() for _ in range(INPUT_SETS)]
+    return [
+        partial(ops.select_neurons, new, means.clone(), seed, NEURONS, keep, random, "triton") for new, means in sets
+    ]
 
 
 def _grid(**columns: str) -> list[tuning.Parameters]:
@@ -190,7 +198,12 @@ VARIANTS: dict[str, list[tuning.Parameters]] = {
         balanced="  1   0   0   0   1   0   1",
         band="      0   8   1  16   8   0   1",
     ),
-    "sparse_mlp_out": _grid(
+    "sparse_mlp_out": [
+        {"gluon": 1, "blocks": 2, "stages": 3},
+        {"gluon": 1, "blocks": 2, "stages": 4},
+        {"gluon": 1, "blocks": 3, "stages": 3},
+    ]
+    + _grid(
         rows="    128 128 128 128 128 128 128",
         columns=" 256 256 256 256 256 256 256",
         depth="    64  64  64  64  64  64  64",
@@ -232,14 +245,16 @@ def cases(variants: str) -> Iterator[Case]:
     for label, p in named("select_columns"):
         for name, shape, keep, random in (
             ("keys", (1, HEADS, 34, 4352), 672, 0),
-            ("neurons", (1, 34, NEURONS), 3738, 614),
             ("keys N=16896", (1, HEADS, 132, 16896), 2800, 0),
         ):
             yield Case(f"select {name}{label}", partial(_select, shape, keep, random), "", 0.0, "select_columns", p)
     for tokens in (4352,):
         dense = f"dense MLP M={tokens}"
         yield Case(dense, partial(_dense_mlp, tokens), flops=4.0 * tokens * HIDDEN * NEURONS)
-        yield Case(f"MLP scores M={tokens}", partial(_scores, tokens))
+        yield Case(f"MLP means M={tokens}", partial(_means, tokens))
+        for label, p in named("select_columns"):
+            build = partial(_select_neurons, tokens, 3738, 614)
+            yield Case(f"select neurons M={tokens}{label}", build, "", 0.0, "select_columns", p)
         for kept in (4352, 3584):
             flops = 2.0 * tokens * HIDDEN * kept
             share = f"M={tokens} K={kept} ({kept / NEURONS:.1%})"
