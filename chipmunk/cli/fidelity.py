@@ -101,7 +101,7 @@ def fidelity(
     if output is not None:
         write(report, output)
         if not as_json:
-            _say_where(output)
+            _say_where(output, report)
     if report.exit_code:
         from chipmunk.fidelity.tables import verdict
 
@@ -217,11 +217,12 @@ def write(report: FidelityReport, folder: Path) -> None:
         show_report(Console(file=file, width=100, markup=False, highlight=False, emoji=False), report)
 
 
-def _say_where(folder: Path) -> None:
+def _say_where(folder: Path, report: FidelityReport) -> None:
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.terminal import next_commands, say, screen
 
-    say(screen(), f"Wrote {folder}: results.json, fidelity.txt, and the pictures, if they could be decoded.")
+    pictures = f" and {len(report.images)} pictures" if report.images else ""
+    say(screen(), f"Wrote results.json, fidelity.txt{pictures} to {folder}.")
     results = quoted(folder / "results.json")
     next_commands(screen(), [(f"chipmunk report {results}", "all of it as one HTML page")])
 
