@@ -199,20 +199,18 @@ VARIANTS: dict[str, list[tuning.Parameters]] = {
         band="      0   8   1  16   8   0   1",
     ),
     "sparse_mlp_out": [
-        {"gluon": 1, "blocks": 2, "stages": 3},
-        {"gluon": 1, "blocks": 2, "stages": 4},
-        {"gluon": 1, "blocks": 3, "stages": 3},
-    ]
-    + _grid(
-        rows="    128 128 128 128 128 128 128",
-        columns=" 256 256 256 256 256 256 256",
-        depth="    64  64  64  64  64  64  64",
-        warps="     8   8   8   8   8   8   8",
-        stages="    3   3   3   3   4   4   4",
-        split="     4   4   4   4   4   4   4",
-        balanced="  1   0   0   0   1   0   1",
-        band="      0   8   1  11   8   0   1",
-    ),
+        *_grid(gluon="1 1 1", blocks="2 2 3", stages="3 4 3"),
+        *_grid(
+            rows="    128 128 128 128",
+            columns=" 256 256 256 256",
+            depth="    64  64  64  64",
+            warps="     8   8   8   8",
+            stages="    3   3   3   4",
+            split="     4   4   4   4",
+            balanced="  1   0   0   1",
+            band="      0   8   1   0",
+        ),
+    ],
 }
 
 
