@@ -15,6 +15,7 @@ import diffusers
 import tiny_pipelines as tiny
 import torch
 from accelerate.hooks import remove_hook_from_module
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
 from PIL import Image
 from tiny_pipelines import KEPT, SPARSE, draw, error, flux1, pipeline, reasons, sparse_calls
@@ -428,7 +429,7 @@ def test_copies_and_pickles_carry_nothing(dense: Tensor) -> None:
 # Attention that is not understood, or becomes something else
 
 
-class Loud(diffusers.models.transformers.transformer_flux.FluxAttnProcessor):
+class Loud(FluxAttnProcessor):
     pass
 
 
@@ -446,13 +447,12 @@ def test_a_processor_of_the_users_own_stays(dense: Tensor) -> None:
 
 
 def test_a_release_that_computes_something_else_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    theirs = diffusers.models.transformers.transformer_flux.FluxAttnProcessor
-    original = theirs.__call__
+    original = FluxAttnProcessor.__call__
 
     def louder(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return original(self, attn, 1.1 * hidden_states, *args, **kwargs)
 
-    monkeypatch.setattr(theirs, "__call__", louder)
+    monkeypatch.setattr(FluxAttnProcessor, "__call__", louder)
     pipe = pipeline(flux1())
     wanted = draw(pipe)
     chipmunk.enable(pipe, KEPT)
