@@ -26,7 +26,7 @@ ADAPTIVE = (0.75, 0.6, 0.5, 0.4, 0.3)
 """Fractions of the steps that are computed."""
 
 
-THRESHOLDS = (0.04, 0.08, 0.16, 0.24, 0.4)
+THRESHOLDS = (0.08, 0.16, 0.3, 0.6, 1.2)
 """Of cache-dit: relative change of the first block's residual up to which a step is not computed."""
 
 

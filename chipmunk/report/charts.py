@@ -37,13 +37,15 @@ class Level:
     value: float
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from at most `low` to at least `high`."""
+def ticks(low: float, high: float, count: int = 5, whole: bool = False) -> list[float]:
+    """About `count` round numbers from at most `low` to at least `high`; `whole` ones for what is counted."""
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-3):  # all the same, but for rounding
         high = low + max(abs(low), 1.0) * 0.1
     rough = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * 0.999)
+    if whole:
+        step = max(math.ceil(step), 1)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(number * step, 12) for number in range(first, last + 1)]
 
@@ -62,13 +64,17 @@ def lines(
     levels: Sequence[Level] = (),
     x_range: tuple[float, float] | None = None,
     y_from: float | None = 0.0,
+    whole: bool = False,
 ) -> str:
-    """Lines over two axes, wide and narrow. y_from: where the vertical axis starts; None: near the lowest point."""
-    return _twice(lambda size: _lines(size, series, x_label, y_label, description, levels, x_range, y_from))
+    """Lines over two axes, wide and narrow.
+
+    y_from: where the vertical axis starts; None: near the lowest point. whole: the horizontal axis counts something.
+    """
+    return _twice(lambda size: _lines(size, series, x_label, y_label, description, levels, x_range, y_from, whole))
 
 
-def bars(rows: Sequence[tuple[str, float, str]], x_label: str, description: str, mark: float = 1.0) -> str:
-    """Horizontal bars: name, value, and what is written at its end. mark: a line to compare with."""
+def bars(rows: Sequence[tuple[str, float, str, int]], x_label: str, description: str, mark: float = 1.0) -> str:
+    """Horizontal bars: name, value, what is written at its end, and colour. mark: a line to compare with."""
     return _twice(lambda size: _bars(size[0], rows, x_label, description, mark))
 
 
@@ -92,6 +98,7 @@ def _lines(
     levels: Sequence[Level],
     x_range: tuple[float, float] | None,
     y_from: float | None,
+    whole: bool,
 ) -> str:
     width, height = size
     wide = width == WIDE[0]
@@ -100,7 +107,7 @@ def _lines(
     low = min(ys) if y_from is None else y_from
     y_ticks = ticks(low, max(ys), 5)
     first, last = x_range or (min(xs), max(xs))
-    x_ticks = ticks(min(first, *xs), max(last, *xs), 6 if wide else 4)
+    x_ticks = ticks(min(first, *xs), max(last, *xs), 6 if wide else 4, whole)
     right = 24 + max(_LETTER * len(line.name) for line in series) if wide else 14
     left, top, bottom = 52, 30, 46
 
@@ -139,18 +146,25 @@ def _lines(
                 out.append(_mark(colour, x, y, title))
         ends.append((points[-1] if points[-1][0] >= points[0][0] else points[0], colour, line.name))
     if wide:
-        out += _end_labels(ends, top, height - bottom)
+        out += _end_labels(ends, width - right, top)
     return "".join([*out, "</svg>"])
 
 
-def _end_labels(ends: list[tuple[tuple[float, float], int, str]], top: float, bottom: float) -> list[str]:
-    """The names beside the ends of the lines, moved apart where they would overlap."""
+def _end_labels(ends: list[tuple[tuple[float, float], int, str]], edge: float, top: float) -> list[str]:
+    """The names right of the axes, at the height where each line ends, moved apart where they would overlap.
+
+    A thin leader goes to a line that ends before the edge.
+    """
     placed: list[float] = []
     out = []
     for (x, y), colour, name in sorted(ends, key=lambda end: end[0][1]):
         at = max(y + 4, placed[-1] + 15 if placed else top)
         placed.append(at)
-        out.append(_text(x + 10, at, name, "start", f"t{colour}"))
+        if x < edge - 2 or abs(at - 4 - y) > 2:
+            out.append(
+                f'<line class="leader s{colour}" x1="{x + 7:.1f}" y1="{y:.1f}" x2="{edge + 8:.1f}" y2="{at - 4:.1f}"/>'
+            )
+        out.append(_text(edge + 11, at, name, "start", f"t{colour}"))
     return out
 
 
@@ -169,10 +183,10 @@ def _mark(colour: int, x: float, y: float, title: str) -> str:
     return f'<circle class="mark s{colour}" cx="{x:.1f}" cy="{y:.1f}" r="4.5">{inside}</circle>'
 
 
-def _bars(width: int, rows: Sequence[tuple[str, float, str]], x_label: str, description: str, mark: float) -> str:
+def _bars(width: int, rows: Sequence[tuple[str, float, str, int]], x_label: str, description: str, mark: float) -> str:
     row, top, bottom, right = 46, 8, 44, 16
     height = top + row * len(rows) + bottom
-    x_ticks = ticks(0, max([mark, *(value for _, value, _ in rows)]), 5 if width == WIDE[0] else 4)
+    x_ticks = ticks(0, max([mark, *(value for _, value, _, _ in rows)]), 5 if width == WIDE[0] else 4)
 
     def x_of(value: float) -> float:
         return 1 + value / x_ticks[-1] * (width - right - 1)
@@ -183,9 +197,9 @@ def _bars(width: int, rows: Sequence[tuple[str, float, str]], x_label: str, desc
         out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - bottom}"/>')
         out.append(_text(x, height - bottom + 17, f"{tick:.0%}", "start" if tick == 0 else "middle"))
     x = x_of(mark)
-    for index, (name, value, note) in enumerate(rows):
+    for index, (name, value, note, number_) in enumerate(rows):
         y = top + row * index
-        colour = index % COLOURS
+        colour = number_ % COLOURS
         out.append(f'<rect class="bar s{colour}" x="1" y="{y + 20}" width="{x_of(value) - 1:.1f}" height="18" rx="2"/>')
         out.append(_text(1, y + 14, name, "start", "label"))
         out.append(_text(width - right, y + 14, note, "end", "quiet"))

@@ -67,7 +67,7 @@ def page(results: Data, folder: Path) -> Data:
         "kinds": [(variant, _kinds_chart(variant, results)) for variant in shown_variants(variants, main)],
         "coverage": _coverage(main, results),
         "curves": [chart for chart in (_curve(results, families, by) for by in _measures(gpu)) if chart],
-        "curve_legend": _legend(families),
+        "curve_legend": [(n, name) for n, name in _legend(families) if name in _apart(variants)],
         "environment": {name: value for name, value in results["environment"].items() if name != "chipmunk"},
         "notes": notes(results),
         "mean_call": _mean_flops(results),
@@ -157,18 +157,19 @@ def _steps_chart(variants: Sequence[Data]) -> str:
     if not series:
         return ""
     last = ", ".join(f"{line.name} ends at {line.points[-1][1]:.3f}" for line in series)
-    return charts.lines(series, "step", "relative L2", f"Error of the latents after each step: {last}")
+    return charts.lines(series, "step", "relative L2", f"Error of the latents after each step: {last}", whole=True)
 
 
 def _kinds_chart(variant: Data, results: Data) -> str:
     dense, whole = results["cost"]["dense_call"], variant["summary"]["flops"] * _mean_flops(results)
     rows = []
+    kinds = list(dict.fromkeys(kind for other in results["variants"] for kind in other["kinds"]))
     for kind, found in variant["kinds"].items():
         count = f"{found['steps']:.0f}" if found["steps"] % 1 == 0 else f"{found['steps']:.1f}"
         share = found["flops"] * found["steps"] / whole
         note = f"{count} {'step' if count == '1' else 'steps'}, {share:.0%} of all"
-        rows.append((kind.replace("/", " / "), found["flops"] / dense, note))
-    says = "; ".join(f"{name}: {value:.0%} of a dense step, {note}" for name, value, note in rows)
+        rows.append((kind.replace("/", " / "), found["flops"] / dense, note, kinds.index(kind)))
+    says = "; ".join(f"{name}: {value:.0%} of a dense step, {note}" for name, value, note, _ in rows)
     return charts.bars(rows, "FLOPs of the step, dense step = 100%", says)
 
 
@@ -194,6 +195,11 @@ def _coverage(main: Data, results: Data) -> list[Data]:
         says = f"{title}, by layer and step: {mean:.0%} on average, from {min(every):.0%} to {max(every):.0%}"
         found.append({"title": title, "says": says, "chart": charts.heat(names, columns, values, says, unit)})
     return found
+
+
+def _apart(variants: Sequence[Data]) -> set[str]:
+    """Families with a point that is not dense to the bit."""
+    return {variant["family"] for variant in variants if _fidelity(variant) < CAP}
 
 
 def _measures(gpu: bool) -> list[str]:
