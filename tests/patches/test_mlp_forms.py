@@ -340,6 +340,33 @@ def test_a_module_that_computes_the_same_in_branches() -> None:
     assert len(reasons(planned(double=text), "double-mlp")["patched"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("built", "parts"),
+    [
+        ('FeedForward(width, activation_fn="geglu")', None),
+        ("FeedForward(width)", None),
+        ("FeedForward(width, *sizes)", None),
+        (
+            'FeedForward(dim=width, dim_out=width, activation_fn="gelu-approximate")',
+            'parts="net.0.proj, gelu_tanh, net.2", of="FeedForward, GELU"',
+        ),
+        ('FeedForward(width, width, 4, 0.0, "gelu")', 'parts="net.0.proj, gelu, net.2", of="FeedForward, GELU"'),
+        ("Mlp(width, 4 * width)", 'parts="fc1, act, fc2", of="Mlp"'),
+    ],
+)
+def test_a_class_of_a_library(built: str, parts: str | None) -> None:
+    imports = "from diffusers.models.attention import FeedForward\nfrom timm.layers import Mlp\n"
+    text = variant(
+        DOUBLE,
+        (f"self.image_mlp = {BUILT}", f"self.image_mlp = {built}"),
+        ("from torch import nn\n", f"from torch import nn\n{imports}"),
+    )
+    plan = planned(double=text)
+    assert ("patched" in reasons(plan, "double-mlp")) == (parts is not None)
+    change = next(change.after.decode() for change in plan.changes if change.path == "flow/double.py")
+    assert parts is None or parts in change
+
+
 @pytest.mark.parametrize("name", DOUBLES)
 def test_a_double_mlp_is_patched_once(name: str) -> None:
     plan = planned(double=DOUBLES[name])
