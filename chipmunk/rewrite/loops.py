@@ -164,9 +164,11 @@ class _Finder:
         if loops:
             self._loops.setdefault(loops[-1], SamplingLoop(place, loops[-1], [])).calls.append(found)
             return
-        if any(isinstance(node, cst.While) for node, _ in found.step.chain):
-            reason = "a `while` loop has no iterable to count steps by"
-            self._result.uncounted.append(Uncounted(source, found.call, reason, None, found.model, True))
+        around = [node for node, _ in found.step.chain if isinstance(node, cst.While)]
+        if around:
+            trains = _trains(place.scope, around[0])
+            reason = "a training loop" if trains else "a `while` loop has no iterable to count steps by"
+            self._result.uncounted.append(Uncounted(source, found.call, reason, None, found.model, not trains))
         elif home is not None:
             self._routes.setdefault(id(home), []).append(_Route(found.name, found.model, found.step))
             self._names.add(_name_of(home, place))
@@ -287,7 +289,7 @@ class _Finder:
         heads = [_at_head(scope, call.name, call.step, found) for call in calls]
         found.calls = [replace(call, at_head=head or "") for call, head in zip(calls, heads, strict=True)]
         denoises, reason = True, ""
-        if any(last_name(call.func) == "backward" for call, step in scope.calls if loop in step.loops):
+        if _trains(scope, loop):
             denoises, reason = False, "a training loop"
         elif not _feeds_back(scope, loop, found.calls):
             around = {node for call in found.calls for node in call.step.loops if node is not loop}
@@ -375,6 +377,12 @@ def _at_head(scope: Scope, name: str, step: Step, found: SamplingLoop) -> str | 
     return name
 
 
+def _trains(scope: Scope, loop: cst.CSTNode) -> bool:
+    return any(
+        last_name(call.func) == "backward" and any(node is loop for node, _ in step.chain) for call, step in scope.calls
+    )
+
+
 # What comes back
 
 
@@ -449,7 +457,7 @@ def timestep_parameter(repository: Repository, model: Model) -> str | None:
 
     Positions are, too: they are no candidates, nor is the image. A name that speaks of time goes first.
     """
-    others = {model.image, model.ids, *_joined_parameters(model.forward)}
+    others = {model.image, model.ids, *_joined_parameters(model)}
     reached = [name for name in _waves(repository, model.forward, 0) if name not in others]
     names = [p.name.value for p in parameters(model.forward.node)[1:] if p.name.value not in others]
     for group in (reached, names):
@@ -459,13 +467,14 @@ def timestep_parameter(repository: Repository, model: Model) -> str | None:
     return reached[0] if reached else None
 
 
-def _joined_parameters(forward: Function) -> set[str]:
-    """Parameters that are concatenated with others, as the streams and their positions are."""
+def _joined_parameters(model: Model) -> set[str]:
+    """Parameters that are concatenated with the image or its positions: the text and its own."""
     found: set[str] = set()
+    forward = model.forward
     for call, step in forward.scope.calls:
         if last_name(call.func) in ("cat", "concat", "concatenate") and call.args:
             roots = forward.scope.roots(call.args[0].value, step) - {forward.scope.receiver}
-            found |= roots if len(roots) == 2 else set()
+            found |= roots if len(roots) == 2 and roots & {model.image, model.ids} else set()
     return found
 
 

@@ -81,6 +81,13 @@ def measure(model: Painter, images, image_ids, text, text_ids, time):
         total = total + model({GIVEN}).abs().mean()
     return total
 """,
+    "training in a while loop": f"""\
+def train(model: Painter, image, image_ids, text, text_ids, time):
+    while time > 0:
+        velocity = model({GIVEN})
+        image = image + velocity
+        velocity.sum().backward()
+""",
     "training": f"""\
 def train(model: Painter, image, image_ids, text, text_ids, times):
     for time in times:
