@@ -52,8 +52,12 @@ class CannotRun(Exception):
 
 
 def recognise(models: Sequence[ModelFacts], files: Mapping[str, bytes]) -> bool:
-    """A model whose image tokens and positions have the names that diffusers gives them."""
-    return any(model.image == _IMAGE and model.ids == "img_ids" for model in models)
+    """A model whose image tokens and positions have the names that diffusers gives them.
+
+    One of the repository's own comes before those of installed packages that its scripts load.
+    """
+    own = [model for model in models if not model.installed]
+    return any(model.image == _IMAGE and model.ids == "img_ids" for model in own or models)
 
 
 # Building the model.

@@ -20,7 +20,7 @@ from chipmunk.bench.spec import Spec
 from chipmunk.rewrite.plan import ModelFacts, Site
 from chipmunk.verify.original import rebuild
 from chipmunk.verify.process import environment
-from chipmunk.verify.run import original_plan, patched_repository
+from chipmunk.verify.run import original_plan, patched_repository, target_of
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,6 @@ def run(root: Path, options: BenchOptions, progress: Progress = lambda event: No
     originals = {file.path: file.unpatched for file in state.files if file.unpatched is not None}
     plan = original_plan(state, originals, target=options.target, plugins=options.plugins)
     facts = _model(plan.models)
-    target = registry.load(options.plugins).targets[plan.target or "flux"]
-    assert target.module.__file__ is not None
     assert state.journal is not None
     with tempfile.TemporaryDirectory(prefix="chipmunk-bench-") as folder:
         work = Path(folder).resolve()
@@ -124,7 +122,7 @@ def run(root: Path, options: BenchOptions, progress: Progress = lambda event: No
             side="patched",
             root=state.root,
             facts=facts,
-            target=Path(target.module.__file__).resolve(),
+            target=target_of(facts, plan.target, registry.load(options.plugins).targets),
             out=work / "runs.jsonl",
             sizes=options.sizes,
             steps=options.steps,

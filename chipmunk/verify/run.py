@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -98,12 +99,21 @@ def original_plan(
     return plan
 
 
+def target_of(facts: ModelFacts, chosen: str | None, targets: Mapping[str, registry.Target]) -> Path:
+    """The file of the target that knows one model: the repository's, or that of a model of another family beside it."""
+    name = chosen or "flux"
+    if facts.installed and not targets[name].recognise([facts], {}):
+        name = next((target.name for target in targets.values() if target.recognise([facts], {})), name)
+    file = targets[name].module.__file__
+    assert file is not None
+    return Path(file).resolve()
+
+
 def verify(
     original: Path, patched: Path, plan: Plan, options: VerifyOptions, work: Path, progress: Progress | None = None
 ) -> VerifyReport:
     """Verify `patched` against `original`, two folders; `plan` is the original's. Works in the folder `work`."""
-    target = registry.load(options.plugins).targets[plan.target or "flux"]
-    assert target.module.__file__ is not None
+    targets = registry.load(options.plugins).targets
     checks: list[Check] = []
     notes: list[str] = []
     environment: dict[str, str] = {}
@@ -113,7 +123,7 @@ def verify(
             root=original,
             out=work / f"original-{number}",
             facts=facts,
-            target=Path(target.module.__file__).resolve(),
+            target=target_of(facts, plan.target, targets),
             device=options.device,
             seed=options.seed,
             only=options.only,

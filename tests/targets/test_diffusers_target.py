@@ -10,6 +10,9 @@ import torch
 
 from chipmunk.registry import load
 from chipmunk.rewrite.plan import BlockFacts, ModelFacts
+from chipmunk.verify.checkout import CheckoutError
+from chipmunk.verify.run import target_of
+from chipmunk.verify.subject import installed_object
 
 TARGET = load().targets["diffusers"].module
 BLOCK = BlockFacts("m.py", "Block", True)
@@ -25,6 +28,16 @@ def test_other_models_are_not_recognised() -> None:
 
 def test_the_names_of_diffusers_are_recognised() -> None:
     assert TARGET.recognise([FACTS], {})
+    assert TARGET.recognise([replace(FACTS, installed=True)], {})
+
+
+def test_a_script_beside_the_official_repository_leaves_that_its_target() -> None:
+    official, installed = replace(FACTS, image="img"), replace(FACTS, installed=True)
+    targets = load().targets
+    assert [name for name in targets if targets[name].recognise([official, installed], {})] == ["flux"]
+    assert target_of(official, "flux", targets).name == "flux.py"
+    assert target_of(installed, "flux", targets).name == "diffusers.py"
+    assert target_of(installed, None, targets).name == "diffusers.py"
 
 
 def test_a_constructor_that_needs_something_unknown_is_refused() -> None:
@@ -39,6 +52,13 @@ def test_a_constructor_that_needs_something_unknown_is_refused() -> None:
 def test_a_checkpoint_of_another_kind_is_refused() -> None:
     with pytest.raises(TARGET.CannotRun, match=r"no tensor 'x_embedder\.weight'"):
         TARGET.values_of({"img_in.weight": (128, 16)})
+
+
+def test_a_package_that_is_not_installed_says_how_to_install_it() -> None:
+    with pytest.raises(CheckoutError, match=r"Model of nowhere cannot be imported .* not installed") as caught:
+        installed_object("nowhere/models/flux.py", "Model")
+    assert caught.value.next_command is not None
+    assert caught.value.next_command.endswith("-m pip install --upgrade nowhere")
 
 
 def test_a_pipeline_is_no_loop() -> None:
