@@ -66,6 +66,7 @@ def _directly_made(context: Context) -> tuple[list[_Made], dict[int, str]]:
     found: list[_Made] = []
     returning: dict[int, str] = {}
     for place in _places(context, b"diffusers"):
+        named: set[int] = set()
         for step, target, value in _values(place):
             call = _innermost(value)
             if call is None or not isinstance(call.func, cst.Attribute):
@@ -77,10 +78,16 @@ def _directly_made(context: Context) -> tuple[list[_Made], dict[int, str]]:
             family = _family(context, call, step, place)
             if family is None:
                 continue
+            named.add(id(call))
             if target is None and place.function is not None:
                 returning[id(place.function)] = family
             elif target is not None:
                 found.append(_Made(place, step, step.statement, target, call, family))
+        for call, step in place.scope.calls:
+            loads = isinstance(call.func, cst.Attribute) and call.func.attr.value in _LOADERS
+            if loads and id(call) not in named and _family(context, call, step, place) is not None:
+                reason = "the pipeline has no name here: give it one, and chipmunk.enable(…) can stand behind it"
+                context.left_dense(place.module.source, call, reason)
     return found, returning
 
 
@@ -223,12 +230,13 @@ def _line_end(text: bytes, at: int) -> int:
 
 
 def _is_enabled(context: Context, place: Place, name: str) -> bool:
-    return any(
-        context.runtime_call(call, place.names, step) == "enable"
-        and call.args
-        and place.module.source.code(call.args[0].value) == name
+    """Whether `enable` is called on the pipeline, or on its transformer."""
+    given = [
+        place.module.source.code(call.args[0].value)
         for call, step in place.scope.calls
-    )
+        if call.args and context.runtime_call(call, place.names, step) == "enable"
+    ]
+    return any(code == name or code.startswith(name + ".") for code in given)
 
 
 def _last_of_setup(made: _Made, name: str) -> cst.CSTNode:
@@ -381,6 +389,18 @@ EXAMPLES = (
         "a script that enables Chipmunk already",
         "draw.py",
         variant(_SCRIPT, _IMPORT, (_OFFLOAD, _OFFLOAD + 'chipmunk.enable(pipe, "fast.yml")\n')),
+        None,
+    ),
+    Example(
+        "a script that enables Chipmunk on the transformer",
+        "draw.py",
+        variant(_SCRIPT, _IMPORT, (_OFFLOAD, _OFFLOAD + "chipmunk.enable(pipe.transformer)\n")),
+        None,
+    ),
+    Example(
+        "a pipeline without a name",
+        "draw.py",
+        variant(_SCRIPT, (f"pipe = {_LOAD}\n{_OFFLOAD}", ""), ("image = pipe(", f"image = {_LOAD}(")),
         None,
     ),
     Example("a script", "draw.py", _SCRIPT, variant(_SCRIPT, _IMPORT, _ENABLED)),
