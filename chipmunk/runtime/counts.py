@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -82,13 +85,31 @@ class Statistics:
         for slot, steps in self.skipped_steps.items():
             where = "" if slot == MAIN_SLOT else f" [{slot}]"
             lines.append(f"  skipped steps of the last image{where}: {' '.join(map(str, steps)) or 'none'}")
-        for layer in self.layers:
-            for part, by_slot in (("attention", layer.attention), ("mlp", layer.mlp)):
-                for slot, calls in by_slot.items():
-                    dense = "".join(f", {count} dense ({reason})" for reason, count in calls.dense.items())
-                    where = f"{layer.name} {part}" + ("" if slot == MAIN_SLOT else f" [{slot}]")
-                    lines.append(f"  {where}: {calls.sparse} sparse, {calls.full} full{dense}")
-        return "\n".join(lines)
+        for part in ("attention", "mlp"):
+            for slot in dict.fromkeys(slot for layer in self.layers for slot in getattr(layer, part)):
+                lines += self._layer_lines(part, slot)
+        return "\n".join(_wrapped(line) for line in lines)
+
+    def _layer_lines(self, part: str, slot: str) -> Iterator[str]:
+        """One line for each run of layers, one after the other, that did the same."""
+
+        def calls_of(layer: LayerStatistics) -> tuple[str, Calls | None]:
+            by_slot: dict[str, Calls] = getattr(layer, part)
+            return layer.name.rpartition(".")[0], by_slot.get(slot)
+
+        for (_, calls), run in groupby(self.layers, calls_of):
+            names = [layer.name for layer in run]
+            if calls is not None:
+                name = names[0] + (f" to {names[-1].rpartition('.')[2]}" if len(names) > 1 else "")
+                where = f"{name} {part}" + ("" if slot == MAIN_SLOT else f" [{slot}]")
+                dense = "".join(f", {count} dense ({reason})" for reason, count in calls.dense.items())
+                yield f"  {where}: {calls.sparse} sparse, {calls.full} full{dense}"
+
+
+def _wrapped(line: str) -> str:
+    """The line in rows of at most 80 columns."""
+    indent = "      " if line.startswith(" ") else "  "
+    return fill(line, 80, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 MAIN_SLOT = "main"
