@@ -176,7 +176,7 @@ class StepCaching(Section):
     )
     max_consecutive: Count = Field(default=4, description="Adaptive mode: at most so many skipped steps in a row.")
     first_steps: Count = Field(default=4, description="Adaptive mode: so many steps at the start are never skipped.")
-    last_steps: Count = Field(default=1, description="Adaptive mode: so many steps at the end are never skipped.")
+    last_steps: Count = Field(default=2, description="Adaptive mode: so many steps at the end are never skipped.")
     extrapolation: Order = Field(
         default=None,
         description="Order of extrapolation of the blocks' residual: 0 reuses it, 1 is linear; null: 1 in adaptive "
