@@ -159,10 +159,8 @@ class Adopted:
         adopted = self
 
         def inner(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-            adopted._prepare(model, signature.bind(model, *args, **kwargs).arguments["hidden_states"].device)
-            # By name: the LoRA scale is looked for among the keywords.
-            given = signature.bind(model, *args, **kwargs).arguments
-            del given[next(iter(given))]
+            given = _by_name(signature, (model, *args), kwargs)
+            adopted._prepare(model, given["hidden_states"].device)
             result = original(model, **given) if previous is None else previous(**given)
             return result if type(result) is tuple else (result.sample, _Whole(result))
 
@@ -243,6 +241,17 @@ class Adopted:
             view = _WholeMlp(ff, first, second)
             return _install(ff, _run_whole_mlp, view, parts=f"first, {activation}, second")
         return self._checked[key]
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call but the first, `self`, as keywords: diffusers looks for the LoRA scale among those."""
+    bound = signature.bind(*args, **kwargs)
+    given = dict(bound.arguments)
+    del given[next(iter(given))]
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given
 
 
 @contextmanager
