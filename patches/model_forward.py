@@ -62,7 +62,8 @@ def _mark(context: Context, model: Model, timesteps: str | None) -> None:
         line = f"@{runtime}.model_forward({inner}{listed}\n{indentation})"
     context.edit(source, start, start, f"{line}\n{indentation}")
     streams = "two streams" if len(model.double_block.streams) > 1 else "the image"
-    reason = f"its forward runs self.{model.double} on {streams} and self.{model.single} on the joint one"
+    owner = model.forward.scope.receiver
+    reason = f"it runs {owner}.{model.double} on {streams} and {owner}.{model.single} on the joint one"
     order = model.order_off or f"token order follows {model.ids}"
     if model.per_token:
         order += f", unless {' or '.join(model.per_token)} is given"
