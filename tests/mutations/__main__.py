@@ -60,6 +60,9 @@ def main() -> None:
             same.append((label, files))
     for label, files in random.Random(args.seed).sample(same, min(args.verify, len(same))):
         failed = verified(args.repository, files)
+        if failed is None:
+            print(f"{'verify: not run':22} {label}: the target cannot build the model under other names", flush=True)
+            continue
         print(f"{'verify: ' + ('fails' if failed else 'holds'):22} {label}", *failed, sep="\n    ", flush=True)
         if failed:
             outcomes.append(Outcome(f"verify: {label}", BROKEN, failed))
