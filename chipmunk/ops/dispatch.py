@@ -71,10 +71,9 @@ def call(operator: str, implementation: str, reference: Callable[..., Result], d
         return reference(*args)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}")
-    module = _triton_module(operator)
-    reason = module if isinstance(module, str) else module.unsupported(*args)
+    reason = why_not_triton(operator, *args)
     if reason is None:
-        result: Result = getattr(module, operator)(*args)
+        result: Result = getattr(_triton_module(operator), operator)(*args)
         return result
     if implementation == "triton":
         raise NotImplementedError(
@@ -85,6 +84,13 @@ def call(operator: str, implementation: str, reference: Callable[..., Result], d
     if counter is not None:
         counter[f"{operator}: {reason}"] += 1
     return reference(*args)
+
+
+def why_not_triton(operator: str, *args: Any) -> str | None:
+    """Why Triton cannot run `operator` on `args`; None where it can."""
+    module = _triton_module(operator)
+    reason: str | None = module if isinstance(module, str) else module.unsupported(*args)
+    return reason
 
 
 def prepare(operator: str, implementation: str, device_of: Tensor, *args: Any) -> None:

@@ -15,6 +15,9 @@ KEPT_LIMIT = 1e-5
 """Largest relative L2 error in float32 when every key and neuron is kept."""
 ORACLE_LIMIT = 1e-4
 """Largest relative L2 error in float32 between the sparse run and the oracle's."""
+FLOOR_FACTOR = 2.0
+"""How much larger than the difference of two dense runs an error in half precision may be: everything kept rounds at
+other places than dense in the MLPs too, and not in attention alone."""
 NEAR_TIE = 3e-7
 """Where the last score chosen and the first left out are as close as this, relative to the largest, rounding decides,
 and two correct runs go different ways."""
@@ -57,6 +60,7 @@ class Comparison:
             self.coverage(),
             *([self.oracle()] if self.margins else []),
             self.sparse_error(),
+            *([self.half_precision(), self.kernels()] if self.results[1].get("kernels") else []),
         ]
 
     def off(self) -> Check:
@@ -125,6 +129,41 @@ class Comparison:
         if not finite:
             says = "the sparse run gives numbers that are not finite"
         return Check("sparse error", finite, says, {"errors": errors})
+
+    def half_precision(self) -> Check:
+        """In half precision everything kept is as near to dense as dense under another attention backend."""
+        name, kernels = self.scenarios[0]["name"], self.results[1]["kernels"]
+        dense = self.patched.of("half off", name, 0)
+        floors = {
+            backend: _largest_error(self.patched.of(f"half off {backend}", name, 0), dense)
+            for backend in kernels["backends"]
+        }
+        floor = max(floors.values(), default=0.0)
+        error = _largest_error(self.patched.of("half kept", name, 0), dense)
+        says = (
+            f"with everything kept in {kernels['dtype']}, the largest error is {error:.1e}; two dense runs under "
+            f"different attention backends differ by {floor:.1e} (limit: {FLOOR_FACTOR:g} times that)"
+        )
+        holds = floor > 0 and error <= FLOOR_FACTOR * floor
+        return Check("half precision", holds, says, {"error": error, "floors": floors, "factor": FLOOR_FACTOR})
+
+    def kernels(self) -> Check:
+        """Each Triton operator computes what the reference does, on the numbers of a sparse run."""
+        found = self.results[1]["kernels"]["operators"]
+        wrong = [operator for operator, each in found.items() if not each["holds"]]
+        calls = sum(each["calls"] for each in found.values())
+        worst = max(found, key=lambda operator: found[operator]["error"], default="")
+        says = f"{calls} operator calls by Triton equal the reference's; the largest error is that of {worst}"
+        if worst:
+            says += f", {found[worst]['error']:.1e} (limit {found[worst]['limit']:.0e})"
+        if wrong:
+            each = found[wrong[0]]
+            says = f"{wrong[0]}: an error of {each['error']:.1e} (limit {each['limit']:.0e}) on {each['shapes']}"
+            if each["passed_over"]:
+                reason, count = next(iter(each["passed_over"].items()))
+                says = f"{wrong[0]} did not run in Triton {count} times: {reason}"
+        holds = not wrong and {"attention_with_column_sums", "column_sparse_attention"} <= set(found)
+        return Check("triton", holds, says, {"operators": found})
 
     def parameters(self) -> Check:
         """The patched model has the original's parameters and takes a state_dict back."""
@@ -234,6 +273,13 @@ def relative_error(got: Any, wanted: Any) -> float:
     got, wanted = got.double(), wanted.double()
     error = float((got - wanted).norm() / wanted.norm())
     return error if math.isfinite(error) else math.inf
+
+
+def _largest_error(got: dict[str, Any], wanted: dict[str, Any]) -> float:
+    """The largest relative L2 error of a run's outputs; infinite where one is missing."""
+    if set(got) != set(wanted):
+        return math.inf
+    return max((relative_error(got[name], wanted[name]) for name in wanted), default=math.inf)
 
 
 def _worst(errors: dict[str, Any]) -> tuple[float, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import itertools
@@ -83,6 +84,13 @@ class Subject:
                 raise BuildError(f"{self.facts.name} cannot be built: {type(error).__name__}: {error}") from error
             self._models[name] = model.to(self.spec.device).eval().requires_grad_(False)
         return self._models[name]
+
+    def in_dtype(self, name: str, dtype: torch.dtype) -> str:
+        """The name of a copy of a model in another dtype."""
+        copy_name = f"{name}, {str(dtype).removeprefix('torch.')}"
+        if copy_name not in self._models:
+            self._models[copy_name] = copy.deepcopy(self.model(name)).to(dtype)
+        return copy_name
 
     def _build(self, name: str) -> nn.Module:
         model: nn.Module

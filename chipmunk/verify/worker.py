@@ -13,8 +13,8 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ import torch
 from safetensors.torch import save as serialise
 from safetensors.torch import save_file as save_tensors
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import chipmunk
 from chipmunk.ops import dispatch
 from chipmunk.runtime.session import statistics
 from chipmunk.verify.checkout import CheckoutError
+from chipmunk.verify.operators import as_json, hold_against_reference
 from chipmunk.verify.placeholders import PlaceholderUsed
 from chipmunk.verify.spec import CONFIGS, PROGRESS, Scenario, Spec
 from chipmunk.verify.subject import BuildError, Drawn, Subject, load_file
@@ -100,12 +102,34 @@ class Worker:
         self.disable("model")
         for scenario in {scenario.model: scenario for scenario in reversed(self.scenarios)}.values():
             self.draw("off again", scenario, 0)
+        kernels = None if self.spec.weights or not kernels_run(self.spec.device) else self.kernels()
         return {
             "parameters": parameters,
             "loading": loading,
             "coverage": coverage,
             "found_configuration": configured,
+            "kernels": kernels,
         }
+
+    def kernels(self) -> dict[str, Any]:
+        """The Triton operators in the dtype they are made for: one image, its blocks compiled as users run them."""
+        cuda = self.spec.device.startswith("cuda")
+        dtype = torch.bfloat16 if cuda else torch.float16
+        model = self.subject.in_dtype("model", dtype)
+        scenario = replace(self.scenarios[0], model=model, images=self.scenarios[0].images[:1])
+        self.draw("half off", scenario, 0)
+        backends = []
+        for backend in (SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION):
+            with suppress(RuntimeError), sdpa_kernel(backend):
+                self.draw(f"half off {backend.name}", scenario, 0)
+                backends.append(backend.name)
+        compiled: dict[str, Any] = {"compile": "auto" if cuda else False}
+        for job, config in (("half kept", "kept"), ("half sparse", "default")):
+            self.enable(model, config, **compiled)
+            with hold_against_reference() as found:
+                self.draw(job, scenario, 0)
+            self.disable(model)
+        return {"dtype": str(dtype).removeprefix("torch."), "backends": backends, "operators": as_json(found)}
 
     def run_scenario(self, job: str, scenario: Scenario) -> None:
         for index in range(len(scenario.images)):
@@ -121,9 +145,9 @@ class Worker:
         self.disable(scenario.model)
         return {"statistics": counted, "operators": dict(calls)}
 
-    def enable(self, name: str, config: str) -> torch.nn.Module:
+    def enable(self, name: str, config: str, **changes: Any) -> torch.nn.Module:
         model = self.subject.model(name)
-        chipmunk.enable(model, str(write_config(config, self.spec.out)))
+        chipmunk.enable(model, str(write_config(config, self.spec.out, **changes)))
         return model
 
     def disable(self, name: str) -> None:
@@ -197,10 +221,21 @@ def load_config(name: str) -> Any:
     return Config.model_validate_json(json.dumps(CONFIGS[name]))
 
 
-def write_config(name: str, folder: Path) -> Path:
+def write_config(name: str, folder: Path, **changes: Any) -> Path:
     path = folder / f"{name}.yml"
-    path.write_text(json.dumps({**CONFIGS[name], "compile": False}))  # JSON is YAML
+    path.write_text(json.dumps({**CONFIGS[name], "compile": False, **changes}))  # JSON is YAML
     return path
+
+
+def kernels_run(device: str) -> bool:
+    """Whether Triton's kernels run on `device`: a GPU, or Triton's interpreter in place of one."""
+    if device.startswith("cuda"):
+        return True
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return False
+    from chipmunk.ops import tuning
+
+    return tuning.interpreted()
 
 
 def require_device(device: str) -> None:
