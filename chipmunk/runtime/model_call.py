@@ -186,9 +186,11 @@ def _slot(
     inference = torch.is_inference_mode_enabled()
     slot = generation.slots.get(name)
     if slot is not None:
-        if slot.signature == signature and slot.inference == inference:
-            return slot
         changed = "shape, dtype or device of the inputs" if slot.inference == inference else "inference mode"
+        if slot.signature == signature and slot.inference == inference:
+            if slot.order is None or _why_by_token(session, bound) is None:
+                return slot
+            changed = "what belongs to the image tokens one by one"  # it would not be moved with them
         session.recorder.restarts[f"{changed} changed"] += 1
         slot.forget()
     attn, mlp = AttentionRules.of(session.config.attn), MlpRules.of(session.config.mlp)
@@ -234,16 +236,25 @@ def _find_order(session: Session, bound: inspect.BoundArguments) -> TokenOrder |
         what = "kept: no ids of the image tokens"
     elif ids.device.type == "meta":
         what = "kept: the ids are on the meta device"
-    elif any(bound.arguments.get(name) is not None for name in spec.per_token):
-        what = "kept: " + " or ".join(spec.per_token) + " is given, and may belong to the image tokens one by one"
-    elif image.dim() == 3 and _moves_with_tokens(bound, spec.image, spec.ids, image.shape[1]):
-        what = "kept: another input belongs to the image tokens one by one"
+    elif (reason := _why_by_token(session, bound)) is not None:
+        what = f"kept: {reason}"
     elif image.dim() != 3:
         what = "kept: the image is not tokens (B, L, C)"
     else:
         order, what = find_order(ids, image.shape[1], patchify, image.device)
     session.recorder.token_order[what] += 1
     return order
+
+
+def _why_by_token(session: Session, bound: inspect.BoundArguments) -> str | None:
+    """Why the image tokens of this call must keep their order: something else among the inputs goes by it."""
+    spec = session.spec
+    image: Tensor = bound.arguments[spec.image]
+    if any(bound.arguments.get(name) is not None for name in spec.per_token):
+        return " or ".join(spec.per_token) + " is given, and may belong to the image tokens one by one"
+    if image.dim() == 3 and _moves_with_tokens(bound, spec.image, spec.ids, image.shape[1]):
+        return "another input belongs to the image tokens one by one"
+    return None
 
 
 def _moves_with_tokens(bound: inspect.BoundArguments, image: str, ids: str | None, tokens: int) -> bool:
