@@ -180,9 +180,10 @@ def test_first_and_last_steps_are_computed_and_rows_of_skipped_ones_are_short(
 @pytest.mark.parametrize("total", [20, 50, 28, 100])
 @pytest.mark.parametrize("fraction", [0.3, 0.5, 0.8])
 def test_a_fraction_of_the_steps_is_kept(total: int, fraction: float) -> None:
-    found = run(cache(total, keep=fraction, max_consecutive=9), total, lambda step: torch.randn(1))
+    found = run(cache(total, keep=fraction, max_consecutive=20), total, lambda step: torch.randn(1))
     assert abs(total - len(found) - fraction * total) <= 1
-    gaps = [b - a for a, b in itertools.pairwise(sorted(set(range(3, total)) - set(found)))]  # 3 is of the first four
+    # from the last of the first steps to the first of the last ones
+    gaps = [b - a for a, b in itertools.pairwise(sorted(set(range(3, total - 1)) - set(found)))]
     assert max(gaps) - min(gaps) <= 1  # evenly
 
 
@@ -387,7 +388,7 @@ def test_the_statistics_list_the_skipped_steps() -> None:
     assert counted.skipped_steps == {"main": UPSTREAM_SCHEDULE}
     assert counted.skipped_model_calls == 50
     assert counted.model_calls == 100
-    assert "skipped steps of the last image: 7 11 13 14" in str(counted)
+    assert "skipped steps of the last image: 7 11 13 14" in " ".join(str(counted).split())
 
 
 def test_a_benchmark_tells_skipped_steps_from_others() -> None:
@@ -457,7 +458,7 @@ def test_a_forward_without_a_place_says_so_once_and_skips_nothing(kind: type[Flu
     assert counted.skipped_model_calls == 0
     assert counted.no_step_caching is not None
     assert (counted.no_step_caching == NO_PLACE) == (kind is Old)
-    assert f"no steps are skipped: {counted.no_step_caching}" in str(counted)
+    assert f"no steps are skipped: {counted.no_step_caching}" in " ".join(str(counted).split())
 
 
 def test_a_forward_that_leaves_early_on_a_skipped_step_is_run_again() -> None:
