@@ -43,6 +43,9 @@ def held_by(repository: Repository, owner: Class, attribute: str, method: str | 
         for name in _parameters_in(value, function, step):
             held.replaceable = True
             classes += [found for found in search.given_for(function, name, 0) if found not in classes]
+    for value, function, step in _set_elsewhere(repository, owner, attribute):
+        held.replaceable = True
+        classes += [found for found in search.classes_of(value, function, step) if found not in classes]
     for found in classes:
         run = _method(repository, found, method)
         if run is not None and run not in held.methods:
@@ -50,6 +53,22 @@ def held_by(repository: Repository, owner: Class, attribute: str, method: str | 
     if held.replaceable and method is None and not _is_general(repository, owner):
         held.methods += _called_alike(repository, held.methods)
     return held
+
+
+def _set_elsewhere(
+    repository: Repository, owner: Class, attribute: str
+) -> list[tuple[cst.BaseExpression, Function, Step]]:
+    """What the constructor gives to `set_<attribute>`, where that is inherited from a class of another package."""
+    setter = f"set_{attribute}"
+    if repository.values_of(owner, attribute) or repository.method(owner, setter) is not None:
+        return []
+    makers = [maker for c in repository.bases(owner) if (maker := c.methods.get("__init__")) is not None]
+    calls = [(call, maker, step) for maker in makers for call, step in maker.scope.calls]
+    return [
+        (call.args[0].value, maker, step)
+        for call, maker, step in calls
+        if self_attribute(call.func, maker.scope.receiver) == setter and len(call.args) == 1
+    ]
 
 
 def _is_general(repository: Repository, owner: Class) -> bool:
@@ -105,6 +124,10 @@ class _Search:
             if argument is not None:
                 found += self._classes_of(argument, caller, step, depth)
         return found
+
+    def classes_of(self, value: cst.CSTNode, function: Function, step: Step) -> list[Class]:
+        """The classes that a value in one of the owner's methods may be an object of."""
+        return self._classes_of(value, function, step, 0)
 
     def _builds_owner(self, call: cst.Call, caller: Function, step: Step) -> bool:
         if last_name(call.func) not in (self.owner.name, *caller.module.aliases):
