@@ -98,6 +98,8 @@ class Values:
     _called: set[int] = field(default_factory=set)
     """Functions (`id`) with an argument that has a label."""
     _changed: bool = False
+    _unseen: set[tuple[str, str, int]] = field(default_factory=set)
+    """Files that do not see a name from any of so many modules."""
 
     # Growing
 
@@ -123,10 +125,15 @@ class Values:
         for index, model in enumerate(self.models):
             given = [p for p in parameters(model.forward.node)[1:]]
             known, wanted = {p.name.value for p in given}, {p.name.value for p in given if p.default is None}
-            patterns = [re.compile(rb"\b" + name.encode() + rb"\s*=") for name in sorted(wanted)]
+            if len(wanted) < 3:
+                continue
+            words = [name.encode() for name in sorted(wanted)]
+            patterns = [re.compile(rb"\b" + word + rb"\s*=") for word in words]
             for path in sorted(self.repository.files):
                 content = self.repository.files[path]
-                if len(wanted) < 3 or b"for " not in content or not all(p.search(content) for p in patterns):
+                if b"for " not in content or not all(word in content for word in words):
+                    continue
+                if not all(pattern.search(content) for pattern in patterns):
                     continue
                 module = self.repository.module(path)
                 for function in module.all_functions() if module is not None else ():
@@ -161,20 +168,24 @@ class Values:
         while self._changed:
             self._changed = False
             for path in sorted(self.repository.files.keys() - self._read):
-                if self._sees_known(self.repository.files[path]):
+                if self._sees_known(path):
                     module = self.repository.module(path)
                     if module is not None:
                         self._add_places(module)
             self._settle()
 
-    def _sees_known(self, content: bytes) -> bool:
+    def _sees_known(self, path: str) -> bool:
         """The cheap test before a file is parsed: it has a name, not just in prose, and a module that gives it."""
+        content = self.repository.files[path]
         for name, stems in self._known.items():
             word = name.encode()
-            if word in content and re.search(rb"\b" + word + rb"(?:[ \t]*[^\w \t]|\s+as\b|\Z)", content):
+            if word not in content or (path, name, len(stems)) in self._unseen:
+                continue
+            if re.search(rb"\b" + word + rb"(?:[ \t]*[^\w \t]|\s+as\b|\Z)", content):
                 sources = "|".join([*sorted(re.escape(stem) for stem in stems), r"from\s+\.+\s+import"])
                 if re.search(rb"(?<!\w)(?:" + sources.encode() + rb")(?!\w)", content):
                     return True
+            self._unseen.add((path, name, len(stems)))
         return False
 
     def _settle(self) -> None:
