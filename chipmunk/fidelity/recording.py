@@ -124,17 +124,16 @@ def layer_call(state: LayerState | None) -> LayerCall:
 
 SHOW = {
     "compile": False,
-    "implementation": "reference",
     "min_steps": 0,
     "patchify": {"is_enabled": False},
     "attn": {
         "first_n_dense_layers": 0,
         "full_step_schedule": [0],
-        "top_keys": 0.5,
+        "top_keys": 0.02,
         "counts_multiple_of": 1,
         "mbm": 16,
     },
-    "mlp": {"first_n_dense_layers": 0, "top_keys": 0.5, "counts_multiple_of": 1, "bm": 16, "mbm": 16},
+    "mlp": {"first_n_dense_layers": 0, "top_keys": 0.5, "counts_multiple_of": 1, "bm": 2, "mbm": 2},
 }
 """A configuration with which the first step makes caches in every layer that can run sparse: they have its sizes."""
 

@@ -19,7 +19,7 @@ from chipmunk.verify import VerifyError
 from tests.end_to_end.starter import copy_starter
 
 STEPS = 9
-FINE = {"attn": {"mbm": 32, "counts_multiple_of": 8}, "mlp": {"bm": 32, "mbm": 32, "counts_multiple_of": 16}}
+FINE = {"attn": {"mbm": 32, "counts_multiple_of": 8}, "mlp": {"bm": 8, "mbm": 8, "counts_multiple_of": 16}}
 KEPT = {"attn": {**FINE["attn"], "top_keys": 1.0}, "mlp": {**FINE["mlp"], "top_keys": 1.0}}
 FEW = {"attn": {**FINE["attn"], "top_keys": 0.05}, "mlp": {**FINE["mlp"], "top_keys": 0.05}}
 VARIANTS = (
