@@ -205,6 +205,7 @@ def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, An
     owner = find_model(model)
     if owner is None:
         if config is None:
+            _warn_of_empty_pipeline(model)
             return
         raise TypeError(
             f"{type(model).__name__} holds no model that Chipmunk knows (or several): its forward has no "
@@ -221,6 +222,17 @@ def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, An
         session = owner.__dict__[ATTRIBUTE] = Session(owner, spec, chosen)
         if session.adopted is not None:
             session.adopted.set_aside(model)
+
+
+def _warn_of_empty_pipeline(model: Any) -> None:
+    """Say that `enable` came before a modular pipeline of diffusers was given its transformer."""
+    if getattr(model, "transformer", model) is None and configuration.find(None) is not None:
+        warnings.warn(
+            f"Chipmunk: {type(model).__name__} has no transformer yet, so nothing was enabled. Call chipmunk.enable "
+            "after load_components().",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def disable(model: Any) -> None:

@@ -68,6 +68,15 @@ def test_without_a_configuration_nothing_is_touched(dense: Tensor) -> None:
     assert torch.equal(draw(pipe), dense)
 
 
+def test_a_pipeline_that_has_no_transformer_yet_says_so(tmp_path: Any) -> None:
+    pipe = pipeline(flux1())
+    pipe.transformer = None
+    chipmunk.enable(pipe)
+    (tmp_path / "chipmunk-config.yml").write_text("compile: false\n")  # in the working directory
+    with pytest.warns(RuntimeWarning, match=r"no transformer yet.*after load_components"):
+        chipmunk.enable(pipe)
+
+
 def test_a_controlnet_that_shares_the_block_class_stays_dense() -> None:
     control = diffusers.FluxControlNetModel(
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
