@@ -160,7 +160,7 @@ def test_in_a_terminal_the_plan_fits_the_width(starter: Path, columns: int) -> N
     assert "\x1b[" in shown.out
     lines = plain(shown.out).splitlines()
     sites = [line for line in lines if line[8:].startswith("patch ")]
-    assert len(sites) == 10
+    assert len(sites) == 11
     assert all(len(line) <= columns for line in lines if not line.startswith("  chipmunk "))
     assert any("scaled_dot_product_attention(q, k, v)" in line for line in lines)
 
