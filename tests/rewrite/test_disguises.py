@@ -49,7 +49,6 @@ def test_the_plain_repository_is_patched_in_full() -> None:
         ("flow/double.py", "double-mlp", "patched"): 1,
         ("flow/model.py", "model-forward", "patched"): 1,
         ("flow/model.py", "step-caching", "patched"): 1,
-        ("flow/model.py", "step-caching", "patched"): 1,
         ("flow/sampling.py", "step-clock", "patched"): 1,
         ("flow/single.py", "attention", "patched"): 1,
         ("flow/single.py", "single-mlp", "patched"): 2,
