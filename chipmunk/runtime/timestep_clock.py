@@ -32,6 +32,9 @@ IDLE_SECONDS = 60.0
 LIKENESS = 0.5
 """The cosine between an image and the same image one step later is at least this."""
 
+NEXT_LIKENESS = 0.98
+"""The cosine between an image and the same image one step later, at the same timestep, is at least this."""
+
 _FORGOTTEN_AFTER = 2
 """Steps without a call after which a call slot is forgotten."""
 
@@ -91,14 +94,18 @@ class TimestepClock:
         image = bound.arguments[session.spec.image].detach()
         given, shapes = list(_shared_inputs(session, bound)), shapes_of(bound)
         candidates = [c for c in self._callers if c.tag == name and c.shapes == shapes]
-        read = _read(timestep, [(_all_equal(c.given, given), _cosine(c.image, image)) for c in candidates])
+        read = _read(timestep, [_compared(c, given, image) for c in candidates])
         if isinstance(read, str):
             return read
         now, compared = read
         pairs = zip(candidates, compared, strict=True)
-        caller, likeness = next(((c, cosine) for c, (equal, cosine) in pairs if equal), (None, 1.0))
+        caller, likeness, is_same = next(
+            ((c, cosine, same) for c, (ours, cosine, same) in pairs if ours), (None, 1.0, 0.0)
+        )
         is_other = caller is not None and not caller.mixed and likeness < LIKENESS
-        if self._advance(session, now, bound, is_other):
+        is_next = caller is not None and not caller.mixed and likeness >= NEXT_LIKENESS and not is_same
+        is_next = is_next and caller is not None and self._is_at(caller.last_step)
+        if self._advance(session, now, bound, is_other, is_next):
             caller, candidates = None, []
         generation = self._generation
         assert generation is not None
@@ -115,17 +122,24 @@ class TimestepClock:
         caller.calls = caller.calls + 1 if caller.last_step == generation.step else 1
         caller.last_step, caller.image = generation.step, image.clone()
         if caller.mixed:
-            return "calls at one timestep that differ in the image alone"
+            return "calls at one timestep that cannot be told apart"
         return generation, caller.name
 
-    def _advance(self, session: Session, now: float, bound: BoundArguments, is_other: bool) -> bool:
-        """Move on to the timestep `now`; True if a new generation began. is_other: the image is not the last one's."""
+    def _is_at(self, step: int) -> bool:
+        return self._generation is not None and self._generation.step == step
+
+    def _advance(self, session: Session, now: float, bound: BoundArguments, is_other: bool, is_next: bool) -> bool:
+        """Move on to the timestep `now`; True if a new generation began.
+
+        is_other: the image is not the last one's. is_next: it is, a little changed, so this is a step in any case: the
+        timestep may have been rounded, or the solver comes back to it.
+        """
         owner, pause = _owner(), time.monotonic() - self._returned
         alone = len(self._timesteps) == 1
         if self._generation is None or owner != self._owner or pause > self._patience():
             self._begin(session, now, bound)
-        elif now != self._timesteps[-1]:
-            rises = now > self._timesteps[-1]
+        elif now != self._timesteps[-1] or is_next:
+            rises = now > self._timesteps[-1] if now != self._timesteps[-1] else self._rises
             if is_other:
                 self._begin(session, now, bound)
             elif self._rises is None and rises and not (alone and self._began_by_rising):
@@ -249,6 +263,11 @@ def _shared_inputs(session: Session, bound: BoundArguments) -> Iterator[Tensor]:
             yield value.detach()
 
 
+def _compared(caller: _Caller, given: list[Tensor], image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether the inputs are the slot's, how much the image is like its last one, and whether it is that very one."""
+    return _all_equal(caller.given, given), _cosine(caller.image, image), _all_equal([caller.image], [image])
+
+
 def _all_equal(first: list[Tensor], second: list[Tensor]) -> Tensor:
     """1 if the tensors, of equal shapes, hold the same numbers, else 0."""
     equal = torch.ones(())
@@ -264,7 +283,9 @@ def _cosine(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(squares > 0, (a * b).sum(1) / squares.sqrt(), torch.ones_like(squares)).min()
 
 
-def _read(timestep: Any, compared: list[tuple[Tensor, Tensor]]) -> tuple[float, list[tuple[bool, float]]] | str:
+def _read(
+    timestep: Any, compared: list[tuple[Tensor, Tensor, Tensor]]
+) -> tuple[float, list[tuple[float, float, float]]] | str:
     """The timestep as a number, and the results of the comparisons, all in one read from the device."""
     if isinstance(timestep, int | float):
         timestep = torch.tensor([timestep], dtype=torch.float32)
@@ -276,7 +297,7 @@ def _read(timestep: Any, compared: list[tuple[Tensor, Tensor]]) -> tuple[float, 
     low, high, *rest = torch.stack([number.to(device) for number in numbers]).tolist()
     if low != high:
         return "the timesteps differ within the batch"
-    return low, [(equal > 0, cosine) for equal, cosine in zip(rest[::2], rest[1::2], strict=True)]
+    return low, list(zip(rest[::3], rest[1::3], rest[2::3], strict=True))
 
 
 def _schedule(session: Session, now: float, bound: BoundArguments) -> list[float] | None:

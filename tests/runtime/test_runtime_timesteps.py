@@ -84,7 +84,7 @@ def test_tiles_cannot_be_told_apart() -> None:
             got, expected = model(**tile, **given), plain(**tile, **given)
             first = now == 1 and tile is tiles[0]
             assert torch.equal(got, expected) or (first and error([got], [expected]) < 1e-5)
-    reason = "calls at one timestep that differ in the image alone"
+    reason = "calls at one timestep that cannot be told apart"
     assert chipmunk.statistics(model).dense_model_calls == {reason: 23}
     assert caches(model) == []
 
@@ -115,7 +115,26 @@ def test_a_marked_loop_comes_first() -> None:
     assert model.__dict__["_chipmunk_session"].clock._generation is None
 
 
+def test_a_call_that_is_made_twice_runs_dense() -> None:
+    """Guidance that skips layers calls the model twice with the very same inputs."""
+    model, given, img = build(), inputs(), inputs()["img"]
+    for now in TIMES:
+        for _ in range(2):
+            pred = model(**{**given, "img": img}, timesteps=torch.full((1,), now))
+        img = img - pred / 12
+    assert chipmunk.statistics(model).dense_model_calls == {"calls at one timestep that cannot be told apart": 23}
+
+
 # Steps.
+
+
+def test_timesteps_that_are_rounded_to_the_same_number_are_steps() -> None:
+    """In bfloat16, the first steps of a large image may all be at 1000."""
+    model, given, img = build(), inputs(), inputs()["img"]
+    for now in (1000, 1000, 1000, 996, 996, 992, 988, 980, 960, 900):
+        img = img + 0.01 * model(**{**given, "img": img}, timesteps=torch.full((1,), float(now)))
+    assert chipmunk.statistics(model).dense_model_calls == NOTHING_ELSE
+    assert sparse_calls(model) == 9
 
 
 def test_a_run_is_the_run_of_a_marked_loop() -> None:
@@ -155,7 +174,7 @@ def test_an_image_that_begins_where_another_was_given_up_loses_two_steps() -> No
     model = build()
     drive(model, TIMES[:1], **inputs())
     drive(model, **{**inputs(), "img": inputs(seed=3)["img"]})
-    reason = "calls at one timestep that differ in the image alone"
+    reason = "calls at one timestep that cannot be told apart"
     assert chipmunk.statistics(model).dense_model_calls == {reason: 2}
     assert sparse_calls(model) == 9
 
