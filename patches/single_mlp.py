@@ -400,6 +400,7 @@ class _Finder:
         else:
             for at in (step, place):
                 plain = isinstance(at.node, cst.Assign) and len(at.node.targets) == 1 and at.chain == step.chain
+                plain = plain and _whole_line(self.where.function.source, at.node) is not None
                 if not plain or not isinstance(at.node.targets[0].target, cst.Name):  # type: ignore[attr-defined]
                     return None
             first.step, first.later = sorted((step, place), key=lambda s: s.index)
@@ -453,6 +454,14 @@ def _edge(cut: tuple[cst.BaseExpression | None, cst.BaseExpression | None]) -> c
     edge = cut[0] or cut[1]
     assert edge is not None
     return edge
+
+
+def _whole_line(source: Source, node: cst.CSTNode) -> tuple[int, int] | None:
+    """Where the lines of a statement start and end, its newline with them; None if it is not alone on them."""
+    first, last = source.span(node)
+    start, end = source.line_at(first)[0], source.line_at(last)[1]
+    alone = not source.text[start:first].strip() and not source.text[last:end].strip()
+    return (start, min(end + 1, len(source.text))) if alone else None
 
 
 # Changing
@@ -550,9 +559,9 @@ class _Edits:
             assert isinstance(node, cst.Assign)
             names[(_cut(node.value) or (None, None))[0] is None] = dotted(node.targets[0].target)
         self.context.replace(self.source, first.call, f"{names[True]}, {names[False]} = {call}")
-        start = self.source.line_at(self.source.span(nodes[1])[0])[0]
-        end = self.source.line_at(self.source.span(nodes[1])[1])[1]
-        self.context.edit(self.source, start, end + 1, "")
+        line = _whole_line(self.source, nodes[1])
+        assert line is not None
+        self.context.edit(self.source, *line, "")
 
     def activation(self, activation: _Activation) -> None:
         call = activation.call
@@ -593,11 +602,9 @@ class _Edits:
         (start, end), given = self.source.span(call), self.source.span(call.args[0].value)
         node = step.node if step is not None else None
         if isinstance(node, cst.Assign) and node.value is call and len(node.targets) == 1:
-            first, last = self.source.span(node)
-            line = self.source.line_at(first)[0], self.source.line_at(last)[1]
-            alone = self.source.text[line[0] : first].strip() == self.source.text[last : line[1]].strip() == b""
-            if alone and dotted(node.targets[0].target) == dotted(call.args[0].value):
-                self.context.edit(self.source, line[0], line[1] + 1, "")
+            line = _whole_line(self.source, node)
+            if line is not None and dotted(node.targets[0].target) == dotted(call.args[0].value):
+                self.context.edit(self.source, *line, "")
                 return
         self.context.edit(self.source, start, given[0], "")
         self.context.edit(self.source, given[1], end, "")

@@ -311,6 +311,7 @@ USED = "{} is used in other places too: on a sparse step it would not hold what 
         (variant(LINES, ("return x +", "return hidden.mean() +")), USED.format("hidden")),
         (variant(LINES, ("hidden = both[:, :, 3 * self.width :]", "hidden = both[:, :, 4 * self.width :]")), "missing"),
         (variant(LINES, ("del both", "tail = both[:, :, : 2 * self.width]")), "missing"),
+        (variant(LINES, (f"{LINE}qkv = both", "; qkv = both")), "missing"),
         (variant(LINES, ("\n        qkv = both", "\n        x = x + 1\n        qkv = both")), "the parts of the first linear's output are cut off at places apart from each other"),
         (variant(LINES, ("hidden = both[:, :, 3 * self.width :]", "hidden = both[:, 3 * self.width :]")), "missing"),
         (variant(SINGLE, ("mixed, self.act(hidden)), 2)", "mixed, self.act(hidden)), 1)")), "missing"),
