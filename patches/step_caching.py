@@ -60,7 +60,7 @@ class _Hidden:
 
 def rule(context: Context) -> None:
     for index, model in enumerate(context.models):
-        source, function = model.owner.source, model.forward.node
+        source, function = model.forward.source, model.forward.node
         try:
             double, single = (_loops(context, model, attribute) for attribute in (model.double, model.single))
             image = _image_name(model, double[0])
@@ -83,7 +83,7 @@ def _name(model: Model) -> str:
 def _patch(
     context: Context, model: Model, double: list[_Loop], single: list[_Loop], image: str, hidden: _Hidden
 ) -> None:
-    source, receiver = model.owner.source, model.forward.scope.receiver
+    source, receiver = model.forward.source, model.forward.scope.receiver
     runtime = context.runtime(source)
     for loops, given in ((double, f", {image}"), (single, "")):
         for loop in loops:

@@ -39,7 +39,7 @@ def rule(context: Context) -> None:
         if any(call.model == index for found in loops.found for call in found.calls):
             continue
         if not any(left.model == index and left.denoises for left in loops.uncounted):
-            reason, source = "no loop that calls the model was found", model.owner.source
+            reason, source = "no loop that calls the model was found", model.forward.source
             _count_otherwise(context, index, source, model.forward.node.name, reason, f"class {model.name}")
 
 

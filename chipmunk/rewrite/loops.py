@@ -447,7 +447,7 @@ def model_mark(context: Context, model: Model) -> cst.Call | None:
     """The `chipmunk.model_forward(…)` above the model's forward, if it is marked already."""
     for decorator in model.forward.node.decorators:
         call = decorator.decorator
-        if isinstance(call, cst.Call) and context.runtime_call(call, model.owner.module) == "model_forward":
+        if isinstance(call, cst.Call) and context.runtime_call(call, model.forward.module) == "model_forward":
             return call
     return None
 
