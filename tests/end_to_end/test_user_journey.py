@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from chipmunk.cli.app import app
 from tests.end_to_end.starter import STARTER, copy_starter, load
 
-SIZE = ["--name", "flux-tiny", "--width", "208", "--height", "160", "--num-steps", "9", "--seed", "3", "--device", "cpu"]
+SIZE = ["--name=flux-tiny", "--width=208", "--height=160", "--num-steps=9", "--seed=3", "--device=cpu"]
 CONFIG = {
     "compile": False,
     "attn": {"top_keys": 0.2, "mbm": 64, "counts_multiple_of": 16},
