@@ -1,9 +1,8 @@
 """The first linear of a SwiGLU MLP and its gate, at the neurons that each group of rows keeps."""
 
-import torch
 from torch import Tensor
 
-from chipmunk.ops import dispatch
+from chipmunk.ops import dispatch, register
 from chipmunk.ops.sparse_swiglu_in import reference
 
 _NAME = "sparse_swiglu_in"
@@ -31,10 +30,9 @@ def sparse_swiglu_in(
     return result
 
 
-@torch.library.custom_op(
-    f"chipmunk::{_NAME}",
-    mutates_args={"act_cache"},
-    schema="(Tensor x, Tensor gate, Tensor value, Tensor? gate_bias, Tensor? value_bias, Tensor indices, "
+@register.operator(
+    _NAME,
+    "(Tensor x, Tensor gate, Tensor value, Tensor? gate_bias, Tensor? value_bias, Tensor indices, "
     "Tensor(a!) act_cache, SymInt group, str implementation) -> Tensor",
 )
 def _operator(x, gate, value, gate_bias, value_bias, indices, act_cache, group, implementation):  # type: ignore[no-untyped-def]
@@ -52,7 +50,7 @@ def _operator(x, gate, value, gate_bias, value_bias, indices, act_cache, group, 
     return dispatch.call(_NAME, implementation, reference.sparse_swiglu_in, x, *args)
 
 
-@_operator.register_fake
+@register.fake(_NAME)
 def _(x, gate, value, gate_bias, value_bias, indices, act_cache, group, implementation):  # type: ignore[no-untyped-def]
     args = (x, gate, value, gate_bias, value_bias, indices, act_cache, group)
     dispatch.prepare(_NAME, implementation, x, *args)
