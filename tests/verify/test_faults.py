@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -59,6 +60,9 @@ def run_worker(spec: Spec, images: int) -> Result:
 
     def work() -> None:
         torch.set_num_threads(1)  # the threads of the process that this one was forked from are not there
+        for name in [name for name in sys.modules if name.partition(".")[0] == "flux"]:
+            del sys.modules[name]  # another test's repository
+        sys.path[:] = [entry for entry in sys.path if Path(entry).name != STARTER.name]
         Subject.scenarios = scenarios  # type: ignore[method-assign]
         spec.out.mkdir(parents=True)
         spec.write(spec.out / "spec.json")

@@ -74,7 +74,7 @@ CASES: dict[str, Case] = {
     "nothing sparse, steps skipped": {
         "attn": {"is_enabled": False},
         "mlp": {"is_enabled": False},
-        "step_caching": SKIPPING,
+        "step_caching": {**SKIPPING, "threshold": 3.0},
     },
 }
 

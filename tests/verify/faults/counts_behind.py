@@ -6,7 +6,7 @@ from chipmunk.runtime import model_call
 
 
 def late(rule: Any) -> Any:
-    return lambda config, count, known: rule(config, max(count - 1, 0), known)
+    return lambda config, count, *known: rule(config, max(count - 1, 0), *known)
 
 
 model_call.attention_step = late(model_call.attention_step)

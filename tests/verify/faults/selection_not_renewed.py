@@ -5,8 +5,8 @@ from typing import Any
 from chipmunk.runtime import model_call
 
 
-def mlp_step(config: Any, count: int, selected_since_full: bool) -> tuple[str, bool]:
-    kind, select = original(config, count, selected_since_full)
+def mlp_step(config: Any, count: int, selected_since_full: bool, *overdue: bool) -> tuple[str, bool]:
+    kind, select = original(config, count, selected_since_full, *overdue)
     return kind, select and not selected_since_full
 
 
