@@ -56,7 +56,7 @@ def demo(
     drawn = _pictures(folder) if pictures else []
     _heading("Your turn")
     python = quoted(Path(sys.executable))
-    exact(out, f"  cd {quoted(folder)}\n  {python} -m flux --num-steps 12 --seed 1 --width 320 --height 256")
+    exact(out, f"  cd {quoted(folder)}\n  {python} -m flux --seed 1")
     for what, path in drawn:
         exact(out, f"{what.ljust(8)}{path}", "bold")
     say(
