@@ -15,11 +15,11 @@ import yaml
 
 from chipmunk import verify
 from chipmunk.apply import carry_out, plan_update, revert
-from chipmunk.rewrite import Plan, SiteStatus, plan_repository
+from chipmunk.rewrite import Plan, SiteStatus
 
 from . import calls, layout, moves, names
 from .names import Rewriting
-from .program import REGISTRY, Files, Program
+from .program import Files, Program, planned
 
 EXPECTED = Path(__file__).with_name("expected.yml")
 REWRITINGS: dict[str, Rewriting] = {
@@ -86,12 +86,12 @@ def judge(name: str, files: Files | None, wanted: dict[str, int]) -> Outcome:
     for path, content in before.items():
         if (error := does_not_compile(path, content)) is not None:
             return Outcome(name, BROKEN, (f"the rewriting itself: {path}: {error}",))
-    plan = plan_repository(before, REGISTRY)
+    plan = planned(before)
     after = {**before, **{change.path: change.after for change in plan.changes}}
     for change in plan.changes:
         if (error := does_not_compile(change.path, change.after)) is not None:
             return Outcome(name, BROKEN, (f"patched: {change.path}: {error}",))
-    second = plan_repository(after, REGISTRY)
+    second = planned(after)
     if second.changes or any(site.status is SiteStatus.PATCHED for site in second.sites):
         return Outcome(name, BROKEN, ("a second patch changes something",))
     if (problem := _on_disk(before, plan)) is not None:
@@ -139,7 +139,7 @@ def verified(source: Path, files: Files) -> tuple[str, ...] | None:
         for path in read(source).keys() - files.keys():
             (root / path).unlink()
         write(root, {path: text.encode() for path, text in files.items()})
-        carry_out(plan_update(root, lambda found: plan_repository(found, REGISTRY)))
+        carry_out(plan_update(root, planned))
         try:
             report = verify.run(root)
         except verify.VerifyError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -13,16 +14,32 @@ from chipmunk.registry import load
 from chipmunk.rewrite import ModelFacts, Plan, SiteStatus, plan_repository, source
 
 REGISTRY = load()
-# Mutants share most of their files, and parsing is most of the time. Trees are never changed.
-source._parse = cache(source._parse)
 parsed = cache(cst.parse_module)
 
 Files = dict[str, str]
 Body = Sequence[cst.BaseStatement]
 
 
+_shared_parse = cache(source._parse)
+
+
+@contextmanager
+def _trees_shared() -> Iterator[None]:
+    """Mutants share most of their files, and parsing is most of the time. Trees are never changed."""
+    own, source._parse = source._parse, _shared_parse
+    try:
+        yield
+    finally:
+        source._parse = own
+
+
+def planned(files: dict[str, bytes]) -> Plan:
+    with _trees_shared():
+        return plan_repository(files, REGISTRY)
+
+
 def plan_of(files: Files) -> Plan:
-    return plan_repository({path: text.encode() for path, text in files.items()}, REGISTRY)
+    return planned({path: text.encode() for path, text in files.items()})
 
 
 @dataclass(frozen=True, order=True)
