@@ -1,0 +1,169 @@
+"""Changing the calls of an MLP that a function computes itself into Chipmunk's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import libcst as cst
+
+from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.flow import Step
+from chipmunk.rewrite.mlps.cuts import cut_at
+from chipmunk.rewrite.mlps.looking import whole_line
+from chipmunk.rewrite.mlps.pieces import Activation, First, Piece, Pieces, Second
+from chipmunk.rewrite.roles import Block
+from chipmunk.rewrite.source import Source
+from chipmunk.rewrite.syntax import dotted, walk
+
+
+def patch(context: Context, block: Block, mlp: Pieces) -> None:
+    first, activation, second = mlp.first, mlp.activation, mlp.second
+    source, layer = mlp.where.function.source, mlp.where.layer
+    assert layer is not None
+    assert first.linear is not None
+    assert second.linear is not None
+    block.linear_in, block.linear_out = first.linear.path, second.linear.path
+    block.gated = activation.mlp.gated
+    block.mlp_first_in, block.mlp_first_out = first.mlp_first, second.mlp_first
+    edits = _Edits(context, source, layer, context.runtime(source))
+    what = f"{first.linear_text} makes query, key, value and the MLP's input in one go"
+    if first.kind == "mlp_linear":
+        what = f"{first.linear_text} makes the MLP's input"
+    _report(context, source, first, what, "the first linear is Chipmunk's")
+    if not first.done:
+        edits.first(first)
+    if not activation.inside:
+        _report(context, source, activation, "the MLP's activation", "the activation is Chipmunk's")
+        if not activation.done:
+            edits.activation(activation)
+    what = f"{second.linear_text} takes the attention and the activated MLP part together"
+    _report(context, source, second, what, "the second linear is Chipmunk's")
+    if not second.done:
+        edits.second(second, activation)
+
+
+def _report(context: Context, source: Source, piece: Piece, what: str, already: str) -> None:
+    if piece.done:
+        context.already(source, piece.call, already)
+    else:
+        context.patched(source, piece.call, what)
+
+
+@dataclass(frozen=True)
+class _Edits:
+    """The edits of one MLP's calls. Expressions that stay are left where they are: others may be edited in them."""
+
+    context: Context
+    source: Source
+    layer: str
+    runtime: str
+
+    def first(self, first: First) -> None:
+        linear = first.linear_call
+        assert linear is not None
+        if first.kind != "split_linear":
+            name = "mlp_linear" if first.kind == "mlp_linear" else "held_linear"
+            self._call(linear, name, [self.layer, first.linear_text])
+        if first.kind == "mlp_linear":
+            return
+        end = ", mlp_first=True" if first.mlp_first else ""
+        if isinstance(first.sizes, str):
+            self._slices(first, f"{self.runtime}.split_held({self.layer}, {first.held_text}, {first.sizes}{end})")
+            return
+        call = first.call
+        assert isinstance(call, cst.Call)
+        assert first.dim is not None
+        (start, _), value = self.source.span(call.func), self.source.span(first.sizes.value)
+        self.context.edit(self.source, value[1], self.source.span(first.dim)[1], end)
+        if first.kind == "split_linear":
+            given = self.source.span(linear.args[0].value)
+            head = f"{self.runtime}.split_linear("
+            lines = call.args[0].value is linear and self.source.starts_line(linear)
+            separator = ",\n" + self.source.indentation(linear) if lines else ", "
+            inputs = f"{self.layer}{separator}{first.linear_text}{separator}"
+            if call.args[0].value is linear:  # a function: the arguments stay where they are
+                self.context.replace(self.source, call.func, head[:-1])
+                self.context.edit(self.source, self.source.span(linear)[0], given[0], inputs)
+                self.context.edit(self.source, given[1], self.source.span(linear)[1], "")
+                if first.sizes.keyword is not None:
+                    self.context.edit(self.source, self.source.span(first.sizes)[0], value[0], "")
+            else:
+                self.context.edit(self.source, start, given[0], head + inputs)
+                self.context.edit(self.source, given[1], value[0], ", ")
+        elif dotted(call.args[0].value) == first.held_text:
+            self._call(call, "split_held", [self.layer])
+            if first.sizes.keyword is not None:
+                self.context.edit(self.source, self.source.span(first.sizes)[0], value[0], "")
+        else:
+            head = f"{self.runtime}.split_held({self.layer}, {first.held_text}, "
+            self.context.edit(self.source, start, value[0], head)
+
+    def _slices(self, first: First, call: str) -> None:
+        if first.later is None:
+            self.context.replace(self.source, first.call, call)
+            return
+        nodes = (first.step.node, first.later.node)
+        names = {}
+        for node in nodes:
+            assert isinstance(node, cst.Assign)
+            names[(cut_at(node.value) or (None, None))[0] is None] = dotted(node.targets[0].target)
+        self.context.replace(self.source, first.call, f"{names[True]}, {names[False]} = {call}")
+        line = whole_line(self.source, nodes[1])
+        assert line is not None
+        self.context.edit(self.source, *line, "")
+
+    def activation(self, activation: Activation) -> None:
+        call = activation.call
+        assert isinstance(call, cst.Call)
+        start, end = self.source.span(call.args[0].value)
+        if isinstance(call.args[0].value, cst.Call):  # which changes too, from its first letter on
+            head = f"{self.runtime}.activate({self.layer}, {activation.text}, "
+            self.context.edit(self.source, self.source.span(call.func)[0], start, head)
+        else:
+            self._call(call, "activate", [self.layer, activation.text])
+        self.context.edit(self.source, end, self.source.span(call.args[-1])[1], _options(activation))
+
+    def second(self, second: Second, activation: Activation) -> None:
+        call, cat = second.call, second.cat
+        assert isinstance(call, cst.Call)
+        assert cat is not None
+        assert second.attention is not None
+        assert second.active is not None
+        assert activation.argument is not None
+        outer = self.source.span(call if any(node is cat for node in walk(call)) else cat)
+        if outer == self.source.span(cat):  # held in a variable: the linear moves to where the parts are concatenated
+            self._unwrap(call, second.call_step)
+        head = f"{self.runtime}.cat_linear({self.layer}, {second.linear_text}, "
+        between = f", {activation.text}, " if activation.inside else ", None, "
+        last = activation.argument if activation.inside else second.active
+        tail = (_options(activation) if activation.inside else "") + (", mlp_first=True" if second.mlp_first else "")
+        if second.mlp_first:
+            text = f"{head}{self.source.code(second.attention)}{between}{self.source.code(last)}{tail})"
+            self.context.edit(self.source, *outer, text)
+            return
+        attention, active = self.source.span(second.attention), self.source.span(last)
+        self.context.edit(self.source, outer[0], attention[0], head)
+        self.context.edit(self.source, attention[1], active[0], between)
+        self.context.edit(self.source, active[1], outer[1], f"{tail})")
+
+    def _unwrap(self, call: cst.Call, step: Step | None) -> None:
+        """Leave of a call what it is given; of `x = f(x)`, nothing."""
+        (start, end), given = self.source.span(call), self.source.span(call.args[0].value)
+        node = step.node if step is not None else None
+        if isinstance(node, cst.Assign) and node.value is call and len(node.targets) == 1:
+            line = whole_line(self.source, node)
+            if line is not None and dotted(node.targets[0].target) == dotted(call.args[0].value):
+                self.context.edit(self.source, *line, "")
+                return
+        self.context.edit(self.source, start, given[0], "")
+        self.context.edit(self.source, given[1], end, "")
+
+    def _call(self, call: cst.Call, name: str, given: list[str]) -> None:
+        """Make it a call of the runtime's, with arguments before those it has."""
+        self.context.replace(self.source, call.func, f"{self.runtime}.{name}")
+        self.context.prepend_arguments(self.source, call, given, drop_keyword=True)
+
+
+def _options(activation: Activation) -> str:
+    """What the runtime is to be told of an activation of the repository's own."""
+    return f', kind="{activation.mlp.activation}", of="{activation.mlp.of}"' if activation.mlp.of else ""
