@@ -43,6 +43,20 @@ SMALL: dict[str, Any] = {
 FULL: dict[str, Any] = {"guidance_embeds": True}
 """The classes' own defaults are FLUX.1-dev, FLUX.2-dev and FLUX.3."""
 
+_KLEIN = {"timestep_guidance_channels": 256, "guidance_embeds": False, "num_layers": 5, "num_single_layers": 20}
+MODELS: dict[str, dict[str, Any]] = {
+    "schnell": {"pooled_projection_dim": 768, "guidance_embeds": False},
+    "klein-4b": {**_KLEIN, "num_attention_heads": 24, "joint_attention_dim": 7680},
+    "klein-9b": {
+        **_KLEIN,
+        "num_attention_heads": 32,
+        "joint_attention_dim": 12288,
+        "num_layers": 8,
+        "num_single_layers": 24,
+    },
+}
+"""Other published models, by what differs from the defaults of their class."""
+
 _IMAGE = "hidden_states"
 _CALLED = {_IMAGE, "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance"}
 
@@ -84,6 +98,15 @@ def build(model_class: type[nn.Module], values: Mapping[str, Any]) -> nn.Module:
         side = head * 7 // 16
         given["axes_dims_rope"] = (head - 2 * side, side, side) if len(axes.default) == 3 else (head // 4,) * 4
     return model_class(**given)
+
+
+def named(model_class: type[nn.Module], name: str) -> dict[str, Any]:
+    """Constructor arguments of a published model of this class. Raises CannotRun where it is none of `MODELS`."""
+    known = [key for key, values in MODELS.items() if set(values) <= set(inspect.signature(model_class).parameters)]
+    if name not in known:
+        kinds = f"it knows {', '.join(known)}" if known else "it knows one size of that only"
+        raise CannotRun(f"target '{NAME}' knows no {model_class.__name__} called '{name}': {kinds}")
+    return MODELS[name]
 
 
 def values_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -248,9 +271,14 @@ def run_loop(
 
 
 def sample(model: nn.Module, given: Mapping[str, Tensor], timesteps: Sequence[float]) -> Tensor:
-    """What pipelines do between noise and VAE, without guidance by a second call."""
+    """What pipelines do between noise and VAE, without guidance by a second call.
+
+    Steps are counted as in a pipeline, whose scheduler need not ask the device for the timestep.
+    """
+    import chipmunk
+
     image = given["img"]
-    for now, after in itertools.pairwise(timesteps):
+    for now, after in chipmunk.steps(model, list(itertools.pairwise(timesteps))):
         image = image + (after - now) * call(model, model, {**given, "img": image}, now)
     return image
 

@@ -108,6 +108,9 @@ def _died(spec: Spec, root: Path, python: str, code: int, failure: Event | None,
         return BenchError(message, next_command=f"chipmunk doctor --python {quoted(Path(python))} {quoted(root)}")
     if kind in ("import", "build", "result"):
         return BenchError(f"{side} cannot be timed: {message}", next_command=next_command or verify)
+    if kind == "weights":
+        smaller = ", or --model with a smaller model of the family (docs/benchmarks.md)" if spec.weights is None else ""
+        return BenchError(f"the GPU's memory does not suffice for {side}: {message}{smaller}")
     if kind == "memory":
         width, height = min(spec.sizes)
         smaller = f"{max(width // 32, 1) * 16}x{max(height // 32, 1) * 16}"

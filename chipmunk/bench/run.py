@@ -36,6 +36,8 @@ class BenchOptions:
     configs: tuple[Path, ...] = ()
     """Configurations to compare; by default the one that applies to the repository, or else the defaults."""
     weights: Path | None = None
+    model: str | None = None
+    """One of the target's models by name, instead of its full size."""
     dtype: str = "bfloat16"
     python: str = sys.executable
     target: str | None = None
@@ -133,6 +135,7 @@ def run(root: Path, options: BenchOptions, progress: Progress = lambda event: No
             device=options.device,
             compile=options.compile,
             weights=None if options.weights is None else options.weights.resolve(),
+            model=options.model,
             overrides=options.overrides,
         )
         worker = partial(

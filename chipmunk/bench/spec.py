@@ -49,6 +49,8 @@ class Spec:
     config: Path | None = None
     """`chipmunk-config.yml` of the patched side; the defaults without one."""
     weights: Path | None = None
+    model: str | None = None
+    """One of the target's `MODELS` instead of its full size."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Constructor arguments that replace those of the full size, `{"depth": 2}` say."""
     match_seconds: dict[str, list[float]] = field(default_factory=dict)

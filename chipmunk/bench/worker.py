@@ -124,14 +124,16 @@ def build(spec: Spec) -> tuple[nn.Module, Loop]:
     dtype = getattr(torch, spec.dtype)
     torch.set_default_dtype(dtype)
     tensors: dict[str, Tensor] | None = None
-    values = target.SMALL if torch.device(spec.device).type == "cpu" else target.FULL
+    values = size_of(spec, target, model_class)
     if spec.weights is not None:
         from safetensors.torch import load_file as load_tensors
 
         tensors = load_tensors(spec.weights)
         values = target.values_of({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    values = {**values, **spec.overrides}
+    need_memory(spec, lambda: target.build(model_class, values))
     with torch.device(spec.device):
-        model: nn.Module = target.build(model_class, {**values, **spec.overrides})
+        model: nn.Module = target.build(model_class, values)
     torch.set_default_dtype(torch.float32)
     if tensors is None:
         randomise(model, spec.seed)
@@ -154,6 +156,31 @@ def build(spec: Spec) -> tuple[nn.Module, Loop]:
         checkout.placeholders.arm()
         return model.eval().requires_grad_(False), Loop(target, function, parameter, variant)
     raise CannotTime("build", "; ".join([_LOOPS, *why]))
+
+
+def size_of(spec: Spec, target: ModuleType, model_class: type[nn.Module]) -> dict[str, Any]:
+    """Constructor arguments of the model that is to be built."""
+    if spec.model is not None:
+        named = getattr(target, "named", None)
+        if named is None:
+            raise CannotTime("build", f"target '{target.NAME}' knows no models by name")
+        values: dict[str, Any] = named(model_class, spec.model)
+        return values
+    full: dict[str, Any] = target.SMALL if torch.device(spec.device).type == "cpu" else target.FULL
+    return full
+
+
+def need_memory(spec: Spec, build_model: Callable[[], nn.Module]) -> None:
+    """Raise CannotTime where the weights alone do not fit; `build_model` is run without any memory."""
+    if torch.device(spec.device).type != "cuda":
+        return
+    with torch.device("meta"):
+        model = build_model()
+    parameters = list(model.parameters())
+    needed, free = sum(p.numel() * p.itemsize for p in parameters), torch.cuda.mem_get_info(spec.device)[0]
+    if needed > free:
+        count = _count(sum(parameter.numel() for parameter in parameters))
+        raise CannotTime("weights", f"its {count} parameters take {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
 @dataclass(frozen=True)
@@ -191,9 +218,8 @@ def fastest_sdpa(spec: Spec, model: nn.Module, width: int, height: int) -> str:
     if torch.device(spec.device).type != "cuda":
         return "flash"
     tokens = spec.text_tokens + (width // 16) * (height // 16)
-    heads = getattr(model, "num_heads", 24)
-    hidden = getattr(model, "hidden_size", 3072)
-    shape = (3, spec.batch, heads, tokens, hidden // heads)
+    heads, width = attention_heads(model)
+    shape = (3, spec.batch, heads, tokens, width)
     q, k, v = torch.randn(shape, device=spec.device, dtype=getattr(torch, spec.dtype))
     times: dict[str, float] = {}
     for name, backend in _BACKENDS.items():
@@ -203,6 +229,15 @@ def fastest_sdpa(spec: Spec, model: nn.Module, width: int, height: int) -> str:
         except RuntimeError:
             continue  # not for this GPU, dtype or shape
     return min(times, key=lambda name: times[name], default="math")
+
+
+def attention_heads(model: nn.Module) -> tuple[int, int]:
+    """Number of heads and head dimension, under the names that FLUX and diffusers have for them; else FLUX.1's."""
+    config: Any = getattr(model, "config", None)  # of diffusers
+    if hasattr(config, "num_attention_heads") and hasattr(config, "attention_head_dim"):
+        return config.num_attention_heads, config.attention_head_dim
+    heads: int = getattr(model, "num_heads", 24)
+    return heads, getattr(model, "hidden_size", 128 * heads) // heads
 
 
 def timed(call: Callable[[], object], repeats: int = 10) -> float:

@@ -36,6 +36,10 @@ def bench(
     weights: Annotated[
         Path | None, typer.Option("--weights", help="A checkpoint instead of random weights.", metavar="SAFETENSORS")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="A model that the target knows by name. [its full size]", metavar="NAME"),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="bfloat16, float16 or float32. [bfloat16]", metavar="TYPE")
     ] = None,
@@ -63,7 +67,7 @@ def bench(
     """Measure how much faster the patched code is. Needs a GPU.
 
     The original, rebuilt from the journal and with its blocks compiled, and the patched code run in processes of their
-    own: the repository's own model at the size of FLUX.1-dev, in the repository's own sampling loop. Your code is run.
+    own: the repository's own model at its full size, in the repository's own sampling loop. Your code is run.
     """
     import shlex
     import sys
@@ -76,6 +80,8 @@ def bench(
     on_cpu = device == "cpu"
     if ops and on_cpu:
         raise Failure("--ops times the operators on a GPU: it does not go with --device cpu")
+    if model is not None and weights is not None:
+        raise Failure("--model does not go with --weights: a checkpoint has a size of its own")
     chosen = dtype or ("float32" if on_cpu else "bfloat16")
     if chosen not in _DTYPES:
         raise Failure(f"--dtype {dtype} is none of {', '.join(_DTYPES)}")
@@ -90,6 +96,7 @@ def bench(
         images=images,
         configs=tuple(config or ()),
         weights=weights,
+        model=model,
         dtype=chosen,
         python=python_of(repo, python),
         target=target,

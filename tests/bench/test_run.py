@@ -179,6 +179,7 @@ def test_without_a_gpu_it_refuses_and_says_what_it_needs(starter: Path) -> None:
         (["--dtype", "int8"], "bfloat16, float16, float32"),
         (["--picture", "bench.txt"], ".svg, .png"),
         (["--device", "cpu", "--ops"], "--ops"),
+        (["--model", "klein-9b", "--weights", "mine.safetensors"], "a size of its own"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_runs(starter: Path, words: list[str], says: str) -> None:

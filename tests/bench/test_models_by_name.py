@@ -1,0 +1,91 @@
+"""Which model is built: the target's full size, one that it knows by name, or the small one on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from chipmunk.bench import worker
+from chipmunk.bench.spec import Spec
+from chipmunk.bench.worker import CannotTime, attention_heads, size_of
+from chipmunk.rewrite.plan import BlockFacts, ModelFacts
+
+BLOCK = BlockFacts("model.py", "Block", True)
+FACTS = ModelFacts("model.py", "Model", "double_blocks", "single_blocks", "img", "img_ids", BLOCK, BLOCK)
+
+
+class Model(nn.Module):
+    def __init__(self, depth: int = 19) -> None:
+        super().__init__()
+        self.depth = depth
+        self.linear = nn.Linear(1000, 1000, bias=False)
+
+
+def target(**more: Any) -> ModuleType:
+    module = ModuleType("target")
+    vars(module).update({"NAME": "family", "SMALL": {"depth": 3}, "FULL": {"depth": 19}, **more})
+    return module
+
+
+def spec(**more: Any) -> Spec:
+    common: dict[str, Any] = {"side": "original", "root": Path("."), "facts": FACTS, "target": Path("target.py")}
+    return Spec(**{**common, "out": Path("out"), "sizes": ((1280, 768),), **more})
+
+
+def test_no_name_is_the_full_size_on_a_gpu_and_the_small_one_on_a_cpu() -> None:
+    assert size_of(spec(), target(), Model) == {"depth": 19}
+    assert size_of(spec(device="cpu"), target(), Model) == {"depth": 3}
+
+
+def test_a_name_is_asked_of_the_target_with_the_class() -> None:
+    asked = []
+
+    def named(model_class: type[nn.Module], name: str) -> dict[str, Any]:
+        asked.append((model_class, name))
+        return {"depth": 8}
+
+    assert size_of(spec(model="klein"), target(named=named), Model) == {"depth": 8}
+    assert size_of(spec(model="klein", device="cpu"), target(named=named), Model) == {"depth": 8}
+    assert asked == 2 * [(Model, "klein")]
+
+
+def test_a_target_without_names_says_so() -> None:
+    with pytest.raises(CannotTime, match="target 'family' knows no models by name"):
+        size_of(spec(model="klein"), target(), Model)
+
+
+def test_weights_that_do_not_fit_are_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_999_999, 80_000_000))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with pytest.raises(CannotTime, match=r"its 1\.0 million parameters take 0\.0 GB, 0\.0 GB are free") as refused:
+            worker.need_memory(spec(), Model)
+        assert refused.value.kind == "weights"
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2_000_000, 80_000_000))
+        worker.need_memory(spec(), Model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "heads"),
+    [
+        ({"config": SimpleNamespace(num_attention_heads=48, attention_head_dim=128)}, (48, 128)),  # of diffusers
+        ({"config": SimpleNamespace(anything=1), "num_heads": 2, "hidden_size": 128}, (2, 64)),
+        ({"num_heads": 48, "hidden_size": 6144}, (48, 128)),
+        ({"num_heads": 32}, (32, 128)),
+        ({}, (24, 128)),
+    ],
+)
+def test_the_joint_attention_is_timed_with_the_models_own_heads(
+    attributes: dict[str, Any], heads: tuple[int, int]
+) -> None:
+    model = Model()
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    assert attention_heads(model) == heads
