@@ -41,6 +41,10 @@ def tune(
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="How many of the target's own prompts.")] = 2,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Pictures of each prompt to tune on.")] = 1,
     confirm: Annotated[int, typer.Option("--confirm", min=1, help="Others of each, to confirm on.")] = 1,
+    cost: Annotated[
+        str | None,
+        typer.Option("--cost", help="What is to be small. [seconds on a GPU, FLOPs on a CPU]", metavar="seconds|FLOPs"),
+    ] = None,
     trials: Annotated[int, typer.Option("--trials", min=10, help="Configurations to try at most.")] = 60,
     steps: Steps = 50,
     size: Size = None,
@@ -70,6 +74,8 @@ def tune(
     from chipmunk.tune import TuneOptions, run
 
     decibels = _decibels(floor)
+    if cost not in (None, "seconds", "FLOPs"):
+        raise Failure(f"--cost {cost} is neither seconds nor FLOPs")
     path = output or repo / FILE_NAME
     if path.is_dir():
         path = path / FILE_NAME
@@ -85,6 +91,7 @@ def tune(
         confirm_seeds=tuple(range(1000, 1000 + confirm)),
         start=config,
         trials=trials,
+        cost=cost,
     )  # fmt: skip
     with Waiting(time_left=True) as waiting:
         report = run(repo, options, waiting)
@@ -109,7 +116,7 @@ def show_report(out: Console, report: TuneReport, path: Path) -> None:
     say(out, f"Tried {len(report.tried)} configurations in {report.seconds:.0f} s, floor {report.floor:g} dB.")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("taken, one after the other", overflow="fold")
-    for name in ("PSNR", "seconds" if report.device != "cpu" else "FLOPs"):
+    for name in ("PSNR", report.cost):
         table.add_column(name, justify="right", no_wrap=True)
     names = {str(trial["config"]): trial["what"].removesuffix(", all pictures") for trial in report.tried[::-1]}
     for trial in report.trail:

@@ -32,6 +32,13 @@ class TuneOptions:
     start: Path | None = None
     """The configuration to begin with; the defaults without one."""
     trials: int = 60
+    cost: str | None = None
+    """What is to be small: `seconds` or `FLOPs`; None: seconds on a GPU, FLOPs on a CPU."""
+
+    @property
+    def measure(self) -> str:
+        """`seconds` or `FLOPs`."""
+        return self.cost or ("FLOPs" if self.fidelity.device == "cpu" else "seconds")
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class TuneReport:
     confirmed: dict[str, Any] | None
     """The same on other seeds; None if the search was interrupted."""
     interrupted: bool
-    device: str
+    cost: str
+    """`seconds` or `FLOPs`."""
     about: dict[str, str]
     """Model, weights, device and versions."""
     text: str
@@ -70,7 +78,7 @@ class TuneReport:
             "files": [],
             "sites": [],
             "floor": self.floor,
-            "cost": "FLOPs" if self.device == "cpu" else "seconds",
+            "cost": self.cost,
             "tuned": self.tuned,
             "confirmed": self.confirmed,
             "trail": list(self.trail),
@@ -94,17 +102,10 @@ def run(root: Path, options: TuneOptions, progress: Progress | None = None) -> T
         work = Path(folder).resolve()
         asked = replace(fidelity, seeds=(*fidelity.seeds, *options.confirm_seeds), floor=0)
         prepared = prepare(root, asked, work)
-        theirs = work_on(prepared.original, prepared, asked, progress)
+        order = {"floor": options.floor, "start": start, "trials": options.trials, "cost": options.measure}
+        theirs = work_on(replace(prepared.original, tune=order), prepared, asked, progress)
         count = len(theirs["dense"]["pictures"]) // len(asked.seeds)  # prompts
-        spec = replace(
-            prepared.patched,
-            tune={
-                "floor": options.floor,
-                "tuning": count * len(fidelity.seeds),
-                "start": start,
-                "trials": options.trials,
-            },
-        )
+        spec = replace(prepared.patched, tune={**order, "tuning": count * len(fidelity.seeds)})
         interrupted = False
         try:
             result = work_on(spec, prepared, asked, progress)
@@ -144,7 +145,7 @@ def _report(
         tuned=tuned,
         confirmed=confirmed,
         interrupted=interrupted,
-        device=options.fidelity.device,
+        cost=options.measure,
         about=result["environment"],
         text="",
         command=options.fidelity.command,
@@ -165,12 +166,11 @@ def _about(found: TuneReport, result: Mapping[str, Any], options: TuneOptions) -
     assert found.tuned is not None
     about, width_height = found.about, "x".join(map(str, result["size"]))
     what = "PSNR of the pictures" if result["decodes"] else "PSNR of the latents"
-    measure = "FLOPs" if found.device == "cpu" else "seconds"
     lines = [
         f"Found by: {found.command}",
         f"On {date.today().isoformat()}: {about['model']}, weights: {about['weights']}, {about['dtype']},",
         f"{about['device']}; {width_height}, {options.fidelity.steps} steps.",
-        f"Tuned on {found.tuned['pictures']} pictures: {found.tuned['cost']:.1%} of the dense {measure}, "
+        f"Tuned on {found.tuned['pictures']} pictures: {found.tuned['cost']:.1%} of the dense {found.cost}, "
         f"{what} {found.tuned['fidelity']:.1f} dB (floor {found.floor:g} dB).",
     ]
     if found.confirmed is None:

@@ -19,13 +19,14 @@ BEST = "best.json"
 
 def search(spec: Spec) -> dict[str, Any]:
     """Run the order `spec.tune`: `floor` (dB), `tuning` (how many pictures are tuned on; the rest confirm), `start` (a
-    configuration) and `trials`."""
+    configuration), `trials`, and `cost`, which is to be small: `seconds` or `FLOPs`."""
     order = spec.tune
     assert order is not None
     artist = Artist(spec, 0)
     cost = artist.cost()
     chosen, others = range(order["tuning"]), range(order["tuning"], len(artist.pictures))
     artist.total = order["trials"] + len(others) + 1
+    timed = order["cost"] == "seconds"
     known: dict[str, dict[int, tuple[float, float]]] = {}
 
     def measured(config: dict[str, Any], index: int) -> tuple[float, float]:
@@ -33,8 +34,9 @@ def search(spec: Spec) -> dict[str, Any]:
         of_config = known.setdefault(json.dumps(config, sort_keys=True), {})
         if index in of_config:
             return of_config[index]
-        chipmunk.enable(artist.model, config)
-        if artist.cuda and not of_config:  # the first picture pays for compilation
+        # operations can be counted without compiling, which takes longer than a picture
+        chipmunk.enable(artist.model, config if timed else {**config, "compile": False})
+        if artist.cuda and timed and not of_config:  # the first picture pays for compilation
             artist.studio.draw(artist.pictures[index], spec.steps, decode=False)
         drawing, recorded = artist.draw(artist.pictures[index], spec.steps, said[0])
         result = artist.measure(index, drawing, recorded, cost)
@@ -42,7 +44,7 @@ def search(spec: Spec) -> dict[str, Any]:
         fidelity = result["latent_psnr"] if result["psnr"] is None else result["psnr"]
         dense = artist.dense(index)
         spent = result["seconds"] / dense.seconds
-        if not artist.cuda:
+        if not timed:
             spent = result["flops"] / (cost.dense * len(dense.step_seconds))
         of_config[index] = (fidelity, spent)
         return of_config[index]

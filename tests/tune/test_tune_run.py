@@ -69,6 +69,15 @@ def test_an_interruption_leaves_the_best_so_far(tmp_path: Path, monkeypatch: pyt
     load(path)
 
 
+def test_cost_is_seconds_or_operations(tmp_path: Path) -> None:
+    done = chipmunk("tune", tmp_path, "--cost", "money")
+    assert done.code == 2
+    assert "neither seconds nor FLOPs" in done.err
+    small = FidelityOptions(device="cuda")
+    assert TuneOptions(fidelity=small).measure == "seconds"
+    assert TuneOptions(fidelity=small, cost="FLOPs").measure == "FLOPs"
+
+
 def test_a_file_that_is_there_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "chipmunk-config.yml").write_text("mlp: {}\n")
     done = chipmunk("tune", tmp_path)
