@@ -14,9 +14,9 @@ import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
-from chipmunk.rewrite.loops import timestep_parameter
 from chipmunk.rewrite.minimal import MODEL, SINGLE, variant
 from chipmunk.rewrite.roles import Model
+from chipmunk.rewrite.timestep import timestep_parameter
 
 NAME = "model-forward"
 API = 1

@@ -15,11 +15,12 @@ import libcst as cst
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Step
-from chipmunk.rewrite.loops import ModelCall, SamplingLoop, model_mark, timestep_parameter
+from chipmunk.rewrite.loops import ModelCall, SamplingLoop
 from chipmunk.rewrite.minimal import SAMPLING, variant
 from chipmunk.rewrite.plan import LoopFacts, SiteStatus
 from chipmunk.rewrite.source import Source
 from chipmunk.rewrite.syntax import argument, dotted, target_names
+from chipmunk.rewrite.timestep import model_mark, timestep_parameter
 
 NAME = "step-clock"
 API = 1

@@ -12,20 +12,18 @@ from typing import TYPE_CHECKING
 
 import libcst as cst
 
-from chipmunk.rewrite.flow import Scope, Step, value_names
-from chipmunk.rewrite.repository import Class, Function, Repository
+from chipmunk.rewrite.feedback import feeds_back
+from chipmunk.rewrite.flow import Scope, Step
+from chipmunk.rewrite.repository import Class, Function
 from chipmunk.rewrite.source import Source
-from chipmunk.rewrite.syntax import bind, dotted, is_call, last_name, parameters, self_attribute, text_of_string, walk
+from chipmunk.rewrite.syntax import bind, dotted, is_call, last_name, parameters, text_of_string, walk
 from chipmunk.rewrite.values import Place
 
 if TYPE_CHECKING:
     from chipmunk.rewrite.context import Context
-    from chipmunk.rewrite.roles import Model
 
 _DEPTH = 3
 """How many calls down the model may be called."""
-_GROWING = ("append", "extend", "update")
-_TIME_WORDS = ("time", "sigma")
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,7 +277,7 @@ class _Finder:
             inner = self._loops[loop]
             around = [node for call in inner.calls for node in call.step.loops if node is not loop]
             outer = next((self._loops[node] for node in around if node in self._loops), None)
-            if outer is not None and _feeds_back(outer.place.scope, outer.loop, outer.calls):
+            if outer is not None and feeds_back(outer.place.scope, outer.loop, _where(outer.calls)):
                 del self._loops[loop]
                 outer.calls += inner.calls
 
@@ -291,9 +289,9 @@ class _Finder:
         denoises, reason = True, ""
         if _trains(scope, loop):
             denoises, reason = False, "a training loop"
-        elif not _feeds_back(scope, loop, found.calls):
+        elif not feeds_back(scope, loop, _where(found.calls)):
             around = {node for call in found.calls for node in call.step.loops if node is not loop}
-            denoises = any(_feeds_back(scope, node, found.calls) for node in around)
+            denoises = any(feeds_back(scope, node, _where(found.calls)) for node in around)
             reason = "nothing that the model returns reaches its next call: these are no denoising steps"
             if denoises:
                 reason = "a step calls the model in a loop of its own, from one place"
@@ -383,131 +381,5 @@ def _trains(scope: Scope, loop: cst.CSTNode) -> bool:
     )
 
 
-# What comes back
-
-
-def _feeds_back(scope: Scope, loop: cst.For, calls: list[ModelCall]) -> bool:
-    """Whether the loop hands the model something that descends from what the model returned in an earlier round."""
-    nodes = [call.call for call in calls]
-    seen: set[tuple[str, int, bool]] = set()
-
-    def earlier(value: cst.CSTNode, step: Step, crossed: bool) -> bool:
-        """Whether the value at `step` is, or if `crossed` may be, an answer of the model of an earlier round."""
-        if crossed and any(node in nodes for node in walk(value)):
-            return True
-        return any(of_name(name, step, crossed) for name in set(value_names(value)))
-
-    def of_name(name: str, step: Step, crossed: bool) -> bool:
-        if (name, step.index, crossed) in seen:
-            return False
-        seen.add((name, step.index, crossed))
-        inside = [b for b in _assignments(scope, loop) if _overlap(b[0], name)]
-        here = [b for b in scope.reaching(name, step) if loop in b.step.loops or b.step.node is loop]
-        before = [b for b in inside if b[2].index < step.index]
-        if any(earlier(value, at, crossed) for _, value, at in before):
-            return True
-        if here and scope.is_definite(here, step):
-            return False
-        return any(earlier(value, at, True) for _, value, at in inside)
-
-    return any(earlier(arg.value, call.step, False) for call in calls for arg in call.call.args)
-
-
-def _assignments(scope: Scope, loop: cst.For) -> list[tuple[str, cst.CSTNode, Step]]:
-    steps = [step for step in scope.steps if loop in step.loops or step.node is loop]
-    return [(name, value, step) for step in steps for name, value in _assigned(scope, step)]
-
-
-def _overlap(assigned: str, used: str) -> bool:
-    """Whether assigning to one name changes the other: `state.x` and `state`."""
-    return assigned == used or assigned.startswith(f"{used}.") or used.startswith(f"{assigned}.")
-
-
-def _assigned(scope: Scope, step: Step) -> Iterator[tuple[str, cst.CSTNode]]:
-    """What the statement assigns, `x[i] = v` and `x.add_(v)` among it."""
-    for bindings in scope.bindings.values():
-        for binding in bindings:
-            if binding.step is step and binding.value is not None:
-                yield binding.name, binding.value
-    if isinstance(step.node, cst.Assign):
-        for target in step.node.targets:
-            if isinstance(target.target, cst.Subscript) and (name := dotted(target.target.value)) is not None:
-                yield name, step.node.value
-    if isinstance(step.node, cst.Expr) and isinstance(step.node.value, cst.Call):
-        function = step.node.value.func
-        name = dotted(function.value) if isinstance(function, cst.Attribute) else None
-        if name is not None and (last_name(function).endswith("_") or last_name(function) in _GROWING):
-            yield name, step.node.value
-
-
-# The timestep
-
-
-def model_mark(context: Context, model: Model) -> cst.Call | None:
-    """The `chipmunk.model_forward(…)` above the model's forward, if it is marked already."""
-    for decorator in model.forward.node.decorators:
-        call = decorator.decorator
-        if isinstance(call, cst.Call) and context.runtime_call(call, model.forward.module) == "model_forward":
-            return call
-    return None
-
-
-def timestep_parameter(repository: Repository, model: Model) -> str | None:
-    """The parameter of the model's forward that is the timestep: the first one that a sine and a cosine are taken of.
-
-    Positions are, too: they are no candidates, nor is the image. A name that speaks of time goes first.
-    """
-    others = {model.image, model.ids, *_joined_parameters(model)}
-    reached = [name for name in _waves(repository, model.forward, 0) if name not in others]
-    names = [p.name.value for p in parameters(model.forward.node)[1:] if p.name.value not in others]
-    for group in (reached, names):
-        spoken = [name for name in group if name == "t" or any(word in name.lower() for word in _TIME_WORDS)]
-        if spoken:
-            return spoken[0]
-    return reached[0] if reached else None
-
-
-def _joined_parameters(model: Model) -> set[str]:
-    """Parameters that are concatenated with the image or its positions: the text and its own."""
-    found: set[str] = set()
-    forward = model.forward
-    for call, step in forward.scope.calls:
-        if last_name(call.func) in ("cat", "concat", "concatenate") and call.args:
-            roots = forward.scope.roots(call.args[0].value, step) - {forward.scope.receiver}
-            found |= roots if len(roots) == 2 and roots & {model.image, model.ids} else set()
-    return found
-
-
-def _waves(repository: Repository, function: Function, depth: int) -> list[str]:
-    """The function's parameters of which a sine or cosine is taken, here or further down, in the order of the text."""
-    found: list[str] = []
-    scope = function.scope
-    if depth > _DEPTH:
-        return found
-    for call, step in scope.calls:
-        values: list[cst.BaseExpression] = []
-        if last_name(call.func) in ("sin", "cos"):
-            values = [arg.value for arg in call.args] or (
-                [call.func.value] if isinstance(call.func, cst.Attribute) else []
-            )
-        else:
-            for callee in _callees(repository, function, call, step):
-                given = bind(callee.node, call, skip=callee.receivers)
-                values += [given[name] for name in _waves(repository, callee, depth + 1) if name in given]
-        for value in values:
-            roots = scope.roots(value, step) - ({scope.receiver} if function.receivers else set())
-            if len(roots) == 1 or depth:  # further down, frequencies come from other parameters
-                found += [name for name in scope.parameters if name in roots and name not in found]
-    return found
-
-
-def _callees(repository: Repository, function: Function, call: cst.Call, step: Step) -> Iterator[Function]:
-    meaning = repository.resolve(call.func, function, step)
-    if isinstance(meaning, Function) and meaning is not function:
-        yield meaning
-    attribute = self_attribute(call.func, function.scope.receiver)
-    if attribute is not None and function.owner is not None and not isinstance(meaning, Function):
-        for owner in repository.classes_in(function.owner, attribute):
-            run = repository.method(owner, "forward")
-            if run is not None and run is not function:
-                yield run
+def _where(calls: list[ModelCall]) -> list[tuple[cst.Call, Step]]:
+    return [(call.call, call.step) for call in calls]

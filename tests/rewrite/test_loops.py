@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import pytest
 
@@ -210,6 +211,43 @@ def test_the_timestep_is_known_by_its_waves_whatever_its_name() -> None:
     )
     plan = plan_of("def sample(*_):\n    pass\n", model=model)
     assert 'timesteps="level"' in after(plan, "flow/model.py")
+
+
+WAVES = "\n\ndef waves(x, count):\n    x = x[..., None] * torch.arange(count)\n    return x.cos() + x.sin()\n"
+JOINED = """\
+        if more is None:
+            rotation = torch.cat((waves(text_ids, 8), waves(image_ids, 8)), dim=1)
+        else:
+            text = torch.cat((text, self.text_in(more)), dim=1)
+            rotation = torch.cat((waves(text_ids, 8), waves(image_ids, 8), waves(more_ids, 8)), dim=1)
+"""
+TIMES = {
+    "its own waves": ("level", "waves(level, 8)", "level"),
+    "beside a later one that may be left out": (
+        "level, later_time=None",
+        "waves(level, 8) + waves(later_time, 8)",
+        "level",
+    ),
+    "one of two that may be left out": ("time=None, strength=None", "waves(strength, 8) + waves(time, 8)", "time"),
+    "waves of another package, a name that speaks": ("sigma", "elsewhere(sigma)", "sigma"),
+    "waves of another package that speak": ("level", "embed_timestep(level, 8)", "level"),
+    "waves of another package, a name that says nothing": ("level", "elsewhere(level)", None),
+}
+
+
+@pytest.mark.parametrize(("names", "embedding", "chosen"), TIMES.values(), ids=TIMES)
+def test_positions_of_further_tokens_are_no_timestep(names: str, embedding: str, chosen: str | None) -> None:
+    """As in FLUX.3, where the waves of three kinds of positions are joined, one of them only where it is given."""
+    model = variant(
+        MODEL,
+        ("from torch import nn\n", "from torch import nn\n" + WAVES),
+        ("text_ids, time)", f"text_ids, {names}, more=None, more_ids=None)"),
+        ("        rotation = self.rotate(torch.cat((text_ids, image_ids), dim=1)).unsqueeze(1)\n", JOINED),
+        ("time[:, None, None]", f"({embedding}).mean(-1)[:, None, None]"),
+    )
+    patched = after(plan_of("def sample(*_):\n    pass\n", model=model), "flow/model.py")
+    assert 'ids="image_ids"' in patched
+    assert re.findall(r'timesteps="(\w+)"', patched) == ([] if chosen is None else [chosen])
 
 
 # Loops
