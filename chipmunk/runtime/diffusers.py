@@ -144,7 +144,7 @@ class Adopted:
                 model.__dict__[where] = self._previous or MethodType(type(model).forward, model)
                 if self._previous is None and where == "forward":
                     del model.__dict__[where]
-        for module, name, value in self._set_aside:
+        for module, name, value in reversed(self._set_aside):
             module.__dict__[name] = value
         for module in model.modules():
             self._attention.uninstall(module)

@@ -53,6 +53,8 @@ class Session:
         self.model = weakref.ref(model)
         self.spec = spec
         self.config = config
+        self.is_chosen = False
+        """Whether `enable` was given the configuration, rather than it being found in a file."""
         self.lock = threading.RLock()
         self.recorder = Recorder()
         self.compiler = BlockCompiler(config.compile)
@@ -196,11 +198,12 @@ def _call(
 def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, Any] | None = None) -> None:
     """Turn Chipmunk on for a patched model, or a FLUX transformer of diffusers, found through wrappers and pipelines.
 
-    config: a file, a `chipmunk.config.Config`, its content as a mapping, or None: then the file that `CHIPMUNK_CONFIG`
-    names, `chipmunk-config.yml` in the working directory, or the one in the root of the patched repository; where there
-    is none of them, the model is off. Raises TypeError if a configuration is given and `model` holds no patched model
-    (where none is given, nothing happens: `steps` will warn), and ValueError (`chipmunk.config.ConfigError` for a file)
-    for a wrong configuration.
+    config: a file, a `chipmunk.config.Config`, its content as a mapping, or None: then one that was given before stays
+    on; else it is the file that `CHIPMUNK_CONFIG` names, `chipmunk-config.yml` in the working directory, or the one in
+    the root of the patched repository. Where there is none of them, the model stays as it is: turning off is what
+    `disable` does. Raises TypeError if a configuration is given and `model` holds no patched model (where none is
+    given, nothing happens: `steps` will warn), and ValueError (`chipmunk.config.ConfigError` for a file) for a wrong
+    configuration.
     """
     owner = find_model(model)
     if owner is None:
@@ -216,12 +219,21 @@ def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, An
     assert spec is not None
     if config is None and not is_patched(owner):  # then the patched repository is the caller's
         spec = replace(spec, file=sys._getframe(1).f_code.co_filename)
-    chosen = _find_config(spec) if config is None else _read_config(config)
-    _take_away(owner)
+    running = _stored(owner)
+    if running is not None and running.model() is not owner:
+        running = None  # of the model that this one is a shallow copy of
+    chosen = None
+    if config is not None:
+        chosen = _read_config(config)
+    elif running is None or not running.is_chosen:
+        chosen = _find_config(spec)
+    if chosen is not None or running is None:
+        _take_away(owner)
     if chosen is not None:
-        session = owner.__dict__[ATTRIBUTE] = Session(owner, spec, chosen)
-        if session.adopted is not None:
-            session.adopted.set_aside(model)
+        running = owner.__dict__[ATTRIBUTE] = Session(owner, spec, chosen)
+        running.is_chosen = config is not None
+    if running is not None and running.adopted is not None:
+        running.adopted.set_aside(model)
 
 
 def _warn_of_empty_pipeline(model: Any) -> None:

@@ -387,11 +387,14 @@ def test_compiled_by_the_user(how: str) -> None:
         pipe.transformer.compile(**options)
     else:
         pipe.transformer.compile_repeated_blocks(**options)
+    compiled = vars(pipe.transformer).get("forward"), vars(pipe.transformer).get("_compiled_call_impl")
     chipmunk.enable(pipe, KEPT)
+    chipmunk.enable(pipe)  # the line that the tool adds, after the user's own: nothing changes
     assert error(draw(pipe), dense) < 1e-5
     assert sparse_calls(chipmunk.statistics(pipe))["single_transformer_blocks.0"] == RAN
     chipmunk.disable(pipe)
     assert ours(getattr(pipe.transformer, "_orig_mod", pipe.transformer)) == []
+    assert (vars(pipe.transformer).get("forward"), vars(pipe.transformer).get("_compiled_call_impl")) == compiled
 
 
 def test_blocks_compiled_by_the_session(monkeypatch: pytest.MonkeyPatch) -> None:

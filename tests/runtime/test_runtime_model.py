@@ -110,6 +110,56 @@ def test_without_a_configuration_enable_leaves_the_model_off() -> None:
     assert str(chipmunk.statistics(model)) == "Chipmunk is off for this model."
 
 
+def test_enable_without_a_configuration_keeps_the_one_that_is_on(tmp_path: Path) -> None:
+    """As where a script enables a model its own way, and a patched command line then calls `enable(model, None)`."""
+    model = build()
+    chipmunk.enable(model, small())
+    denoise(model, 9, **inputs())
+    before = sparse_calls(model)
+    chipmunk.enable(model)
+    assert sparse_calls(model) == before > 0  # the statistics go on, too
+    (tmp_path / "chipmunk-config.yml").write_text("attn:\n  is_enabled: false\nmlp:\n  is_enabled: false\n")
+    chipmunk.enable(model)
+    denoise(model, 9, **inputs())
+    assert sparse_calls(model) == 2 * before
+
+
+def test_enable_without_a_configuration_in_the_middle_of_an_image_changes_nothing() -> None:
+    model, other = build(), build()
+    given, got = inputs(), {}
+    for name, each in (("once", model), ("twice", other)):
+        chipmunk.enable(each, small())
+        for step in chipmunk.steps(each, range(9)):
+            if step == 4 and name == "twice":
+                chipmunk.enable(each)
+            got[name] = each(**given, timesteps=torch.ones(1))
+    assert torch.equal(got["once"], got["twice"])
+
+
+def test_enable_without_a_configuration_reads_a_file_that_was_found_again(tmp_path: Path) -> None:
+    file = tmp_path / "chipmunk-config.yml"
+    file.write_text(YAML)
+    model = build()
+    chipmunk.enable(model)
+    file.write_text("attn:\n  is_enabled: false\nmlp:\n  is_enabled: false\n")
+    chipmunk.enable(model)
+    denoise(model, 9, **inputs())
+    assert chipmunk.statistics(model).enabled
+    assert sparse_calls(model) == 0
+    file.unlink()
+    chipmunk.enable(model)  # turning off is what `disable` is for
+    assert chipmunk.statistics(model).enabled
+
+
+def test_a_shallow_copy_of_an_enabled_model_has_no_configuration_to_keep() -> None:
+    model = build()
+    chipmunk.enable(model, small())
+    twin = copy.copy(model)
+    chipmunk.enable(twin)
+    assert not chipmunk.statistics(twin).enabled
+    assert chipmunk.statistics(model).enabled
+
+
 def test_disable_holds_whatever_files_there_are(tmp_path: Path) -> None:
     (tmp_path / "chipmunk-config.yml").write_text(YAML)
     model = build()
