@@ -238,27 +238,33 @@ def check_swiglu(tokens: int, kept: int, group: int, width: int, neurons: int, d
     yield Check(f"sparse_swiglu_in, rest of the cache, {label}", 0.0 if kept_rest else 1.0, 0.5, True)
 
 
-def checks() -> Iterator[Check]:
+def checks(match: str = "") -> Iterator[Check]:
+    """All of them, or those whose function's name contains one of the comma-separated words."""
     bf16, fp16 = torch.bfloat16, torch.float16
-    yield from check_attention(4352, 672, 128, 128, bf16)
-    yield from check_attention(1091, 163, 192, 128, bf16, batch=2)
-    yield from check_attention(777, 320, 128, 64, fp16)
-    yield from check_attention(300, 300, 64, 64, bf16, batch=2)
-    yield from check_attention(515, 16, 256, 128, fp16)
-    yield from check_attention(1091, 130, 128, 128, bf16)
-    yield from check_mlp(4352, 4352, 128, "gelu_tanh", bf16)
-    yield from check_mlp(1000, 704, 128, "gelu_tanh", bf16, width=768, neurons=2048, batch=2)
-    yield from check_mlp(600, 64, 256, "gelu_tanh", fp16, width=384, neurons=1024)
-    yield from check_mlp(1000, 700, 128, "gelu", fp16, width=320, neurons=1280, batch=2)
-    yield from check_mlp(333, 96, 64, "gelu_tanh", bf16, width=136, neurons=500, transposed_cache=False)
-    yield from check_mlp(700, 512, 192, "gelu_tanh", bf16, width=256, neurons=1024, batch=2, transposed_weight=False)
-    yield from check_selection((1, HEADS, 34, 4352), 672, 0)
-    yield from check_selection((2, 34, NEURONS), 3738, 614)
-    yield from check_selection((1, 3, 133, 16896), 2800, 100)
-    yield from check_selection((1, 2, 3, 1), 1, 0)
-    yield from check_selection((3, 5, 1000), 0, 7)
-    yield from check_neurons((1, 34, 1, NEURONS), NEURONS, 3738, 614)
-    yield from check_neurons((2, 9, 3, 2 * 1000), 1000, 300, 7)
-    yield from check_neurons((1, 5, 2, 333), 333, 0, 40)
-    yield from check_swiglu(4352, 2048, 128, 1024, 4096, bf16)
-    yield from check_swiglu(777, 300, 192, 320, 1000, fp16)
+    everything: list[partial[Iterator[Check]]] = [
+        partial(check_attention, 4352, 672, 128, 128, bf16),
+        partial(check_attention, 1091, 163, 192, 128, bf16, batch=2),
+        partial(check_attention, 777, 320, 128, 64, fp16),
+        partial(check_attention, 300, 300, 64, 64, bf16, batch=2),
+        partial(check_attention, 515, 16, 256, 128, fp16),
+        partial(check_attention, 1091, 130, 128, 128, bf16),
+        partial(check_mlp, 4352, 4352, 128, "gelu_tanh", bf16),
+        partial(check_mlp, 1000, 704, 128, "gelu_tanh", bf16, width=768, neurons=2048, batch=2),
+        partial(check_mlp, 600, 64, 256, "gelu_tanh", fp16, width=384, neurons=1024),
+        partial(check_mlp, 1000, 700, 128, "gelu", fp16, width=320, neurons=1280, batch=2),
+        partial(check_mlp, 333, 96, 64, "gelu_tanh", bf16, width=136, neurons=500, transposed_cache=False),
+        partial(check_mlp, 700, 512, 192, "gelu_tanh", bf16, width=256, neurons=1024, batch=2, transposed_weight=False),
+        partial(check_selection, (1, HEADS, 34, 4352), 672, 0),
+        partial(check_selection, (2, 34, NEURONS), 3738, 614),
+        partial(check_selection, (1, 3, 133, 16896), 2800, 100),
+        partial(check_selection, (1, 2, 3, 1), 1, 0),
+        partial(check_selection, (3, 5, 1000), 0, 7),
+        partial(check_neurons, (1, 34, 1, NEURONS), NEURONS, 3738, 614),
+        partial(check_neurons, (2, 9, 3, 2 * 1000), 1000, 300, 7),
+        partial(check_neurons, (1, 5, 2, 333), 333, 0, 40),
+        partial(check_swiglu, 4352, 2048, 128, 1024, 4096, bf16),
+        partial(check_swiglu, 777, 300, 192, 320, 1000, fp16),
+    ]
+    for check in everything:
+        if not match or any(word in check.func.__name__ for word in match.split(",")):
+            yield from check()

@@ -3,6 +3,7 @@
     python -m chipmunk.bench.ops                        # check and time
     python -m chipmunk.bench.ops --only check
     python -m chipmunk.bench.ops --only time --variants all --json result.json
+    python -m chipmunk.bench.ops --match swiglu         # only those
 
 Errors are ‖out − exact‖ / ‖exact‖; the bound is twice that of PyTorch's own operators in the same dtype on the
 same numbers. Uninitialised memory, outputs and workspaces alike, is filled with NaN first; each call is repeated and
@@ -145,6 +146,37 @@ def _sparse_mlp(tokens: int, kept: int, part: str, transposed_cache: bool = True
     return [partial(run, m, torch.randn(1, tokens, kept, device="cuda").bfloat16()) for m in sets]
 
 
+def _dense_swiglu(tokens: int, width: int, neurons: int) -> list[Run]:
+    @torch.compile
+    def run(x: Tensor, weight_in: Tensor, weight_out: Tensor) -> Tensor:
+        gate, value = functional.linear(x, weight_in).chunk(2, dim=-1)
+        return functional.linear(functional.silu(gate) * value, weight_out)
+
+    sets = [_random_swiglu(tokens, 64, width, neurons) for _ in range(INPUT_SETS)]
+    return [partial(run, m.x, torch.cat((m.weight_in, value)), m.weight_out.contiguous()) for m, value in sets]
+
+
+def _random_swiglu(tokens: int, kept: int, width: int, neurons: int) -> tuple[Mlp, Tensor]:
+    """An MLP, and the second half of its first weight: the values."""
+    m = random_mlp(tokens, kept, width=width, neurons=neurons)
+    return m, torch.randn_like(m.weight_in) * width**-0.5
+
+
+def _sparse_swiglu(tokens: int, kept: int, width: int, neurons: int, part: str) -> list[Run]:
+    def run(m: Mlp, gate: Tensor, value: Tensor, delta: Tensor) -> None:
+        if part in ("in", "both"):
+            delta = ops.sparse_swiglu_in(m.x, gate, value, None, None, m.indices, m.act_cache, 128, "triton")
+        if part in ("out", "both"):
+            ops.sparse_mlp_out(delta, m.weight_out, m.indices, m.out_cache, 128, "triton")
+
+    runs: list[Run] = []
+    for _ in range(INPUT_SETS):
+        m, value = _random_swiglu(tokens, kept, width, neurons)
+        gates, values = torch.cat((m.weight_in, value)).chunk(2)
+        runs.append(partial(run, m, gates, values, torch.randn(1, tokens, kept, device="cuda").bfloat16()))
+    return runs
+
+
 def _means(tokens: int) -> list[Run]:
     """What comes before an MLP's selection: the means of the groups, and fc1 of them."""
 
@@ -197,6 +229,16 @@ VARIANTS: dict[str, list[tuning.Parameters]] = {
         split="     4   4   4   4   4   4   4",
         balanced="  1   0   0   0   1   0   1",
         band="      0   8   1  16   8   0   1",
+    ),
+    "sparse_swiglu_in": _grid(
+        rows="    128 128 128 128 128 128 128",
+        neurons=" 128 128 128 128 128  64  64",
+        depth="    64  64  64  64  64  64  64",
+        warps="     8   8   8   8   8   8   4",
+        stages="    3   3   3   4   3   4   3",
+        split="     2   1   2   2   2   1   1",
+        balanced="  1   1   0   1   1   1   1",
+        band="      0   0   0   0   8   0   0",
     ),
     "sparse_mlp_out": [
         *_grid(gluon="1 1 1", blocks="2 2 3", stages="3 4 3"),
@@ -264,6 +306,17 @@ def cases(variants: str) -> Iterator[Case]:
                 build = partial(_sparse_mlp, tokens, kept, "out")
                 yield Case(f"fc2 {share}{label}", build, "", flops, "sparse_mlp_out", p)
             yield Case(f"sparse MLP {share}", partial(_sparse_mlp, tokens, kept, "both"), dense, 2 * flops)
+
+    for label, width, neurons, kept in (("FLUX.2-dev", 6144, 18432, 6656), ("klein-9b", 4096, 12288, 4352)):
+        dense, flops = f"dense swiglu MLP, {label}", 2.0 * 4352 * width * neurons
+        yield Case(dense, partial(_dense_swiglu, 4352, width, neurons), flops=3 * flops)
+        share = f"{label} M=4352 K={kept} ({kept / neurons:.1%})"
+        build = partial(_sparse_swiglu, 4352, kept, width, neurons)
+        flops *= kept / neurons
+        for variant, p in named("sparse_swiglu_in"):
+            yield Case(f"swiglu fc1 {share}{variant}", partial(build, "in"), "", 2 * flops, "sparse_swiglu_in", p)
+        yield Case(f"swiglu fc2 {share}", partial(build, "out"), "", flops)
+        yield Case(f"sparse swiglu MLP {share}", partial(build, "both"), dense, 3 * flops)
 
 
 def _prepare(wanted: tuple[str, str]) -> None:
@@ -334,7 +387,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--variants", choices=("tuned", "all"), default="tuned", help="all: every design that was tried"
     )
-    parser.add_argument("--match", default="", help="time only cases whose name contains one of these, comma-separated")
+    parser.add_argument(
+        "--match", default="", help="only checks and cases whose name contains one of these, comma-separated"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=8, help="processes of `--only prepare`, which compiles ahead")
     parser.add_argument("--json", default=os.path.join(os.environ["OUT"], "ops.json") if "OUT" in os.environ else "")
@@ -355,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = 0
     if options.only != "time":
         report["checks"] = []
-        for check in checks():
+        for check in checks(options.match):
             report["checks"].append(asdict(check) | {"ok": check.ok})
             failed += not check.ok
             mark = "ok  " if check.ok else "FAIL"

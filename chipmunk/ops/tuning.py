@@ -35,6 +35,7 @@ _HOPPER: dict[str, Parameters] = {
     "column_sparse_attention/128 gluon 2": {"gluon": 1, "keys": 128, "stages": 2},
     "column_sparse_attention/128 gluon 3": {"gluon": 1, "keys": 64, "stages": 3},
     "sparse_mlp_in": {"rows": 128, "neurons": 256, "depth": 64, "warps": 8, "stages": 3, "split": 4},
+    "sparse_swiglu_in": {"rows": 128, "neurons": 128, "depth": 64, "warps": 8, "stages": 3, "split": 2},
     "sparse_mlp_out/gluon": {"gluon": 1, "blocks": 3, "stages": 3},
     "sparse_mlp_out": {"rows": 128, "columns": 256, "depth": 64, "warps": 8, "stages": 3, "split": 4},
 }
