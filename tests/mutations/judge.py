@@ -7,7 +7,6 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,9 +51,18 @@ def covered(plan: Plan) -> dict[str, int]:
     return {**{patch: sites[patch] for patch in sorted(sites)}, "attention": sum(blocks.values())}
 
 
-def expected() -> dict[str, dict[str, int]]:
-    loaded: dict[str, dict[str, int]] = yaml.safe_load(EXPECTED.read_text())
-    return loaded
+@dataclass(frozen=True)
+class Expected:
+    """What is written down of one repository."""
+
+    sites: dict[str, int]
+    files: tuple[str, ...] = ()
+    """The mutants hold these and what they import; everything, if there are none."""
+
+
+def expected() -> dict[str, Expected]:
+    loaded = yaml.safe_load(EXPECTED.read_text())
+    return {n: Expected(e["sites"], tuple(e["files"])) if "sites" in e else Expected(e) for n, e in loaded.items()}
 
 
 def rewritten(program: Program, name: str, seed: int) -> Files | None:
@@ -62,20 +70,19 @@ def rewritten(program: Program, name: str, seed: int) -> Files | None:
     return REWRITINGS[name](program, random.Random(f"{seed} {name}"))
 
 
-def combined(program: Program, chosen: list[str], number: int, seed: int) -> Iterator[tuple[str, Files | None]]:
-    """`number` times three rewritings one after the other, with the names of those that applied."""
-    for index in range(number):
-        rng = random.Random(f"{seed} combination {index}")
-        picked = rng.sample(chosen, k=min(3, len(chosen)))
-        done, current = [], program
-        for name in picked:
-            if done:  # its facts moved
-                current = Program.of(current.files)
-            files = REWRITINGS[name](current, rng) if current.models else None
-            if files is not None:
-                done.append(name)
-                current = Program(files, current.plan)
-        yield " + ".join(done) or "nothing", current.files if done else None
+def combined(program: Program, chosen: list[str], index: int, seed: int) -> tuple[str, Files | None]:
+    """Three rewritings one after the other, drawn by seed and index, with the names of those that applied."""
+    rng = random.Random(f"{seed} combination {index}")
+    done: list[str] = []
+    current = program
+    for name in rng.sample(chosen, k=min(3, len(chosen))):
+        if done:  # its facts moved
+            current = Program.of(current.files)
+        files = REWRITINGS[name](current, rng) if current.models else None
+        if files is not None:
+            done.append(name)
+            current = Program(files, current.plan)
+    return " + ".join(done) or "nothing", current.files if done else None
 
 
 def judge(name: str, files: Files | None, wanted: dict[str, int]) -> Outcome:
@@ -130,13 +137,16 @@ def _on_disk(files: dict[str, bytes], plan: Plan) -> str | None:
         return None if found == files else "a revert does not give every byte back"
 
 
-def verified(source: Path, files: Files) -> tuple[str, ...] | None:
+def verified(source: Path, before: Files, files: Files) -> tuple[str, ...] | None:
     """Checks of `chipmunk verify` that a mutant of the repository at `source` fails: the same numbers as before it was
-    patched, with Chipmunk off and with everything kept, are among them. None where the model cannot be built."""
+    patched, with Chipmunk off and with everything kept, are among them. None where the model cannot be built.
+
+    `before` are the files that were rewritten, and `files` what they have become; the repository's others stay.
+    """
     with tempfile.TemporaryDirectory(prefix="chipmunk-mutant-") as folder:
         root = Path(folder) / "repository"
         shutil.copytree(source, root, ignore=shutil.ignore_patterns(".git", ".chipmunk", "__pycache__"))
-        for path in read(source).keys() - files.keys():
+        for path in before.keys() - files.keys():
             (root / path).unlink()
         write(root, {path: text.encode() for path, text in files.items()})
         carry_out(plan_update(root, planned))

@@ -8,6 +8,7 @@ import keyword
 import random
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import libcst as cst
 
@@ -53,16 +54,24 @@ def _taken(program: Program) -> set[str]:
         "train",
         "main",
     }
+    own = {program.module_of(path) for path in program.files}
     for path, text in program.files.items():
         taken.update(path.removesuffix(".py").split("/"))
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                module = getattr(node, "module", None) or ""
-                own = getattr(node, "level", 0) > 0 or any(module == program.module_of(p) for p in program.files)
-                taken.update(module.split("."))
-                for alias in node.names:
-                    taken.update(alias.name.split(".") if not own else ())
+        for module, level, names in _imports(text):
+            taken.update(module.split("."))
+            if level == 0 and module not in own:
+                taken.update(part for name in names for part in name.split("."))
     return taken
+
+
+@cache
+def _imports(text: str) -> list[tuple[str, int, tuple[str, ...]]]:
+    """Module, number of leading dots, and names of each import; mutants share most of their files."""
+    return [
+        (getattr(node, "module", None) or "", getattr(node, "level", 0), tuple(alias.name for alias in node.names))
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
 
 
 def model_class(program: Program, rng: random.Random) -> Files | None:

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 
 import libcst as cst
 
@@ -14,13 +14,13 @@ from chipmunk.registry import load
 from chipmunk.rewrite import ModelFacts, Plan, SiteStatus, plan_repository, source
 
 REGISTRY = load()
-parsed = cache(cst.parse_module)
+parsed = lru_cache(400)(cst.parse_module)
 
 Files = dict[str, str]
 Body = Sequence[cst.BaseStatement]
 
 
-_shared_parse = cache(source._parse)
+_shared_parse = lru_cache(400)(source._parse)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from .judge import (
     rewritten,
     write,
 )
+from .part import part_of
 from .program import Files, Program
 
 ROOT = Path(__file__).parents[2]
@@ -119,7 +120,8 @@ def test_each_rewriting(name: str, original: torch.Tensor, tmp_path: Path) -> No
 
 
 def test_some_together(original: torch.Tensor, tmp_path: Path) -> None:
-    for number, (label, files) in enumerate(combined(PROGRAM, list(REWRITINGS), 3, seed=0)):
+    for number in range(3):
+        label, files = combined(PROGRAM, list(REWRITINGS), number, seed=0)
         check(judge(label, files, WANTED), files, original, tmp_path / str(number))
 
 
@@ -136,4 +138,24 @@ def test_the_judge_sees_what_is_missing() -> None:
 
 def test_the_starter_is_as_written_down() -> None:
     program = Program.of(read(ROOT / "templates/flux-starter"))
-    assert covered(program.plan) == expected()["flux-starter"]
+    assert covered(program.plan) == expected()["flux-starter"].sites
+
+
+def test_a_part_holds_what_its_files_import() -> None:
+    files = {
+        "pack/__init__.py": "from .model import Model\nfrom .unused import Other\nfrom .stars import *\n",
+        "pack/model.py": "import torch\nfrom .layers import Block\n\n\ndef load():\n    import pack.lazy\n",
+        "pack/layers.py": "",
+        "pack/stars.py": "from .helper import attend\n",
+        "pack/helper.py": "",
+        "pack/lazy.py": "",
+        "pack/unused.py": "",
+        "run/loop.py": "from pack import Model, attend\n",
+        "run/other.py": "",
+    }
+    kept = part_of(files, ["run/loop.py"])
+    wanted = {"run/loop.py", "pack/__init__.py", "pack/model.py", "pack/layers.py", "pack/stars.py", "pack/helper.py"}
+    assert kept.keys() == wanted
+    assert part_of(files, ["run/"]).keys() == wanted | {"run/other.py"}
+    with pytest.raises(ValueError, match="nowhere"):
+        part_of(files, ["nowhere.py"])
