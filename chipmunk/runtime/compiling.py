@@ -36,11 +36,15 @@ class BlockCompiler:
             import_module("torch._inductor.compile_fx")
             launch.workers()
 
-    def compile(self, model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        """Compile the blocks that are not compiled yet, if the configuration and the device ask for it."""
+    def compile(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        """Compile the blocks, if the configuration and the device ask for it and the user has compiled none of them.
+
+        Where the user has compiled the model as a whole, its graph ends at the forward that runs sparse: the blocks
+        would run uncompiled.
+        """
         if self.wanted is False or (self.wanted == "auto" and not _is_worth_it(device)):
             return
-        if any(_is_compiled(module) for module in (model, *blocks) if module not in self._compiled):
+        if any(_is_compiled(module) for module in blocks if module not in self._compiled):
             return  # the user compiles, and knows how
         for block in blocks:
             if block not in self._compiled and not block._forward_hooks and "forward" not in block.__dict__:

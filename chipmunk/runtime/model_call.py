@@ -127,7 +127,7 @@ def _attempt(
     step = None if slot.steps is None else StepCall(slot.steps, generation.step, skip)
     labels: list[tuple[str, str, bool]] = []
     if not skip:
-        session.compiler.compile(bound.args[0], blocks, image.device)
+        session.compiler.compile(blocks, image.device)
         labels = [_plan(session, index, state) for index, state in enumerate(slot.layers)]
         _seed(slot.layers, image.device)
     try:

@@ -59,8 +59,7 @@ class Session:
         self.recorder = Recorder()
         self.compiler = BlockCompiler(config.compile)
         self.compiler.prepare()
-        # Made here and not at import, which would import the whole compiler for those who leave Chipmunk off.
-        self.call_eagerly: Callable[..., Any] = torch.compiler.disable(_call)  # type: ignore[no-untyped-call]
+        _keep_out_of_graphs()
         self.layout = WeightLayout()
         self.installed: list[nn.Module] = []
         """The blocks that hold a state now: not empty while a sparse call runs."""
@@ -143,18 +142,13 @@ def model_forward(
             if name is not None and name not in signature.parameters:
                 raise TypeError(f"{forward.__qualname__} has no parameter {name!r}")
 
+        call = _way_in(forward, signature, spec)
         if model is not None:
-            return _decorated_function(forward, signature, model, spec)
+            return _decorated_function(forward, signature, model, spec, call)
 
         @functools.wraps(forward)
         def chipmunk_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() and not is_exporting():
-                # The whole model is being compiled; getattr, so that Dynamo guards on the absence of a session.
-                session = getattr(self, ATTRIBUTE, None)
-                if not session:
-                    return forward(self, *args, **kwargs)
-                return session.call_eagerly(forward, signature, self, args, kwargs)
-            return _call(forward, signature, self, args, kwargs)
+            return call(self, args, kwargs)
 
         setattr(chipmunk_forward, MARK, spec)
         return chipmunk_forward  # type: ignore[return-value]
@@ -162,7 +156,9 @@ def model_forward(
     return decorate
 
 
-def _decorated_function(forward: Function, signature: inspect.Signature, model: str, spec: ForwardSpec) -> Function:
+def _decorated_function(
+    forward: Function, signature: inspect.Signature, model: str, spec: ForwardSpec, call: Callable[..., Any]
+) -> Function:
     """A function whose first parameter is the model, which may be given by its name."""
     if next(iter(signature.parameters), None) != model:
         raise TypeError(f"{model!r} is not the first parameter of {forward.__qualname__}")
@@ -174,10 +170,37 @@ def _decorated_function(forward: Function, signature: inspect.Signature, model: 
             args = (kwargs.pop(model),)
         if not args or not isinstance(args[0], nn.Module):
             return forward(*args, **kwargs)
-        return _call(forward, signature, args[0], args[1:], kwargs)
+        return call(args[0], args[1:], kwargs)
 
     setattr(chipmunk_function, MARK, spec)
     return chipmunk_function  # type: ignore[return-value]
+
+
+def _way_in(
+    forward: Callable[..., Any], signature: inspect.Signature, spec: ForwardSpec
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+    """A call of the forward, under the model's session if it has one, also in a graph of the whole model."""
+
+    def is_configured() -> bool:
+        """Whether the model's first call would begin a session: asked once for each graph."""
+        found = configuration.find(spec.root) is not None
+        if found:
+            _keep_out_of_graphs()
+        return found
+
+    # As torch.compiler.assume_constant_result does, which imports the whole compiler.
+    is_configured._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.compiler.is_compiling() and not is_exporting():
+            # The whole model is being compiled; getattr, so that Dynamo guards on the absence of a session.
+            session = getattr(model, ATTRIBUTE, None)
+            if session is False or (session is None and not is_configured()):
+                return forward(model, *args, **kwargs)
+            return _call_eagerly(forward, signature, model, args, kwargs)
+        return _call(forward, signature, model, args, kwargs)
+
+    return call
 
 
 def _call(
@@ -193,6 +216,22 @@ def _call(
     named = _slot_name.get()
     name = named[1] if named is not None and named[0] is session else MAIN_SLOT
     return run_model_call(session, name, forward, signature, model, args, kwargs)
+
+
+_call_eagerly: Callable[..., Any] = _call
+
+
+def _keep_out_of_graphs() -> None:
+    """Where the model is compiled as a whole, a call under a session ends the graph, which has no place for caches.
+
+    Not done at import, which would import the whole compiler for those who leave Chipmunk off.
+    """
+    global _call_eagerly
+    if _call_eagerly is _call:
+        why = "Chipmunk is on: leave fullgraph=True out, compile the blocks instead, or call chipmunk.disable(model)"
+        takes_reason = "reason" in inspect.signature(torch.compiler.disable).parameters  # since PyTorch 2.8
+        told = {"reason": why} if takes_reason else {}
+        _call_eagerly = torch.compiler.disable(_call, **told)  # type: ignore[no-untyped-call]
 
 
 def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, Any] | None = None) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,6 +192,41 @@ def test_a_whole_model_compiles_in_one_graph_while_off() -> None:
     assert graphs() == 1
 
 
+class Handed(Flux):
+    """Its work is done in a function that is given the model, as in DiffSynth-Studio."""
+
+    def forward(self, **given: Any) -> torch.Tensor:
+        return run(model=self, **given)
+
+
+@chipmunk.model_forward(model="model", double="double_blocks", single="single_blocks", image="img", ids="img_ids")
+def run(model: Handed, img: Any, img_ids: Any, txt: Any, txt_ids: Any, timesteps: Any) -> torch.Tensor:
+    return Flux.forward.__wrapped__(model, img, img_ids, txt, txt_ids, timesteps)  # type: ignore[attr-defined, no-any-return]
+
+
+def test_a_function_that_is_given_the_model_compiles_as_a_method_does() -> None:
+    model, given = build(kind=Handed, double=1, single=1), {**inputs(), "timesteps": torch.ones(1)}
+    whole = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(whole(**given), model(**given))
+    assert graphs() == 1
+    torch._dynamo.reset()
+    whole, plain = torch.compile(model, backend="eager"), build(double=1, single=1)
+    for one in (whole, plain):
+        chipmunk.enable(one, alone())
+    assert error(denoise(whole, 9, **inputs()), denoise(plain, 9, **inputs())) < 1e-5
+    assert chipmunk.statistics(whole).layers[1].mlp["main"].sparse == 8
+
+
+def test_one_graph_of_the_whole_model_is_refused_while_on() -> None:
+    model, given = tiny(), {**inputs(), "timesteps": torch.ones(1)}
+    chipmunk.enable(model, small())
+    whole = torch.compile(model, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="leave fullgraph=True out"):
+        whole(**given)
+    chipmunk.disable(model)
+    assert torch.equal(whole(**given), model(**given))
+
+
 def test_a_model_compiled_as_a_whole_runs_sparse_with_a_graph_break() -> None:
     model = tiny()
     whole = torch.compile(model, backend="eager")
@@ -199,6 +236,59 @@ def test_a_model_compiled_as_a_whole_runs_sparse_with_a_graph_break() -> None:
     assert chipmunk.statistics(whole).layers[1].mlp["main"].sparse == 8
     chipmunk.disable(whole)
     assert error(denoise(whole, 9, **inputs()), off) < 1e-6
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_the_session_compiles_the_blocks_of_a_model_that_is_compiled_as_a_whole(
+    how: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its graph of the whole model ends where the sparse forward begins, so the blocks would run uncompiled."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    model, plain = single(), single()
+    whole: Any = model
+    if when == "after":
+        chipmunk.enable(model, alone(compile=True))
+    if how == "wrapped":
+        whole = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    chipmunk.enable(plain, alone())
+    mine = model._compiled_call_impl
+    if when == "before":
+        chipmunk.enable(whole, alone(compile=True))
+    assert error(denoise(whole, 9, **inputs()), denoise(plain, 9, **inputs())) < 1e-5
+    assert chipmunk.statistics(whole).layers[0].mlp["main"].sparse == 8
+    assert all(block._compiled_call_impl is not None for block in blocks_of(model))
+    compiled = graphs()
+    denoise(whole, 9, **inputs(seed=2))
+    assert graphs() == compiled
+    chipmunk.disable(whole)
+    assert model._compiled_call_impl is mine
+    assert all(block._compiled_call_impl is None for block in blocks_of(model))
+    assert error(denoise(whole, 9, **inputs()), denoise(single(), 9, **inputs())) < 1e-6
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_a_configuration_is_looked_up_by_a_model_that_is_compiled_as_a_whole(how: str, tmp_path: Path) -> None:
+    """Where nothing else asks for it, neither `enable` nor a marked loop: the timestep counts the steps."""
+
+    class Clocked(Flux):
+        forward = chipmunk.model_forward(
+            double="double_blocks", single="single_blocks", image="img", ids="img_ids", timesteps="timesteps"
+        )(Flux.forward.__wrapped__)  # type: ignore[attr-defined]
+
+    (tmp_path / "chipmunk-config.yml").write_text(json.dumps(small()))  # in the working directory
+    model = build(kind=Clocked, double=1, single=1)
+    whole: Any = model
+    if how == "wrapped":
+        whole = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    given = inputs()
+    for time in torch.linspace(1, 0.1, 10):
+        whole(**given, timesteps=time[None])
+    assert chipmunk.statistics(whole).layers[1].mlp["main"].sparse == 9
 
 
 def test_linears_that_are_not_understood_compile_too() -> None:
