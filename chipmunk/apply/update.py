@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Upda
 
     `planner` gets the Python files by path, without Chipmunk's earlier change. In a file where the user's edits
     cannot be told from it, the rules see the file as it is; if they want to change it, `Conflict` says where the
-    edits are. If the rules find nothing to change at all, an earlier patch stays as it is: taking it out is what
+    edits are, and so it does if a patch would go out of other files because its lines there were edited or deleted.
+    If the rules find nothing to change at all, an earlier patch stays as it is: taking it out is what
     `revert` is for.
 
     Raises what `read` and `Store.load` raise.
@@ -78,15 +80,60 @@ def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Upda
         formatted = edited and (same_code(wanted, current) or same_program(wanted, current))
         if not formatted:  # a formatter's work on patched lines is left as it is
             changes.append(FileChange(path, current, wanted))
+    taken_out = _taken_out(journal, plan, changes)
+    _refuse_to_take_out(repository, journal, standing, plan, taken_out)
     touched = {change.path for change in changes}
     untouched = {path for path in files if repository.links.get(path, path) not in touched}
     told_by_rules = plan.sites
-    sites = [_as_on_disk(site, repository, files, untouched) for site in told_by_rules]
+    sites = [_as_on_disk(site, repository, files, untouched, taken_out) for site in told_by_rules]
     plan = replace(plan, changes=tuple(changes), sites=(*repository.problems, *sites))
     # The journal tells the sites from the originals: a line number there means the same whatever is on the disk.
     recorded = (*repository.problems, *told_by_rules)
     after = Journal(tuple(entries), plan.target, dict(plan.patches), recorded) if changes else journal
     return Update(repository, plan, after, in_force.id if in_force else None)
+
+
+def _taken_out(journal: Journal, plan: Plan, changes: Sequence[FileChange]) -> dict[str, set[str]]:
+    """By file, the patches that are asked for, were in it, and no longer will be."""
+    before, now = _patches_by_file(journal.sites), _patches_by_file(plan.sites)
+    return {change.path: (before[change.path] - now[change.path]) & plan.patches.keys() for change in changes}
+
+
+def _refuse_to_take_out(
+    repository: Repository,
+    journal: Journal,
+    standing: Mapping[str, FileStatus],
+    plan: Plan,
+    taken_out: Mapping[str, set[str]],
+) -> None:
+    """Raise `Conflict` if a patch would be taken out of files because of what the user did to its lines in another.
+
+    One patch may change several files: the calls in the blocks hand down what the attention function takes. Where its
+    lines in one of them are gone, the rules find no reason for those in the others.
+    """
+    before, now = _patches_by_file(journal.sites), _patches_by_file(plan.sites)
+    gone = [file for file in standing.values() if file.unpatched is None and file.now_at is None]
+    patches = set().union(*taken_out.values()) & set().union(*(before[file.path] - now[file.path] for file in gone))
+    if not patches:
+        return
+    names, rest = ", ".join(sorted(patches)), ",".join(sorted(plan.patches.keys() - patches))
+    files = ", ".join(path for path, lost in taken_out.items() if not lost.isdisjoint(patches))
+    command = f"chipmunk patch {quoted(repository.root)} --only {rest}   (to leave {names} out)"
+    raise Conflict(
+        f"lines of {names} were edited or deleted since, and without them this would take {names} out of {files}; "
+        "nothing was changed. Put the lines back as Chipmunk left them, or leave the patch out",
+        places=[p for file in gone if not before[file.path].isdisjoint(patches) for p in file.places],
+        next_command=command if rest else f"chipmunk diff {quoted(repository.root)}",
+    )
+
+
+def _patches_by_file(sites: Iterable[Site]) -> defaultdict[str, set[str]]:
+    """Which patches have changed something in a file, or are to."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    for site in sites:
+        if site.status in (SiteStatus.PATCHED, SiteStatus.ALREADY):
+            found[site.file].add(site.patch)
+    return found
 
 
 def plan_patch_file(root: Path, patch: bytes) -> Update:
@@ -157,7 +204,13 @@ def _wanted(standing: FileStatus | None, planned: FileChange | None) -> bytes | 
     return standing.unpatched if standing is not None else None
 
 
-def _as_on_disk(site: Site, repository: Repository, planned_on: Mapping[str, bytes], untouched: set[str]) -> Site:
+def _as_on_disk(
+    site: Site,
+    repository: Repository,
+    planned_on: Mapping[str, bytes],
+    untouched: set[str],
+    taken_out: Mapping[str, set[str]],
+) -> Site:
     """A site of the unpatched file, told from the file on the disk."""
     current, unpatched = repository.files.get(site.file), planned_on.get(site.file)
     if current is None or unpatched is None or current == unpatched:
@@ -165,6 +218,8 @@ def _as_on_disk(site: Site, repository: Repository, planned_on: Mapping[str, byt
     line = map_line(unpatched, current, site.line)
     if site.status is SiteStatus.PATCHED and site.file in untouched:
         return replace(site, line=line, status=SiteStatus.ALREADY, reason="Chipmunk patched it before")
+    if site.patch in taken_out.get(site.file, ()):
+        return replace(site, line=line, reason=f"{site.reason}; what Chipmunk had changed here is taken out")
     return replace(site, line=line)
 
 

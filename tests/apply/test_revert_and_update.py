@@ -375,6 +375,71 @@ def test_new_rules_on_overlapping_edits_are_a_conflict_only_if_they_want_that_fi
     assert snapshot(patched) == before
 
 
+def together(files: dict[str, bytes]) -> Plan:
+    """Rules that patch other files only where math.py holds the call that these lead to."""
+    plan = rules(files)
+    if any(site.file == "src/flux/math.py" for site in plan.sites):
+        return plan
+    return replace(plan, changes=plan.changes[-1:], sites=plan.sites[-1:])  # of setup.py and its like
+
+
+@pytest.mark.parametrize("how", ["the call deleted", "the file deleted"])
+def test_a_patch_is_not_taken_out_because_lines_of_it_were_deleted_elsewhere(patched: Path, how: str) -> None:
+    """As where the attention function goes: the calls in the blocks would silently lose what leads to it."""
+    if how == "the call deleted":
+        edit(
+            patched / "src/flux/math.py",
+            b"    x = chipmunk.sdpa(q, k, v)\n    return x\n",
+            b"    return flash(q, k, v)\n",
+        )
+    else:
+        (patched / "src/flux/math.py").unlink()
+    before = snapshot(patched)
+    with pytest.raises(Conflict, match=r"would take attention out of .*src/flux/layers.py") as caught:
+        plan_update(patched, together)
+    assert [place.file for place in caught.value.places] == ["src/flux/math.py"]
+    assert snapshot(patched) == before
+
+
+def test_a_patch_that_is_no_longer_asked_for_is_taken_out_all_the_same(patched: Path) -> None:
+    edit(
+        patched / "src/flux/math.py", b"    x = chipmunk.sdpa(q, k, v)\n    return x\n", b"    return flash(q, k, v)\n"
+    )
+    update = plan_update(patched, lambda files: replace(together(files), patches={"mlp": "1"}))
+    assert "src/flux/layers.py" in {change.path for change in update.changes}
+
+
+def test_what_is_taken_out_is_told(patched: Path) -> None:
+    def careful(files: dict[str, bytes]) -> Plan:
+        """Rules that leave a call alone where a comment asks for it."""
+        plan = rules(files)
+        changes = tuple(change for change in plan.changes if b"# dense" not in change.before)
+        changed = {change.path for change in changes}
+        dense = {"status": SiteStatus.LEFT_DENSE, "reason": "a comment asks for it"}
+        return replace(
+            plan, changes=changes, sites=tuple(s if s.file in changed else replace(s, **dense) for s in plan.sites)
+        )
+
+    edit(patched / "src/flux/layers.py", b"class Block:", b"class Block:  # dense")
+    update = plan_update(patched, careful)
+    (site,) = [site for site in update.plan.sites if "layers" in site.file]
+    assert site.reason == "a comment asks for it; what Chipmunk had changed here is taken out"
+    assert (site.status, site.line) == (SiteStatus.LEFT_DENSE, 8)  # a line further down than without the import
+    carry_out(update)
+    (site,) = [site for site in plan_update(patched, careful).plan.sites if "layers" in site.file]
+    assert site.reason == "a comment asks for it"
+
+
+def test_code_that_moved_to_another_file_keeps_the_patch(patched: Path) -> None:
+    edit(
+        patched / "src/flux/math.py", b"    x = chipmunk.sdpa(q, k, v)\n    return x\n", b"    return other(q, k, v)\n"
+    )
+    (patched / "src/flux/other.py").write_bytes(
+        b"import chipmunk\n\n\ndef other(q, k, v):\n    return chipmunk.sdpa(q, k, v)\n"
+    )
+    assert plan_update(patched, rules).changes == ()
+
+
 def test_a_file_that_came_since_is_patched_and_joins_the_journal(patched: Path) -> None:
     make(patched, {"src/flux/new.py": LAYERS})
     update = plan_update(patched, rules)
