@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, replace
 
 import libcst as cst
@@ -96,9 +97,10 @@ class Cuts:
         counterpart = cut_at(other)
         if counterpart is None or (counterpart[0] is None) == (cut[0] is None):
             return None
-        if code(edge_of(counterpart)) != code(edge_of(cut)):
+        edges = sorted((code(edge_of(cut)), code(edge_of(counterpart))), key=len)
+        if _tree(edges[0]) != _tree(edges[1]):
             return None
-        first.sizes = f"[{code(edge_of(cut))}, -1]"
+        first.sizes = f"[{edges[0]}, -1]"
         if place is step:
             assert isinstance(step.node, cst.Assign)
             if elements(step.node.value) != ([value, other] if first.mlp_first else [other, value]):
@@ -151,6 +153,11 @@ def cut_at(node: cst.CSTNode | None) -> tuple[cst.BaseExpression | None, cst.Bas
     if not (len(parts) == 2 and dots) and not (len(parts) == 3 and len(whole) == 2):
         return None
     return last.lower, last.upper
+
+
+def _tree(expression: str) -> str:
+    """What two expressions have in common that differ in their layout only."""
+    return ast.dump(ast.parse(f"({expression}\n)", mode="eval"))
 
 
 def edge_of(cut: tuple[cst.BaseExpression | None, cst.BaseExpression | None]) -> cst.BaseExpression:
