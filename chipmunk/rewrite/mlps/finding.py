@@ -21,6 +21,8 @@ class Finder:
     def __init__(self, context: Context, where: Reached) -> None:
         self.look = Look(context, where)
         self.seconds = 0
+        self.apart = 0
+        """Second linears that stand in another branch, or under another `with`, than the concatenation they take."""
 
     def found(self) -> list[Pieces]:
         mlps: list[Pieces] = []
@@ -51,6 +53,7 @@ class Finder:
         if len(parts) != 2 or integer(argument(cat, 1, "dim", "axis")) not in (2, -1):
             return []
         if held and at.chain != step.chain:
+            self.apart += 1
             return []
         return [
             (Second(call, at if held else step, False, *linear, cat, parts[i], parts[1 - i], i == 1, step), list(held))
