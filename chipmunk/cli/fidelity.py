@@ -20,12 +20,13 @@ Configs = Annotated[
     list[Path] | None,
     typer.Option("--config", help="A chipmunk-config.yml; may be repeated, to compare.", metavar="FILE"),
 ]
-Weights = Annotated[Path | None, typer.Option("--weights", help="A checkpoint of your own.", metavar="SAFETENSORS")]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", help="A checkpoint of your own; for a script, a pipeline's folder.", metavar="PATH"),
+]
 Factory = Annotated[
     str | None,
-    typer.Option(
-        "--factory", help="A function that builds the model, if the target cannot.", metavar="MODULE:FUNCTION"
-    ),
+    typer.Option("--factory", help="A function that builds the model, or loads a pipeline.", metavar="MODULE:FUNCTION"),
 ]
 Autoencoder = Annotated[
     Path | None,

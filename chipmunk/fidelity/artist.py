@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Artist:
         self.studio = Studio(spec)
         self.model: nn.Module = self.studio.subject_model
         facts = spec.facts
-        self.blocks: list[nn.Module] = [*getattr(self.model, facts.double), *getattr(self.model, facts.single)]
+        self.blocks: list[nn.Module] = [*attrgetter(facts.double)(self.model), *attrgetter(facts.single)(self.model)]
         self.pictures = self.studio.pictures()
         self.done, self.total = 0, total
         self.pixels: dict[str, Tensor] = {}
@@ -60,7 +61,7 @@ class Artist:
         with recording(self.model, self.blocks, watched) as recorded:
             drawing = self.studio.draw(picture, steps, decode=False)
         if self.studio.decodes:
-            drawing.pixels = self.studio.pipeline.decode(drawing.latents[-1], self.studio.width, self.studio.height)
+            drawing.pixels = self.studio.decode(drawing)
         self.done += 1
         self.say(what)
         return drawing, recorded
@@ -169,7 +170,7 @@ class Artist:
         found: Result = {name: self._floor(name, context) for name, context in again.items()}
         # the weights are not put back: this comes last
         other = torch.float16 if self.studio.dtype == torch.bfloat16 else torch.bfloat16
-        self.model.to(other)
+        self.studio.cast(other)
         name = str(other).removeprefix("torch.")
         found[name] = self._floor(name, nullcontext)
         return found

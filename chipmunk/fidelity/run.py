@@ -21,7 +21,7 @@ from chipmunk.rewrite.plan import ModelFacts, Plan, Site
 from chipmunk.verify.original import rebuild
 from chipmunk.verify.process import Progress, run_workers
 from chipmunk.verify.report import VerifyError
-from chipmunk.verify.run import original_plan, patched_repository
+from chipmunk.verify.run import original_plan, patched_repository, target_of
 
 WORKER = "chipmunk.fidelity.worker"
 
@@ -79,20 +79,19 @@ def prepare(root: Path, options: FidelityOptions, work: Path) -> Prepared:
     """
     state = patched_repository(root)
     for path in (options.weights, options.autoencoder):
-        if path is not None and not path.is_file():
+        if path is not None and not path.exists():
             raise FidelityError(f"there is no file {path}")
     originals = {file.path: file.unpatched for file in state.files if file.unpatched is not None}
     plan = original_plan(state, originals, target=options.target, plugins=options.plugins)
-    target = registry.load(options.plugins).targets[plan.target or "flux"]
-    assert target.module.__file__ is not None
+    facts = _model(plan.models)
     assert state.journal is not None
     width, height = options.size or (None, None)
     base = Spec(
         side="original",
         root=rebuild(state.root, originals, work / "original-repository"),
         out=work / "original",
-        facts=_model(plan.models),
-        target=Path(target.module.__file__).resolve(),
+        facts=facts,
+        target=target_of(facts, plan.target, registry.load(options.plugins).targets),
         dense=work / "dense",
         device=options.device,
         dtype=options.dtype,
@@ -128,11 +127,16 @@ def run(root: Path, options: FidelityOptions, progress: Progress | None = None) 
         prepared = prepare(root, options, work)
         configs = config_variants(options.configs, prepared.root) if options.configs or not options.variants else []
         variants = (*configs, *options.variants)
+        left_out = []
+        if prepared.original.facts.installed and any(variant.method == "cache-dit" for variant in variants):
+            variants = tuple(variant for variant in variants if variant.method != "cache-dit")
+            left_out.append("cache-dit is compared on models in a repository only")
         dense = tuple(variant for variant in variants if variant.config is None)
         sparse = tuple(variant for variant in variants if variant.config is not None)
         theirs = work_on(replace(prepared.original, variants=dense), prepared, options, progress)
         ours = work_on(replace(prepared.patched, variants=sparse), prepared, options, progress)
-        results = _joined(theirs, ours, variants, options)
+        results = _joined(theirs, ours, variants, options, prepared.original.facts.installed)
+        results["notes"] += left_out
         images = _pictures(results, work, options.output)
     return FidelityReport(
         root=prepared.root,
@@ -194,7 +198,11 @@ def _resolved(path: Path | None) -> Path | None:
 
 
 def _joined(
-    theirs: Mapping[str, Any], ours: Mapping[str, Any], variants: Sequence[Variant], options: FidelityOptions
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    variants: Sequence[Variant],
+    options: FidelityOptions,
+    installed: bool,
 ) -> dict[str, Any]:
     """The results of both sides as one object, less the pictures."""
     cost = ours["cost"]
@@ -217,7 +225,8 @@ def _joined(
     if options.device == "cpu":
         notes.append("seconds on a CPU, where the operators are plain PyTorch, say nothing about a GPU: look at FLOPs")
     if not theirs["decodes"]:
-        notes.append("pictures could not be decoded (--autoencoder): PSNR is that of the latents, and there is no SSIM")
+        needs = "a pipeline with a VAE: --weights FOLDER" if installed else "--autoencoder"
+        notes.append(f"pictures could not be decoded ({needs}): PSNR is that of the latents, and there is no SSIM")
     return {
         "environment": ours["environment"],
         "size": theirs["size"],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import chipmunk
+from chipmunk.fidelity import pipelines
 from chipmunk.fidelity.spec import Picture, Spec
 from chipmunk.verify import spec as verify
 from chipmunk.verify.checkout import CheckoutError
@@ -32,9 +35,13 @@ class Drawing:
 class Studio(Subject):
     """One side's model and the repository's own way from a prompt to a picture, as far as the target knows it."""
 
+    pipeline: Any = None
+    """What the target, or the user, draws with; None where latents come from random conditioning alone."""
+    _whole: pipelines.UserPipeline | None = None
+    """A pipeline of diffusers, which draws by itself; `pipeline` is the same then."""
+
     def __init__(self, spec: Spec) -> None:
         self.order = spec
-        self.pipeline: Any = None
         self._chosen: nn.Module | None = None
         super().__init__(
             verify.Spec(
@@ -50,10 +57,13 @@ class Studio(Subject):
                 weights=spec.weights,
             )
         )
-        self.dtype = getattr(torch, spec.dtype)
-        self.subject_model.to(self.dtype)
+        self.dtype: torch.dtype = getattr(torch, spec.dtype)
+        if self._whole is not None:
+            self.dtype = self._whole.dtype  # a function of the user's has chosen it
+        else:
+            self.subject_model.to(self.dtype)
         self.loop = next((entry for entry in self.loops if entry is not None), None)
-        if self.loop is None:
+        if self.loop is None and self._whole is None:
             self.notes.append("no sampling loop of the repository can be run by itself: plain Euler steps were made")
         width, height = self.pipeline.size if self.pipeline is not None else (512, 512)
         self.width, self.height = spec.width or width, spec.height or height
@@ -68,6 +78,10 @@ class Studio(Subject):
 
     def _build(self, name: str) -> nn.Module:
         """The user's own weights or model; else what the repository comes with; else a small random model."""
+        whole = self._user_pipeline()
+        if whole is not None:
+            self.pipeline = self._whole = whole
+            return whole.transformer
         make = getattr(self.target, "pipeline", None)
         if make is not None:
             autoencoder = None if self.order.autoencoder is None else str(self.order.autoencoder)
@@ -82,6 +96,44 @@ class Studio(Subject):
             return self._from_factory(self.order.factory)  # its weights are the user's: they are left alone
         return super()._build(name)
 
+    def _user_pipeline(self) -> pipelines.UserPipeline | None:
+        """The pipeline in the folder given as weights, or that a function of the user's returns."""
+        order = self.order
+        try:
+            if order.weights is not None and order.weights.is_dir():
+                if not self.facts.installed:
+                    raise BuildError(f"{order.weights} is a folder: the model of this repository takes a checkpoint")
+                if not pipelines.is_folder(order.weights):
+                    raise BuildError(f"there is no pipeline in {order.weights}: neither of the two index files")
+                made = pipelines.load(order.weights, getattr(torch, order.dtype))
+            elif order.factory is not None and self.facts.installed:
+                made = self._made_by(order.factory)
+            else:
+                return None
+            if isinstance(made, (nn.Module, tuple)):
+                return None  # a model, for `_from_factory`
+            if order.autoencoder is not None:
+                raise BuildError("--autoencoder does not go with a pipeline, which has its own")
+            return pipelines.UserPipeline(made, self.model_class, order.device, order.text_tokens)
+        except pipelines.CannotDraw as error:
+            where = order.weights or order.factory
+            raise BuildError(f"the {type(made).__name__} of {where} cannot be used: {error}") from error
+
+    def _made_by(self, factory: str) -> Any:
+        """What a function of the user's, `module:function`, returns."""
+        module, _, function = factory.partition(":")
+        if self.order.factory_folder is not None:
+            sys.path.append(str(self.order.factory_folder))
+        return getattr(importlib.import_module(module), function or "build")()
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Draw in another dtype from now on."""
+        self.dtype = dtype
+        if self._whole is not None:
+            self._whole.cast(dtype)
+        else:
+            self.subject_model.to(dtype)
+
     @property
     def encodes(self) -> bool:
         return self.pipeline is not None and bool(self.pipeline.encodes)
@@ -95,6 +147,8 @@ class Studio(Subject):
         """Whose weights these are, for the report."""
         if self.order.weights is not None:
             return self.order.weights.name
+        if self._whole is not None:
+            return f"{self._whole.weights} of {self.order.factory}"
         if self.order.factory is not None:
             return f"of {self.order.factory}"
         return str(self.pipeline.weights) if self.encodes else "random"
@@ -132,7 +186,9 @@ class Studio(Subject):
         return (self.height // self.token_size) * (self.width // self.token_size)
 
     def draw(self, picture: Picture, steps: int, decode: bool = True) -> Drawing:  # type: ignore[override]
-        """Draw one picture with the repository's own loop."""
+        """Draw one picture with the repository's own loop, or the user's pipeline, which decodes in `decode` alone."""
+        if self._whole is not None:
+            return self._draw_whole(self._whole, picture, steps)
         model, given = self.subject_model, self.inputs(picture)
         times = self.times(steps, self.tokens())
         drawn, inputs = Drawn(), list[Tensor]()
@@ -147,10 +203,24 @@ class Studio(Subject):
                     result = self.target.run_loop(function, facts.model_parameter, model, given, times, variants[0])
             drawing = Drawing(_after_each_step(drawn, inputs, result))
             if decode and self.decodes:
-                drawing.pixels = self.pipeline.decode(result, self.width, self.height)
+                drawing.pixels = self.decode(drawing)
         if not torch.isfinite(result).all():
             raise BuildError(f"the picture of '{picture.prompt}', seed {picture.seed}, is not finite")
         return drawing
+
+    def _draw_whole(self, pipeline: pipelines.UserPipeline, picture: Picture, steps: int) -> Drawing:
+        with torch.inference_mode():
+            latents = pipeline.draw(picture.prompt, picture.seed, steps, self.width, self.height)
+        if not torch.isfinite(latents[-1]).all():
+            raise BuildError(f"the picture of '{picture.prompt}', seed {picture.seed}, is not finite")
+        return Drawing(latents)
+
+    def decode(self, drawing: Drawing) -> Tensor:
+        """The pixels of the picture that was drawn last, (B, H, W, 3) uint8, on the CPU."""
+        if self._whole is not None:
+            return self._whole.decode()
+        pixels: Tensor = self.pipeline.decode(drawing.latents[-1], self.width, self.height)
+        return pixels
 
 
 def _after_each_step(drawn: Drawn, inputs: list[Tensor], result: Tensor) -> list[Tensor]:

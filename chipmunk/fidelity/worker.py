@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def _about(artist: Artist) -> dict[str, str]:
     found = {
         "model": f"{spec.facts.name} of {spec.facts.file}, {count} parameters",
         "weights": artist.studio.weights,
-        "dtype": spec.dtype,
+        "dtype": str(artist.studio.dtype).removeprefix("torch."),
     }
     if not artist.cuda:
         found["device"] = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
@@ -111,7 +112,7 @@ def _about(artist: Artist) -> dict[str, str]:
 
 
 def _name(spec: Spec, model: nn.Module, index: int) -> str:
-    doubles = len(getattr(model, spec.facts.double))
+    doubles = len(attrgetter(spec.facts.double)(model))
     return f"{spec.facts.double}.{index}" if index < doubles else f"{spec.facts.single}.{index - doubles}"
 
 
