@@ -97,11 +97,20 @@ def build(model_class: type[nn.Module], values: Mapping[str, Any]) -> nn.Module:
     if isinstance(head, int) and axes is not None and "axes_dims_rope" not in given:
         side = head * 7 // 16
         given["axes_dims_rope"] = (head - 2 * side, side, side) if len(axes.default) == 3 else (head // 4,) * 4
-    return model_class(**given)
+    model = model_class(**given)
+    for name, module in model.named_modules():
+        if any(part in name.split(".") for part in getattr(model, "_keep_in_fp32_modules", None) or ()):
+            module.float()  # as `from_pretrained` does
+    return model
 
 
-def named(model_class: type[nn.Module], name: str) -> dict[str, Any]:
-    """Constructor arguments of a published model of this class. Raises CannotRun where it is none of `MODELS`."""
+def named(model_class: type[nn.Module], name: str | None) -> dict[str, Any]:
+    """Constructor arguments of a published model of this class; without a name of the largest.
+
+    Raises CannotRun where it is none of `MODELS`.
+    """
+    if name is None:
+        return FULL
     known = [key for key, values in MODELS.items() if set(values) <= set(inspect.signature(model_class).parameters)]
     if name not in known:
         kinds = f"it knows {', '.join(known)}" if known else "it knows one size of that only"

@@ -160,13 +160,15 @@ def build(spec: Spec) -> tuple[nn.Module, Loop]:
 
 def size_of(spec: Spec, target: ModuleType, model_class: type[nn.Module]) -> dict[str, Any]:
     """Constructor arguments of the model that is to be built."""
+    named: Callable[..., dict[str, Any]] | None = getattr(target, "named", None)
+    small: dict[str, Any] = target.SMALL
+    full: dict[str, Any] = target.FULL
+    if spec.model is None and torch.device(spec.device).type == "cpu":
+        return small
+    if named is not None:
+        return named(model_class, spec.model)
     if spec.model is not None:
-        named = getattr(target, "named", None)
-        if named is None:
-            raise CannotTime("build", f"target '{target.NAME}' knows no models by name")
-        values: dict[str, Any] = named(model_class, spec.model)
-        return values
-    full: dict[str, Any] = target.SMALL if torch.device(spec.device).type == "cpu" else target.FULL
+        raise CannotTime("build", f"target '{target.NAME}' knows no models by name")
     return full
 
 

@@ -45,13 +45,15 @@ def test_no_name_is_the_full_size_on_a_gpu_and_the_small_one_on_a_cpu() -> None:
 def test_a_name_is_asked_of_the_target_with_the_class() -> None:
     asked = []
 
-    def named(model_class: type[nn.Module], name: str) -> dict[str, Any]:
+    def named(model_class: type[nn.Module], name: str | None) -> dict[str, Any]:
         asked.append((model_class, name))
         return {"depth": 8}
 
     assert size_of(spec(model="klein"), target(named=named), Model) == {"depth": 8}
     assert size_of(spec(model="klein", device="cpu"), target(named=named), Model) == {"depth": 8}
     assert asked == 2 * [(Model, "klein")]
+    assert size_of(spec(), target(named=named), Model) == {"depth": 8}, "the full size may depend on the class"
+    assert asked[2:] == [(Model, None)]
 
 
 def test_a_target_without_names_says_so() -> None:

@@ -19,7 +19,7 @@ def billions(name: str, model: str | None) -> float:
     if kind is None:
         pytest.skip(f"this release has no {name}")
     with torch.device("meta"):
-        built = target.build(kind, target.FULL if model is None else target.named(kind, model))
+        built = target.build(kind, target.named(kind, model))
     return sum(parameter.numel() for parameter in built.parameters()) / 1e9
 
 
@@ -41,6 +41,17 @@ def test_parameters(name: str, model: str | None, size: float) -> None:
 def test_a_model_of_another_class_is_refused() -> None:
     with pytest.raises(target.CannotRun, match="knows no FluxTransformer2DModel called 'klein-9b': it knows schnell"):
         target.named(diffusers.FluxTransformer2DModel, "klein-9b")
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "Flux3Transformer2DModel"), reason="this release has no FLUX.3")
+def test_what_a_release_keeps_in_float32_stays_so() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = target.build(diffusers.Flux3Transformer2DModel, target.SMALL)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    kept = {name.split(".")[-2] for name, parameter in model.named_parameters() if parameter.dtype == torch.float32}
+    assert kept == {"norm_q", "norm_k"}
 
 
 def test_steps_are_counted_as_in_a_pipeline() -> None:
