@@ -36,6 +36,8 @@ def _patch_block(context: Context, block: Block) -> None:
         missing = "cat(attention, activation(MLP)) into a second linear is missing"
         if any(finder.seconds for finder in finders):
             missing = "its output's split into [query, key, value | MLP] is missing"
+        elif any(finder.apart for finder in finders):
+            missing = "the second linear and the concatenation that it takes are in different branches or `with` blocks"
         context.left_dense(source, node.name, f"no fused MLP was found: {missing}", matched=block.forward.name)
     taken: list[Pieces] = []
     for mlp in found:

@@ -92,7 +92,7 @@ class Roles:
 
 def may_hold_model(content: bytes) -> bool:
     """The cheap test before a file is parsed: loops over two attributes, one of whose elements turns two into two."""
-    if b"class " not in content or not any(name.encode() + b"(" in content for name in CONCATENATIONS):
+    if not any(name.encode() + b"(" in content for name in CONCATENATIONS):
         return False
     loops = list(_LOOP_OVER_ATTRIBUTE.finditer(content))
     lists = Counter(receiver for receiver, _ in {loop.groups() for loop in loops})
@@ -135,16 +135,34 @@ def find_roles(repository: Repository) -> Roles:
                 if isinstance(found, Lookalike):
                     roles.lookalikes.append(found)
         for function in module.functions.values():
-            first = parameters(function.node)[:1]
-            annotation = first[0].annotation if first else None
-            meaning = repository.resolve(annotation.annotation, module) if annotation is not None else None
-            if isinstance(meaning, Class):  # the model's work in a function that is given the model
-                found = _model(repository, meaning, function)
+            classes = _given_first(repository, function)
+            if len(classes) == 1:  # the model's work in a function that is given the model
+                found = _model(repository, classes[0], function)
                 if isinstance(found, Model):
                     roles.models.append(found)
+            elif classes:
+                names = " and ".join(c.name for c in classes)
+                reason = f"which of {names} {function.name} in {path} is given is not known: annotate its parameter"
+                roles.lookalikes.append(Lookalike(classes[0], classes[0].node.name, reason))
     roles.lookalikes = [x for x in roles.lookalikes if x.reason]
     _leave_borrowers(roles)
     return roles
+
+
+def _given_first(repository: Repository, function: Function) -> list[Class]:
+    """The class of what a function is given first: its annotation, or the file's classes with the lists it iterates."""
+    first = parameters(function.node)[:1]
+    annotation = first[0].annotation if first else None
+    if annotation is not None:
+        meaning = repository.resolve(annotation.annotation, function.module)
+        if isinstance(meaning, Class):
+            return [meaning]
+    lists = {found.attribute.split(".")[0] for found in _passes(function.scope)} if first else set()
+    if len(lists) < 2:
+        return []
+    known = (repository.resolve(name, function.module) for name in (*function.module.classes, *function.module.imports))
+    classes = dict.fromkeys(found for found in known if isinstance(found, Class))
+    return [found for found in classes if all(repository.classes_in(found, name) for name in lists)]
 
 
 def _leave_borrowers(roles: Roles) -> None:
@@ -426,6 +444,9 @@ def _with_roles(
         why, per_token = _other_spatial(method, double, single, streams.image, mixed, others)
         if {image_parameter, ids} & set(per_token):
             why = "token order is off: something computed from the image itself is added to its stream"
+        chosen = next((name for block in blocks if (name := _chosen_by(block)) is not None), None)
+        if chosen is not None:
+            why = f"token order is off: which tokens the blocks work on is told by {chosen}"
     return Model(
         owner, method, double.attribute, single.attribute, blocks[0], blocks[1],
         image_parameter, None if why else ids, why, () if why else per_token,
@@ -550,6 +571,21 @@ def _single_root(scope: Scope, part: cst.BaseExpression, step: Step) -> str | No
         return name
     roots = scope.roots(part, step) - {scope.receiver}
     return next(iter(roots)) if len(roots) == 1 else None
+
+
+def _chosen_by(block: Block) -> str | None:
+    """The parameter of a block, no stream, that says where tokens lie: `keys[:, :, info["places"]] = image_keys`."""
+    scope = block.forward.scope
+    others = set(scope.parameters) - block.streams.keys() - {scope.receiver}
+    for step in scope.steps:
+        for expression in step.expressions:
+            for node in walk(expression):
+                if not isinstance(node, cst.Subscript) or len(node.slice) < 2:
+                    continue
+                for part in node.slice[1:]:
+                    if isinstance(part.slice, cst.Index) and (found := scope.roots(part.slice.value, step) & others):
+                        return min(found)
+    return None
 
 
 def _other_spatial(

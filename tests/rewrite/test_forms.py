@@ -158,8 +158,10 @@ def test_a_function_is_told_which_parameter_is_the_model() -> None:
     files, _ = FORMS["a function of the model"]
     text = " ".join(after(files, plan_of(files))["flow/model.py"].split())
     assert '@chipmunk.model_forward( model="painter", double="pairs", single="joints", image="image"' in text
-    elsewhere = {**files, "flow/model.py": files["flow/model.py"].replace("painter: Painter", "painter")}
-    assert not plan_of(elsewhere).models
+    silent = files["flow/model.py"].replace("painter: Painter", "painter")
+    assert [model.name for model in plan_of({**files, "flow/model.py": silent}).models] == ["Painter"]
+    other = silent.replace("painter.pairs", "painter.others")  # a list that no class of the file has
+    assert not plan_of({**files, "flow/model.py": other}).models
 
 
 def test_a_controlnet_of_blocks_that_join_the_streams_stays() -> None:
