@@ -9,18 +9,11 @@ text MLP stays dense: it is small. An MLP that sees only some of the tokens stay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import libcst as cst
-
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
-from chipmunk.rewrite.flow import Scope, Step, value_names
-from chipmunk.rewrite.layers import Mlp, mlp_built
 from chipmunk.rewrite.minimal import DOUBLE, variant
-from chipmunk.rewrite.reach import Attribute, Reached, reached_from
+from chipmunk.rewrite.mlps.whole import patch_whole, whole_mlps
 from chipmunk.rewrite.roles import Block
-from chipmunk.rewrite.syntax import dotted, integer, is_call, walk
 
 NAME = "double-mlp"
 API = 1
@@ -32,115 +25,13 @@ def rule(context: Context) -> None:
         _patch_block(context, model.double_block)
 
 
-@dataclass
-class _Call:
-    """A call of such an MLP. `problem`: why it must stay dense."""
-
-    call: cst.Call
-    step: Step
-    where: Reached
-    attribute: Attribute
-    mlp: Mlp
-    done: bool
-    problem: str = ""
-
-
 def _patch_block(context: Context, block: Block) -> None:
-    image = [found for where in reached_from(context.repository, block) for found in _calls(context, where)]
-    if not image:
+    found = whole_mlps(context, block, {"image"})
+    if not found:
         reason = "no Linear, GELU or SwiGLU, Linear was found on the image stream alone"
         context.left_dense(block.forward.source, block.forward.node.name, reason, matched=block.forward.name)
-    for found in image:
-        source = found.where.function.source
-        if found.problem:
-            context.left_dense(source, found.call, found.problem)
-            continue
-        block.mlp, block.gated = found.attribute.path, found.mlp.gated
-        if found.done:
-            context.already(source, found.call, "the image MLP is Chipmunk's")
-        else:
-            _patch(context, found)
-            kind = "SwiGLU" if found.mlp.gated else "GELU"
-            context.patched(source, found.call, f"the image MLP: Linear, {kind}, Linear on the whole image stream")
-
-
-def _patch(context: Context, found: _Call) -> None:
-    source, layer = found.where.function.source, found.where.layer
-    callee = source.code(found.call.func)
-    assert layer is not None
-    context.replace(source, found.call.func, f"{context.runtime(source)}.mlp")
-    context.prepend_arguments(source, found.call, [layer, callee], drop_keyword=True)
-    if found.mlp.parts:
-        given = found.call.args[0]
-        separator = ",\n" + source.indentation(given) if source.starts_line(given) else ", "
-        options = [f'parts="{found.mlp.parts}"', *([f'of="{found.mlp.of}"'] if found.mlp.of else [])]
-        context.append_argument(source, found.call, separator.join(options))
-
-
-def _calls(context: Context, where: Reached) -> list[_Call]:
-    """Calls of attributes that are such MLPs, and whose result becomes part of the image."""
-    found: list[_Call] = []
-    scope = where.function.scope
-    for call, step in scope.calls:
-        done = context.runtime_call(call, where.function, step) == "mlp" and len(call.args) >= 3
-        callee = call.args[1].value if done else call.func
-        attribute = where.attribute(context.repository, callee)
-        mlp = None if attribute is None else mlp_built(context.repository, attribute.owner, attribute.name)
-        if attribute is None or mlp is None or where.stream_of(call) != "image":
-            continue
-        found.append(_Call(call, step, where, attribute, mlp, done))
-    for each in found:
-        if not each.done:
-            each.problem = _problem(each, found)
-    return found
-
-
-def _problem(found: _Call, others: list[_Call]) -> str:
-    """Why the call must stay dense; empty if it may be sparse."""
-    scope, args = found.where.function.scope, found.call.args
-    if len(args) != 1 or args[0].star:
-        return "the MLP is called with more than its input"
-    if any(isinstance(node, (cst.For, cst.While)) for node, branch in found.step.chain if branch == "body"):
-        return "the MLP is called piece by piece, in a loop"
-    if _is_gathered(scope, args[0].value, found.step, set(found.where.streams)):
-        return "the MLP sees only some of the tokens"
-    for other in others:
-        apart = other.step.excludes(found.step) or found.step.excludes(other.step)
-        if other is not found and other.attribute == found.attribute and not apart:
-            return "the MLP is called at several places in one call of the block"
-    return ""
-
-
-def _is_gathered(scope: Scope, value: cst.CSTNode, step: Step, streams: set[str]) -> bool:
-    """Whether the input is picked out of a stream by an index or a mask."""
-    for node in walk(value):
-        if isinstance(node, cst.Subscript) and _selects(node) and scope.roots(node.value, step) & streams:
-            return True
-        if is_call(node, "index_select", "gather", "masked_select", "take_along_dim"):
-            return True
-    temporaries = [name for name in value_names(value) if name not in streams and "." not in name]
-    return any(
-        _is_gathered(scope, binding.value, binding.step, streams)
-        for name in temporaries
-        for binding in scope.reaching(name, step)
-        if binding.value is not None and not binding.path
-    )
-
-
-def _selects(node: cst.Subscript) -> bool:
-    """Whether `x[…]` leaves something out; `x[:, None]` does not, and `x[0]` is one of several tensors."""
-    if len(node.slice) == 1 and integer(getattr(node.slice[0].slice, "value", None)) is not None:
-        return False
-    for part in node.slice:
-        if isinstance(part.slice, cst.Slice):
-            whole = part.slice.lower is None and part.slice.upper is None and part.slice.step is None
-        else:
-            assert isinstance(part.slice, cst.Index)
-            value = part.slice.value
-            whole = isinstance(value, cst.Ellipsis) or dotted(value) == "None"
-        if not whole:
-            return True
-    return False
+    for mlp in found:
+        patch_whole(context, block, mlp, "image")
 
 
 _CALL = "self.image_mlp(self.image_norm(image))"

@@ -5,6 +5,9 @@ in a variable; or a linear of its own makes the MLP's input. Then comes the acti
 function, and the second linear takes the attention's output beside the activated part, in either order. All these calls
 change, as what passes between them is left uncomputed on a sparse step: so if anything else reads it, all stay as they
 are. They may stand in the block's forward, in a method, or in a processor object.
+
+A single block may also have an MLP beside the attention, Linear, activation, Linear, that it calls on the joint stream:
+then that call changes alone.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from chipmunk.rewrite.minimal import SINGLE, variant
 from chipmunk.rewrite.mlps.editing import patch
 from chipmunk.rewrite.mlps.finding import Finder
 from chipmunk.rewrite.mlps.pieces import Pieces, why_dense
+from chipmunk.rewrite.mlps.whole import patch_whole, whole_mlps
 from chipmunk.rewrite.reach import reached_from
 from chipmunk.rewrite.roles import Block
 
@@ -31,7 +35,10 @@ def rule(context: Context) -> None:
 def _patch_block(context: Context, block: Block) -> None:
     finders = [Finder(context, where) for where in reached_from(context.repository, block)]
     found = [mlp for finder in finders for mlp in finder.found()]
-    if not found:
+    whole = [] if found else whole_mlps(context, block, {"joint"}, {"image", "text"}, {"image"})
+    for module in whole:
+        patch_whole(context, block, module, "joint")
+    if not found and not whole:
         source, node = block.forward.source, block.forward.node
         missing = "cat(attention, activation(MLP)) into a second linear is missing"
         if any(finder.seconds for finder in finders):
@@ -95,7 +102,25 @@ class JointBlock""",
     ),
 )
 
+_WHOLE = variant(
+    SINGLE,
+    ("3 * width + 4 * width", "3 * width"),
+    ("nn.Linear(width + 4 * width, width)", "nn.Linear(width, width)"),
+    (
+        'self.act = nn.GELU(approximate="tanh")',
+        'self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))',
+    ),
+    (f"qkv, hidden = {_SPLIT}", "qkv = self.enter(x)"),
+    (_JOIN, "self.leave(mixed) + self.mlp(x)"),
+)
+
 EXAMPLES = (
+    Example(
+        "an MLP beside the attention that sees only some of the tokens",
+        "flow/single.py",
+        variant(_WHOLE, ("self.mlp(x)", "self.mlp(x[:, 1:]).mean(1, True)")),
+        None,
+    ),
     Example(
         "the MLP's input is used in another place too",
         "flow/single.py",
@@ -182,5 +207,11 @@ EXAMPLES = (
                 'chipmunk.cat_linear(self, self.leave, mixed, self.act, hidden, kind="swiglu", of="Gate")',
             ),
         ),
+    ),
+    Example(
+        "an MLP beside the attention",
+        "flow/single.py",
+        _WHOLE,
+        variant(_WHOLE, _IMPORT, ("self.mlp(x)", "chipmunk.mlp(self, self.mlp, x)")),
     ),
 )

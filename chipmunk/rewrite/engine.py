@@ -174,7 +174,7 @@ def _key(model: Model) -> str:
 
 def _is_hopeless(model: Model) -> bool:
     double, single = model.double_block, model.single_block
-    return not (double.attention or single.attention or double.mlp or single.linear_in)
+    return not (double.attention or single.attention or double.mlp or single.mlp or single.linear_in)
 
 
 def _unfit(repository: Repository, path: str) -> SourceError | None:

@@ -47,19 +47,18 @@ class Reached:
                     return Attribute(owner, name, f"{self.module}.{name}")
         return None
 
-    def stream_of(self, call: cst.Call) -> str:
-        """The one stream of the block's results that the call's result becomes part of; empty if there is not one."""
+    def streams_of(self, call: cst.Call) -> set[str]:
+        """The streams of the block's results that the call's result becomes part of; empty if it is not known."""
         feeds = self._feeds()
         if feeds is not None:
-            found = {stream for stream, calls in feeds.items() if call in calls}
-            return found.pop() if len(found) == 1 else ""
+            return {stream for stream, calls in feeds.items() if call in calls}
         scope = self.function.scope
         returned = [s for s in scope.steps if isinstance(s.node, cst.Return) and s.node.value is not None]
         for step in returned:
             assert isinstance(step.node, cst.Return)
             if step.node.value is not None and any(c is call for c, _ in scope.calls_behind(step.node.value, step)):
-                return "" if self.caller is None else self.caller[0].stream_of(self.caller[1])
-        return ""
+                return set() if self.caller is None else self.caller[0].streams_of(self.caller[1])
+        return set()
 
     def _feeds(self) -> dict[str, set[cst.Call]] | None:
         """The calls that each returned stream is computed by; None if the function does not return the streams."""

@@ -34,7 +34,7 @@ def vendored(name: str) -> bytes:
     [
         ("transformer_flux.py", {"attention", "double-mlp", "single-mlp", "model-forward"}),
         ("transformer_flux2.py", {"attention", "double-mlp", "single-mlp", "model-forward"}),
-        ("transformer_flux3.py", {"attention", "double-mlp", "model-forward"}),
+        ("transformer_flux3.py", {"attention", "double-mlp", "single-mlp", "model-forward"}),
     ],
 )
 def test_attention_is_found_behind_an_inherited_setter(name: str, patches: set[str]) -> None:
