@@ -286,6 +286,14 @@ LOOPS = {
         + "        image = scheduler.step(velocity, time, image)[0]\n    return image\n",
         ["for time in chipmunk.steps(model, scheduler.timesteps):"],
     ),
+    "guidance by a batch of two": (
+        SIGNATURE
+        + "    text, image_ids, text_ids = (torch.cat((x, x)) for x in (text, image_ids, text_ids))\n"
+        + "    for time in times:\n        both = torch.cat([image] * 2)\n"
+        + f"        pred, negative = model({GIVEN.replace('image=image', 'image=both')}).chunk(2)\n"
+        + "        image = image - 0.1 * (negative + 2 * (pred - negative))\n",
+        ["for time in chipmunk.steps(model, times):"],
+    ),
     "a generator function": (
         SIGNATURE + "    for time in times:\n        " + STEP + "        yield image\n",
         ["for time in chipmunk.steps(model, times):"],
@@ -603,6 +611,18 @@ SLOTS = {
         image = image - 0.1 * pred_mid
 """,
         ["pred", "pred_mid"],
+    ),
+    "two calls in the first step, one in the others": (
+        f"""\
+{SIGNATURE}    velocity = None
+    for time in times:
+        if velocity is None:
+            velocity = model({GIVEN})
+        middle = image - 0.05 * velocity
+        ahead = model({GIVEN.replace("image=image", "image=middle")})
+        image, velocity = image - 0.1 * ahead, ahead
+""",
+        ["velocity", "ahead"],
     ),
     "inversion": (
         f"""\
