@@ -20,6 +20,8 @@ GATED = {"swiglu": 0, "swiglu_value_first": 1}
 """Names of gated activations → which half of the first linear's rows is the gate: `silu(gate) · value`."""
 
 _PLAIN = (nn.Sequential, nn.ModuleList, nn.Identity, nn.GELU, nn.SiLU)
+_CASTING = {"comfy.ops": ("disable_weight_init.Linear", "manual_cast.Linear")}
+"""Linear layers that bring their weight to the input's dtype and device, and change it by functions given to them."""
 
 
 class MlpForm(NamedTuple):
@@ -54,8 +56,10 @@ def why_not_linear(linear: nn.Module, x: Tensor, width: int) -> str | None:
 
     None if it can.
     """
-    if type(linear) is not nn.Linear:
+    if type(linear) is not nn.Linear and not _is_casting(linear):
         return f"the linear layer is a {_name_of(linear)}"
+    if type(linear) is not nn.Linear and _changes_weight(linear):
+        return "the linear layer changes its weight at each call, for a LoRA or an offloaded weight"
     if _is_hooked(linear):
         return "a hook watches or changes the linear layer"
     weight, bias = linear.weight, linear.bias
@@ -70,6 +74,22 @@ def why_not_linear(linear: nn.Module, x: Tensor, width: int) -> str | None:
     if weight.device != x.device:
         return "the weight is on another device"
     return None
+
+
+def _is_casting(linear: object) -> bool:
+    """Whether it is ComfyUI's linear layer: an `nn.Linear` where the weight is as the input and no function is given.
+
+    Asked by the exact class and the origin of its forward: others inherit from it, or put another in its place.
+    """
+    kind: Any = type(linear)
+    known = kind.__qualname__ in _CASTING.get(kind.__module__, ())
+    return known and isinstance(linear, nn.Linear) and kind.forward.__module__ == kind.__module__
+
+
+def _changes_weight(linear: Any) -> bool:
+    """Whether a casting layer does more to its weight than to bring it to a dtype and device."""
+    functions = ("weight_function", "bias_function", "weight_lowvram_function", "bias_lowvram_function")
+    return any(getattr(linear, name, None) for name in functions) or hasattr(linear, "_v")
 
 
 def activation_name(activation: Any, kind: str = "", of: str = "") -> str | None:
@@ -131,7 +151,7 @@ def _why_unseen(module: nn.Module, of: str) -> str | None:
     for part in module.modules():
         if _is_hooked(part):
             return "a hook watches or changes the MLP"
-        if type(part) in _PLAIN or type(part) is nn.Linear or type(part).__name__ in seen:
+        if type(part) in (*_PLAIN, nn.Linear) or _is_casting(part) or type(part).__name__ in seen:
             continue
         if type(part) is nn.Dropout:
             if not _is_idle_dropout(part):
