@@ -18,7 +18,7 @@ from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Scope, Step, value_names
 from chipmunk.rewrite.minimal import MODEL, variant
-from chipmunk.rewrite.roles import Model
+from chipmunk.rewrite.roles import Block, Model
 from chipmunk.rewrite.syntax import dotted, self_attribute, target_names, walk
 
 NAME = "step-caching"
@@ -210,7 +210,7 @@ def _check(model: Model, loops: list[_Loop], hidden: _Hidden) -> None:
                 raise _DoesNotFit(f"{name} is known only once a block has run", step.node)
     grown = set(_grown(scope, nodes, start, hidden.step.index))
     for step in scope.steps:
-        if step.index < hidden.step.index or _inside(step, nodes):
+        if step.index < hidden.step.index or _inside(step, nodes) or isinstance(step.node, cst.Del):
             continue
         used: Counter[str] = Counter(name for e in _read(step) for name in value_names(e))
         if step is hidden.step and hidden.cut is not None:
@@ -218,6 +218,9 @@ def _check(model: Model, loops: list[_Loop], hidden: _Hidden) -> None:
         found = _from_blocks(scope, used, step, nodes, grown, hidden)
         if found is not None:
             raise _DoesNotFit(f"{found} comes out of the blocks too, and is used after them", step.node)
+    for block in (model.double_block, model.single_block):
+        if (kept := _kept_in(block)) is not None:
+            raise _DoesNotFit(f"{block.owner.name} keeps what it computes in {kept}")
 
 
 def _from_blocks(
@@ -269,6 +272,20 @@ def _grown(scope: Scope, loops: list[cst.For], start: int, end: int) -> Iterator
                 changed = dotted(target.target.value)
                 if changed is not None and not changed.startswith(f"{scope.receiver}."):
                     yield changed
+
+
+def _kept_in(block: Block) -> str | None:
+    """The parameter of a block in which it leaves something for later: `info["keys"][name] = keys`."""
+    scope = block.forward.scope
+    others = set(scope.parameters) - block.streams.keys() - {scope.receiver}
+    for step in scope.steps:
+        for target in step.node.targets if isinstance(step.node, cst.Assign) else ():
+            holder: cst.BaseExpression = target.target
+            while isinstance(holder, cst.Subscript):
+                holder = holder.value
+            if holder is not target.target and dotted(holder) in others:
+                return dotted(holder)
+    return None
 
 
 def _read(step: Step) -> tuple[cst.CSTNode, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -13,7 +13,7 @@ import libcst as cst
 
 from chipmunk.rewrite.flow import Scope, Step
 from chipmunk.rewrite.source import Source, SourceError
-from chipmunk.rewrite.syntax import dotted, self_attribute, walk
+from chipmunk.rewrite.syntax import bind, dotted, is_call, last_name, parameters, self_attribute, walk
 
 _FOLLOW = 6  # imports of imports
 
@@ -343,7 +343,7 @@ class Repository:
         if key not in self._classes_built:
             found: list[Class] = []
             for value, method, step in self.values_of(owner, attribute):
-                self._built(value, method, step, found, 0)
+                self._built(owner, value, method, step, found, 0)
             for current in self.bases(owner):
                 for method in current.methods.values():
                     for call, step in method.scope.calls:
@@ -356,31 +356,81 @@ class Repository:
                             continue
                         if self_attribute(function.value, method.scope.receiver) == attribute:
                             for arg in call.args:
-                                self._built(arg.value, method, step, found, 0)
+                                self._built(owner, arg.value, method, step, found, 0)
             self._classes_built[key] = found
         return self._classes_built[key]
 
-    def _built(self, value: cst.CSTNode, method: Function, step: Step, found: list[Class], depth: int) -> None:
-        """Collect the outermost repository classes that the expression makes objects of."""
+    def _built(
+        self, owner: Class, value: cst.CSTNode, method: Function, step: Step, found: list[Class], depth: int
+    ) -> None:
+        """Collect the outermost repository classes that the expression makes objects of, where `self` is an `owner`."""
         if isinstance(value, cst.Call):
             meaning = self.resolve(value.func, method, step)
-            if isinstance(meaning, Class):
-                if meaning not in found and any(self.method(meaning, name) for name in ("forward", "__call__")):
-                    found.append(meaning)
+            classes = [meaning] if isinstance(meaning, Class) else []
+            if isinstance(value.func, cst.Name) and meaning is None:
+                classes = self._given(owner, method, value.func.value, step)
+            for made in classes:
+                if made not in found and any(self.method(made, name) for name in ("forward", "__call__")):
+                    found.append(made)
+            if any(not self._is_list(made) for made in classes):
                 return
         if isinstance(value, cst.BaseSimpleComp):
-            return self._built(value.elt, method, step, found, depth)
+            return self._built(owner, value.elt, method, step, found, depth)
         if isinstance(value, cst.Name) and depth < 3:
             for binding in method.scope.reaching(value.value, step):
                 if binding.value is not None:
-                    self._built(binding.value, method, binding.step, found, depth + 1)
+                    self._built(owner, binding.value, method, binding.step, found, depth + 1)
             for call, at in method.scope.calls:
                 if dotted(call.func) == f"{value.value}.append" and call.args:
-                    self._built(call.args[0].value, method, at, found, depth + 1)
+                    self._built(owner, call.args[0].value, method, at, found, depth + 1)
             return
         for part in list(walk(value, into=lambda n: n is value or not isinstance(n, (cst.Call, cst.Name))))[1:]:
             if isinstance(part, (cst.Call, cst.Name)):
-                self._built(part, method, step, found, depth)
+                self._built(owner, part, method, step, found, depth)
+
+    def _is_list(self, owner: Class) -> bool:
+        """Whether it is the repository's own kind of `nn.ModuleList`: what is in it are its arguments."""
+        bases = [(dotted(base.value) or "").split(".")[-1] for c in self.bases(owner) for base in c.node.bases]
+        return "ModuleList" in bases
+
+    def _given(self, owner: Class, method: Function, parameter: str, step: Step) -> list[Class]:
+        """The classes that a parameter of a constructor may be: what an `owner` is made with, and its default."""
+        if parameter not in method.scope.parameters or method.scope.reaching(parameter, step):
+            return []
+        name = method.node.name.value
+        own = self.method(owner, name)
+        values: list[tuple[cst.BaseExpression | None, Function | Module, Step | None]] = []
+        if own is None or own is method:
+            values = [
+                (bind(method.node, call, skip=1).get(parameter), place, at) for call, place, at in self._made(owner)
+            ]
+        else:
+            for call, at in own.scope.calls:
+                function = call.func
+                if (
+                    isinstance(function, cst.Attribute)
+                    and function.attr.value == name
+                    and is_call(function.value, "super")
+                ):
+                    given = bind(method.node, call, skip=1).get(parameter)
+                    if isinstance(given, cst.Name) and given.value in own.scope.parameters:
+                        return self._given(owner, own, given.value, at)
+                    values.append((given, own, at))
+        if not values or any(value is None for value, *_ in values):
+            default = next(p.default for p in parameters(method.node) if p.name.value == parameter)
+            values.insert(0, (default, method.module, None))
+        meanings = [self.resolve(value, place, at) for value, place, at in values if value is not None]
+        return list(dict.fromkeys(meaning for meaning in meanings if isinstance(meaning, Class)))
+
+    def _made(self, owner: Class) -> Iterator[tuple[cst.Call, Function | Module, Step]]:
+        """The calls that make an object of the class, by its name."""
+        for path in sorted(self.files):
+            module = self.module(path) if owner.name.encode() + b"(" in self.files[path] else None
+            places: list[Function | Module] = [] if module is None else [module, *module.all_functions()]
+            for place in places:
+                for call, step in place.scope.calls:
+                    if last_name(call.func) == owner.name and self.resolve(call.func, place, step) is owner:
+                        yield call, place, step
 
 
 def _parts(path: str) -> list[str]:

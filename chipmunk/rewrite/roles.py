@@ -444,7 +444,7 @@ def _with_roles(
         why, per_token = _other_spatial(method, double, single, streams.image, mixed, others)
         if {image_parameter, ids} & set(per_token):
             why = "token order is off: something computed from the image itself is added to its stream"
-        chosen = next((name for block in blocks if (name := _chosen_by(block)) is not None), None)
+        chosen = next((told for block in blocks if (told := _chosen_by(block)) is not None), None)
         if chosen is not None:
             why = f"token order is off: which tokens the blocks work on is told by {chosen}"
     return Model(
@@ -493,6 +493,9 @@ def _followed(
                 continue
             given = bind(inner.node, call, skip=inner.receivers, first=first)
             taken = {p: streams[n] for p, value in given.items() if (n := dotted(value) or "") in streams}
+            others = [value for p, value in given.items() if p not in taken]
+            if any(forward.scope.roots(value, step) & streams.keys() for value in others):
+                continue  # it is given what was made of the streams here: `return self.gate(x, self.leave(mixed))`
             if set(taken.values()) == set(streams.values()):
                 return inner, taken
     return forward, streams

@@ -1,0 +1,142 @@
+"""Forms met in repositories that were not looked at when the rules were written."""
+
+from __future__ import annotations
+
+import pytest
+
+from chipmunk.registry import load
+from chipmunk.rewrite import Plan, plan_repository
+from chipmunk.rewrite.minimal import DOUBLE, FILES, MODEL, SINGLE, variant
+
+Files = dict[str, str]
+REGISTRY = load()
+
+
+def plan_of(**files: str) -> Plan:
+    changed = {name.replace("__", "/") + ".py": text for name, text in files.items()}
+    return plan_repository({path: text.encode() for path, text in {**FILES, **changed}.items()}, REGISTRY)
+
+
+def sites(plan: Plan, status: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for site in plan.sites:
+        if site.status.value == status:
+            found.setdefault(site.patch, []).append(site.reason)
+    return found
+
+
+WHOLE = {patch: len(reasons) for patch, reasons in sites(plan_of(), "patched").items()}
+"""How many places of each kind the minimal repository has."""
+
+
+def is_whole(plan: Plan) -> bool:
+    return {patch: len(reasons) for patch, reasons in sites(plan, "patched").items()} == WHOLE
+
+
+GATE = (
+    "        return x + self.leave(torch.cat((mixed, self.act(hidden)), 2))\n",
+    "        return self.add(x, self.leave(torch.cat((mixed, self.act(hidden)), 2)))\n\n"
+    "    def add(self, x, more):\n        return x + more\n",
+)
+
+
+def test_a_helper_that_gets_the_stream_and_what_was_made_of_it_is_not_where_the_work_is() -> None:
+    plan = plan_of(flow__single=variant(SINGLE, GATE))
+    assert is_whole(plan), sites(plan, "left dense")
+
+
+CHOSEN = variant(
+    MODEL,
+    ("pairs, joints):", "pairs, joints, pair=PairBlock, joint=JointBlock):"),
+    ("[PairBlock(width, heads) for", "[pair(width, heads) for"),
+    ("[JointBlock(width, heads) for", "[joint(width, heads) for"),
+)
+"""The classes of the blocks are arguments, with defaults."""
+
+OTHER_BLOCK = DOUBLE + "\n\nclass OtherBlock(PairBlock):\n    pass\n"
+_SUBCLASS = (
+    "\n\nclass Sketcher(Painter):\n"
+    "    def __init__(self, *sizes, pair=OtherBlock, joint=JointBlock):\n"
+    "        super().__init__({sizes}pair{value}, joint{value})\n\n"
+    + MODEL[MODEL.index("    def forward") :].replace("self.out(x)", "self.out(x), None")
+)
+
+
+def test_classes_of_blocks_are_arguments_with_defaults() -> None:
+    plan = plan_of(flow__model=CHOSEN)
+    assert is_whole(plan), sites(plan, "left dense")
+
+
+def test_a_constructor_that_gets_another_class_of_block_counts() -> None:
+    text = variant(CHOSEN, ("import PairBlock", "import OtherBlock, PairBlock"))
+    loading = "from flow.double import OtherBlock\nfrom flow.model import Painter\n\n\ndef load_painter(name):\n"
+    both = loading + "    return Painter(4, 32, 4, 3, 3) if name else Painter(4, 32, 4, 3, 3, OtherBlock)\n"
+    plan = plan_of(flow__model=text, flow__double=OTHER_BLOCK, flow__loading=both)
+    reason = "self.pairs may hold blocks of several classes: PairBlock and OtherBlock"
+    assert sites(plan, "left dense")["model-forward"] == [reason]
+    only = loading + "    return Painter(4, 32, 4, 3, 3, pair=OtherBlock)\n"
+    plan = plan_of(flow__model=text, flow__double=OTHER_BLOCK, flow__loading=only)
+    assert plan.models[0].double_block.name == "OtherBlock"
+
+
+@pytest.mark.parametrize("value", ["=pair", ""])
+def test_a_subclass_hands_on_its_own_classes_of_blocks(value: str) -> None:
+    end = _SUBCLASS.replace("pair{value}, joint{value}", "pair=pair, joint=joint" if value else "pair, joint")
+    end = end.replace("{sizes}", "*sizes, " if value else "4, 32, 4, 3, 3, ")
+    text = variant(CHOSEN, ("import PairBlock", "import OtherBlock, PairBlock")) + end
+    plan = plan_of(flow__model=text, flow__double=OTHER_BLOCK)
+    assert [(m.name, m.double_block.name) for m in plan.models] == [
+        ("Painter", "PairBlock"),
+        ("Sketcher", "OtherBlock"),
+    ]
+
+
+LIST = "class Blocks(nn.ModuleList):\n    def swap(self, i, block):\n        self[i] = block\n\n\nclass Painter"
+
+
+def test_a_list_of_modules_of_the_repositorys_own_class() -> None:
+    text = variant(MODEL, ("class Painter", LIST), ("nn.ModuleList([", "Blocks(["))
+    plan = plan_of(flow__model=text)
+    assert is_whole(plan), sites(plan, "left dense")
+
+
+KEEPING = (
+    variant(
+        MODEL,
+        ("text_ids, time):", "text_ids, time, info):"),
+        ("block(image, text, rotation)", "block(image, text, rotation, info)"),
+    ),
+    variant(
+        DOUBLE,
+        ("image, text, rotation):", "image, text, rotation, info):"),
+        ("        q = torch.cat", "{kept}        q = torch.cat"),
+    ),
+)
+"""Blocks that get a dictionary."""
+
+
+def test_what_blocks_keep_for_later_would_be_missing_if_they_were_skipped() -> None:
+    block = KEEPING[1].replace("{kept}", '        info["kept"]["keys"] = image_k\n')
+    plan = plan_of(flow__model=KEEPING[0], flow__double=block)
+    assert sites(plan, "left dense")["step-caching"] == [
+        "steps are not cached: PairBlock keeps what it computes in info"
+    ]
+    assert plan.models[0].ids == "image_ids"
+    read = KEEPING[1].replace("{kept}", '        image_k = image_k * info["scale"]\n')
+    assert is_whole(plan_of(flow__model=KEEPING[0], flow__double=read))
+
+
+def test_tokens_keep_their_order_where_blocks_are_told_which_ones_to_work_on() -> None:
+    places = '        places = info["places"]\n'
+    change = '        old = info["keys"].clone()\n        old[:, :, places] = image_k\n        image_k = old\n'
+    plan = plan_of(flow__model=KEEPING[0], flow__double=KEEPING[1].replace("{kept}", places + change))
+    assert plan.models[0].ids is None
+    reason = sites(plan, "patched")["model-forward"][0]
+    assert reason.endswith("token order is off: which tokens the blocks work on is told by info")
+
+
+def test_deleting_a_stream_is_no_use_of_it() -> None:
+    plan = plan_of(
+        flow__model=variant(MODEL, ("        return self.out(x)", "        del text\n        return self.out(x)"))
+    )
+    assert is_whole(plan), sites(plan, "left dense")
