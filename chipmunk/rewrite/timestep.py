@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _DEPTH = 3
 """How many calls down a sine may be taken."""
 _TIME_WORDS = ("time", "sigma")
+_TIMES = ("t", "time", "timestep", "sigma")
+"""Names that say no more than that; `time_sign` or `end_time` beside one of them is something else."""
 
 
 def model_mark(context: Context, model: Model) -> cst.Call | None:
@@ -34,7 +36,8 @@ def timestep_parameter(repository: Repository, model: Model) -> str | None:
     """The parameter of the model's forward that is the timestep: the first one that a sine and a cosine are taken of.
 
     Positions are, too: they are no candidates, nor is the image. A parameter that must be given goes before one that
-    may be left out, and then a name that speaks of time before others; that alone is enough where no sine is seen.
+    may be left out, then a name that speaks of time, and of nothing else, before others; that alone is enough where no
+    sine is seen.
     """
     others = {model.image, model.ids, *_joined_parameters(model)}
     own = parameters(model.forward.node)[1:]
@@ -44,8 +47,9 @@ def timestep_parameter(repository: Repository, model: Model) -> str | None:
     for candidates in ([n for n in names if n in required], names):
         seen = [name for name in reached if name in candidates]
         spoken = [name for name in (*seen, *candidates) if _speaks_of_time(name)]
+        plain = [name for name in spoken if name.lower().rstrip("s") in _TIMES]
         if spoken or seen:
-            return (spoken or seen)[0]
+            return (plain or spoken or seen)[0]
     return None
 
 

@@ -140,3 +140,15 @@ def test_deleting_a_stream_is_no_use_of_it() -> None:
         flow__model=variant(MODEL, ("        return self.out(x)", "        del text\n        return self.out(x)"))
     )
     assert is_whole(plan), sites(plan, "left dense")
+
+
+def test_a_parameter_that_says_something_else_of_time_is_not_the_timestep() -> None:
+    wave = "if time_sign is not None:\n            image = image + torch.sin(time_sign)"
+    change = (
+        "image = self.image_in(image) + time[:, None, None]",
+        f"image = self.image_in(image)\n        {wave}\n        image = image + self.embed(time)",
+    )
+    for given in ("time, time_sign", "time_sign, time"):
+        text = variant(MODEL, change, ("text_ids, time):", f"text_ids, {given.replace(',', '=None,')}=None):"))
+        plan = plan_of(flow__model=text, flow__sampling="")
+        assert 'timesteps="time"' in next(c.after.decode() for c in plan.changes if c.path == "flow/model.py")
