@@ -63,7 +63,11 @@ class Studio(Subject):
         else:
             self.subject_model.to(self.dtype)
         self.loop = next((entry for entry in self.loops if entry is not None), None)
-        if self.loop is None and self._whole is None:
+        if self.facts.installed and self._whole is None:
+            self.notes.append(
+                "no pipeline was given (--weights FOLDER, --factory): a model alone made plain Euler steps"
+            )
+        elif self.loop is None and self._whole is None:
             self.notes.append("no sampling loop of the repository can be run by itself: plain Euler steps were made")
         width, height = self.pipeline.size if self.pipeline is not None else (512, 512)
         self.width, self.height = spec.width or width, spec.height or height
