@@ -6,6 +6,7 @@ users put there is decided when the program runs; every class beside the default
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 import libcst as cst
@@ -170,16 +171,33 @@ def _class_attribute(repository: Repository, owner: Class, name: str) -> Class |
 
 
 def _called_alike(repository: Repository, known: list[Function]) -> list[Function]:
-    """Methods of other classes, in the files of those known, that can be called in the same way."""
+    """Methods of other classes, in the files of those known or in files that import them, that are called alike."""
     found: list[Function] = []
-    for function in list(known):
+    for function in known:
         wanted = _leading(function)
-        for owner in function.module.classes.values():
-            other = _method(repository, owner, None)
-            if other is None or other in known or other in found or len(wanted) < _INTERFACE:
-                continue
-            if _leading(other) == wanted:
-                found.append(other)
+        if len(wanted) < _INTERFACE:
+            continue
+        for module in (function.module, *_importers(repository, function.module, wanted[0])):
+            for owner in module.classes.values():
+                other = _method(repository, owner, None)
+                if other is not None and other not in known and other not in found and _leading(other) == wanted:
+                    found.append(other)
+    return found
+
+
+def _importers(repository: Repository, module: Module, first: str) -> list[Module]:
+    """The files that import a file, and define something that is called with an argument of the name `first`."""
+    parts = [part for part in module.path.removesuffix(".py").split("/") if part != "__init__"]
+    called = re.compile(rb"\bdef (?:forward|__call__)\s*\(\s*\w+\s*,\s*" + re.escape(first.encode()) + rb"\b")
+    found: list[Module] = []
+    for path, content in sorted(repository.files.items()):
+        if path == module.path or parts[-1].encode() not in content or not called.search(content):
+            continue
+        other = repository.module(path)
+        imports = other.imports.values() if other is not None else ()
+        names = [name if name.strip(".") else f"{name}{inner}" for name, inner in imports]
+        if other is not None and any(repository.find_module(name, path) == module.path for name in names):
+            found.append(other)
     return found
 
 

@@ -75,3 +75,34 @@ def test_a_function_that_may_be_given_two_models_says_so() -> None:
     assert not plan.models
     (left,) = [site for site in plan.sites if site.patch == "model-forward"]
     assert "which of Painter and Sketcher run in flow/run.py is given is not known" in left.reason
+
+
+def test_a_processor_in_a_file_that_imports_the_default_one() -> None:
+    """And one in a file that does not, which may be another model's."""
+    work = (
+        FILES["flow/double.py"].split("    def forward(self, image, text, rotation):\n")[1].replace("self.", "block.")
+    )
+    default = f"class Plain:\n    def __call__(self, block, image, text, rotation):\n{work}"
+    double = FILES["flow/double.py"].split("    def forward(self")[0] + (
+        "    def forward(self, image, text, rotation):\n        return self.processor(self, image, text, rotation)\n"
+    )
+    double = variant(double, ("self.heads = heads", "self.heads = heads\n        self.set_processor(Plain())"))
+    double = variant(
+        double,
+        (
+            "    def split",
+            "    def set_processor(self, processor):\n        self.processor = processor\n\n    def split",
+        ),
+    )
+    scaled = default.replace("class Plain", "class Scaled")
+    importing = "import torch\n\nfrom flow.attention import attend\nfrom flow.double import PairBlock\n\n\n" + scaled
+    files = {"flow/double.py": variant(double, ("class PairBlock", default + "\n\nclass PairBlock"))}
+    alone = sites(files)["double-mlp"]
+    assert alone == 1
+    assert sites({**files, "flow/adapters.py": importing})["double-mlp"] == 2
+    module = variant(importing, ("from flow.double import PairBlock\n", "from . import double\n"))
+    assert sites({**files, "flow/adapters.py": module})["double-mlp"] == 2
+    stranger = variant(importing, ("from flow.double import PairBlock\n", ""))
+    assert sites({**files, "flow/adapters.py": stranger})["double-mlp"] == 1
+    other = variant(importing, ("(self, block, image, text, rotation)", "(self, block, image, rotation, text)"))
+    assert sites({**files, "flow/adapters.py": other})["double-mlp"] == 1
