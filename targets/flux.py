@@ -1,8 +1,9 @@
-"""FLUX.1 and its relatives with the same blocks.
+"""FLUX.1 and FLUX.2 as their official repositories have them, and relatives with the same blocks.
 
-Covers the official repository from its first release to Fill, Control, Redux and Kontext, its wheels, the starter
-repository, and forks that kept the blocks and the names of the tensors: PuLID (identity and true CFG), RF-Solver-Edit
-and FireFlow (an `info` dictionary, inversion, second-order loops).
+Covers the official repositories from the first release to Fill, Control, Redux, Kontext and FLUX.2, their wheels, the
+starter repository, and forks that kept the blocks and the names of the tensors: PuLID (identity and true CFG),
+RF-Solver-Edit and FireFlow (an `info` dictionary, inversion, second-order loops), x-flux and UNO (processors),
+sd-scripts (a trainer), flux-fp8-api (quantised linears), TaylorSeer (a cache of features of its own).
 
 `recognise` is called while a repository is being patched, where nothing of it is imported. The rest is called by
 `chipmunk verify` and `chipmunk bench` in processes of their own, where the repository's own classes and loops are run
@@ -11,10 +12,15 @@ by the names in their signatures.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import enum
+import importlib
 import inspect
+import sys
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from chipmunk.rewrite.plan import ModelFacts
@@ -58,8 +64,11 @@ FULL: dict[str, Any] = {
 """FLUX.1-dev."""
 
 _GIVEN = {"img", "img_ids", "txt", "txt_ids", "vec", "timesteps", "guidance"}
-_FORWARD = {"img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance", "info"}
-_LOOP = _GIVEN | {"inverse", "info"}
+_FORWARD = {"img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance", "info", "x", "x_ids", "ctx", "ctx_ids"}
+_NEGATIVE = {"neg_txt", "neg_txt_ids", "neg_vec"}
+_LOOP = _GIVEN | _NEGATIVE | {"inverse", "info"}
+_TAYLOR = {"interval": 3, "max_order": 1, "first_enhance": 3}
+"""What TaylorSeer's loop reads from its `**kwargs`: a computed step in three."""
 
 
 class CannotRun(Exception):
@@ -68,24 +77,42 @@ class CannotRun(Exception):
 
 def recognise(models: Sequence[ModelFacts], files: Mapping[str, bytes]) -> bool:
     """A model whose image tokens and positions have FLUX's names, and whose joint attention was found."""
-    return any(model.image == "img" and model.ids == "img_ids" and model.double_block.attention for model in models)
+    names = {("img", "img_ids"), ("x", "x_ids")}
+    return any(
+        (model.image, model.ids) in names and model.forward == "forward" and model.double_block.attention
+        for model in models
+    )
 
 
 # Building the model.
 
 
+def prepare(load: Callable[[str], Any], model_file: str, device: str) -> None:
+    """Called before the model's file is imported. A torch for CPUs passes for one that has CUDA: there are files that
+    ask for a version of it when they are imported, whatever they are used for."""
+    import torch
+
+    if torch.version.cuda is None:
+        torch.version.cuda = "12.8"
+
+
 def build(model_class: type[nn.Module], values: Mapping[str, Any]) -> nn.Module:
     """An instance of the repository's class, its constructor filled from `values` (`SMALL`, `FULL`) by parameter name.
 
-    The parameters may be spelled out or gathered in a dataclass (`params: FluxParams`). A LoRA wrapper around the model
-    is built with a small rank. Raises CannotRun where a required parameter is unknown.
+    The parameters may be spelled out or gathered in a dataclass or a pydantic model (`params: FluxParams`), which may
+    be a field of another one. A LoRA wrapper around the model is built with a small rank, in float32 where the
+    constructor takes a dtype. Raises CannotRun where a required parameter is unknown.
     """
+    import torch
+
     arguments: dict[str, Any] = {}
     for name, (parameter, hint) in _parameters(model_class).items():
         if name in values:
             arguments[name] = values[name]
-        elif isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            arguments[name] = hint(**_fields(hint, values))
+        elif _is_record(hint):
+            arguments[name] = _filled(hint, values)
+        elif hint is torch.dtype:
+            arguments[name] = torch.float32
         elif name == "lora_rank":
             arguments[name] = 4
         elif parameter.default is parameter.empty:
@@ -100,7 +127,7 @@ def _parameters(model_class: type) -> dict[str, tuple[inspect.Parameter, Any]]:
         constructor = vars(owner).get("__init__")
         if constructor is None:
             continue
-        hints = typing.get_type_hints(constructor)
+        hints = _hints(constructor)
         parameters = list(inspect.signature(constructor).parameters.values())[1:]
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         for parameter in named:
@@ -110,15 +137,73 @@ def _parameters(model_class: type) -> dict[str, tuple[inspect.Parameter, Any]]:
     return found
 
 
-def _fields(record: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+def _hints(constructor: Any) -> dict[str, Any]:
+    """Types of the parameters, also of such as are imported for type checkers alone."""
+    module = sys.modules[constructor.__module__]
+    known: dict[str, Any] = {}
+    while True:
+        try:
+            return typing.get_type_hints(constructor, localns=known)
+        except NameError as missing:
+            name = missing.name or ""
+            known[name] = _imported_for_types(module, name)
+
+
+def _imported_for_types(module: ModuleType, name: str) -> Any:
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
+            found = importlib.import_module("." * node.level + (node.module or ""), module.__package__)
+            return getattr(found, next(alias.name for alias in node.names if (alias.asname or alias.name) == name))
+    return Any
+
+
+def _is_record(hint: Any) -> bool:
+    return isinstance(hint, type) and (dataclasses.is_dataclass(hint) or hasattr(hint, "model_fields"))
+
+
+def _filled(record: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of a dataclass or pydantic model, in which fields that are not known keep their defaults."""
     given = {}
-    for field in dataclasses.fields(record):
-        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if field.name in values:
-            given[field.name] = values[field.name]
-        elif not optional:
-            raise CannotRun(f"{record.__name__} has a field '{field.name}' that target '{NAME}' does not know")
-    return given
+    for name, (hint, default) in _fields(record).items():
+        if name in values:
+            # as many axes of positions as the class has: three in FLUX.1, four in FLUX.2
+            is_wider = name == "axes_dim" and isinstance(default, list) and len(default) > len(values[name])
+            given[name] = [sum(values[name]) // len(default)] * len(default) if is_wider else values[name]
+        elif default is not _MISSING:
+            continue
+        elif _is_record(hint):
+            # of the autoencoder, say, where it has nothing in common with the model's
+            given[name] = _filled(hint, values) if set(values) & set(_fields(hint)) - {"in_channels"} else _empty(hint)
+        elif type(None) in typing.get_args(hint):
+            given[name] = None
+        elif isinstance(hint, type) and issubclass(hint, enum.Enum):
+            given[name] = next(iter(hint))
+        else:
+            raise CannotRun(f"{record.__name__} has a field '{name}' that target '{NAME}' does not know")
+    return record(**given)
+
+
+def _empty(record: Any) -> Any:
+    return record.model_construct() if hasattr(record, "model_construct") else object.__new__(record)
+
+
+def _fields(record: Any) -> dict[str, tuple[Any, Any]]:
+    """Type and default of each field."""
+    if not dataclasses.is_dataclass(record):
+        return {name: (field.annotation, _default(field)) for name, field in record.model_fields.items()}
+    types = typing.get_type_hints(record)
+    return {field.name: (types[field.name], _default(field)) for field in dataclasses.fields(record)}
+
+
+def _default(field: Any) -> Any:
+    """Of a field of a dataclass or pydantic model; `_MISSING` if it has none."""
+    if field.default_factory not in (None, dataclasses.MISSING):
+        return field.default_factory()
+    none = field.default is dataclasses.MISSING or getattr(field, "is_required", bool)()
+    return _MISSING if none else field.default
+
+
+_MISSING = object()
 
 
 def values_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -158,51 +243,71 @@ def values_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
 
 def inputs(
     model: nn.Module, batch: int, height: int, width: int, text_tokens: int, generator: Any, reference: bool = False
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Random arguments of one image: `height` x `width` tokens in row-major order, drawn on the CPU by `generator`.
 
-    Returns `img` (batch, tokens, channels of the output), `img_ids`, `txt`, `txt_ids`, `vec`, on the model's device in
-    its dtype (ids in float32); with `reference` also the tokens of a smaller reference image, `img_cond_seq` and
-    `img_cond_seq_ids`; where the model takes more channels than it returns, the rest as `img_cond`.
+    Returns `img` (batch, tokens, channels of the output), `img_ids`, `txt`, `txt_ids`, and for FLUX.1 `vec`, on the
+    model's device in its dtype (ids in float32, with a column for each axis); with `reference` also the tokens of a
+    smaller reference image, `img_cond_seq` and `img_cond_seq_ids`, and the same as lists, `ref_img` and `ref_img_ids`;
+    where the model takes more channels than it returns, the rest as `img_cond`; TaylorSeer's caches as `state`.
     """
     import torch
 
     weight = model.get_parameter("img_in.weight")
     out_channels = model.get_parameter("final_layer.linear.weight").shape[0]
     text = model.get_parameter("txt_in.weight").shape[1]
-    pooled = model.get_parameter("vector_in.in_layer.weight").shape[1]
+    axes = len(getattr(getattr(model, "pe_embedder", None), "axes_dim", "123"))
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
 
-    given = {
+    given: dict[str, Any] = {
         "img": noise(batch, height * width, out_channels),
-        "img_ids": _grid(batch, height, width, 0).to(weight.device),
+        "img_ids": _grid(batch, height, width, 0, axes).to(weight.device),
         "txt": noise(batch, text_tokens, text),
-        "txt_ids": torch.zeros(batch, text_tokens, 3, device=weight.device),
-        "vec": noise(batch, pooled),
+        "txt_ids": torch.zeros(batch, text_tokens, axes, device=weight.device),
     }
+    if axes == 4:
+        given["txt_ids"][:, :, 3] = torch.arange(text_tokens)
+    if hasattr(model, "vector_in"):
+        given["vec"] = noise(batch, model.get_parameter("vector_in.in_layer.weight").shape[1])
     if weight.shape[1] > out_channels:
         given["img_cond"] = noise(batch, height * width, weight.shape[1] - out_channels)
     if reference:
         given["img_cond_seq"] = noise(batch, (height - 2) * (width - 1), out_channels)
-        given["img_cond_seq_ids"] = _grid(batch, height - 2, width - 1, 1).to(weight.device)
-    return given
+        given["img_cond_seq_ids"] = _grid(batch, height - 2, width - 1, 1, axes).to(weight.device)
+        given["ref_img"], given["ref_img_ids"] = [given["img_cond_seq"]], [given["img_cond_seq_ids"]]
+    state = _own_cache(model)
+    return given if state is None else {**given, "state": state}
 
 
-def _grid(batch: int, height: int, width: int, image: int) -> Tensor:
-    """Ids (batch, height · width, 3): number of the image, row, column."""
+def _grid(batch: int, height: int, width: int, image: int, axes: int) -> Tensor:
+    """Ids (batch, height · width, axes): number of the image, row, column, and 0 where there is a fourth."""
     import torch
 
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     ids = torch.stack((torch.full_like(rows, image), rows, columns), dim=-1).reshape(1, height * width, 3)
+    ids = torch.nn.functional.pad(ids, (0, axes - 3))
     return ids.float().repeat(batch, 1, 1)
+
+
+def _own_cache(model: nn.Module) -> Any:
+    """What TaylorSeer's model keeps in its arguments from call to call: every step a computed one. None elsewhere."""
+    decide = getattr(sys.modules[type(model).__module__], "cal_type", None)
+    if decide is None:
+        return None
+    package = importlib.import_module(decide.__module__.rpartition(".")[0])
+    kept: dict[str, Any] = dict(
+        zip(("cache_dic", "current"), package.cache_init([1.0, 0.0], {**_TAYLOR, "interval": 1}), strict=True)
+    )
+    kept["current"] |= {"step": 0, "num_steps": 1000}
+    return kept
 
 
 def call(
     call_model: Callable[..., Any],
     model: nn.Module,
-    given: Mapping[str, Tensor],
+    given: Mapping[str, Any],
     time: float,
     extra: Mapping[str, Any] | None = None,
 ) -> Tensor:
@@ -221,13 +326,18 @@ def call(
     arguments: dict[str, Any] = {
         "img": img,
         **{name: given[name] for name in ("img_ids", "txt", "txt_ids")},
-        "y": given["vec"],
+        "y": given.get("vec"),
         "timesteps": given["img"].new_full((batch,), time, dtype=dtype, device=device),
         "guidance": given["img"].new_full((batch,), 3.5, dtype=dtype, device=device),
         "info": _info(0, given),
-        **(extra or {}),
     }
-    result = call_model(**{name: value for name, value in arguments.items() if name in forward})
+    for theirs, ours in (("x", "img"), ("x_ids", "img_ids"), ("ctx", "txt"), ("ctx_ids", "txt_ids")):
+        arguments[theirs] = arguments[ours]
+    arguments = {name: value for name, value in arguments.items() if name in forward} | dict(extra or {})
+    state = given.get("state", {})
+    result = call_model(**arguments, **state)
+    if state:
+        state["current"]["step"] += 1
     velocity: Tensor = result[0] if isinstance(result, tuple) else result
     return velocity
 
@@ -246,15 +356,23 @@ def loop_variants(function: Callable[..., Any], model_parameter: str) -> tuple[s
     _refuse_unknown(function.__name__, parameters, _LOOP | {model_parameter})
     if "inverse" in parameters:
         return ("inversion",)
-    ways = {"cfg": {"true_cfg", "neg_txt"}, "reference": {"img_cond_seq"}, "channels": {"img_cond"}}
-    return ("plain", *(way for way, needs in ways.items() if needs <= set(parameters)))
+    if any(parameter.name in _NEGATIVE and parameter.default is parameter.empty for parameter in parameters.values()):
+        return ("cfg",)
+    ways = (
+        ("cfg", "neg_txt"),
+        ("cfg", "neg_cond"),
+        ("reference", "img_cond_seq"),
+        ("reference", "ref_img"),
+        ("channels", "img_cond"),
+    )
+    return ("plain", *(way for way, needs in ways if needs in parameters))
 
 
 def run_loop(
     function: Callable[..., Any],
     model_parameter: str,
     model: nn.Module,
-    given: Mapping[str, Tensor],
+    given: Mapping[str, Any],
     timesteps: Sequence[float],
     variant: str = "plain",
 ) -> Tensor:
@@ -262,17 +380,33 @@ def run_loop(
 
     For `cfg`, `given` also holds the other prompt as `neg_txt`, `neg_txt_ids` and `neg_vec`.
     """
-    accepted = inspect.signature(function).parameters
-    arguments: dict[str, Any] = {"guidance": 3.5, model_parameter: model, **given, "timesteps": list(timesteps)}
+    accepted = {name: True for name in (*inspect.signature(function).parameters, *_read_from_keywords(function))}
+    arguments: dict[str, Any] = {
+        "guidance": 3.5,
+        model_parameter: model,
+        **given,
+        "timesteps": list(timesteps),
+        **_TAYLOR,
+    }
     if variant != "channels":
         arguments.pop("img_cond", None)
     if variant == "cfg":
-        arguments |= {"true_cfg": 2.0, "timestep_to_start_cfg": 2}
+        arguments |= {"true_cfg": 2.0, "true_gs": 2.0, "cfg_scale": 2.0, "timestep_to_start_cfg": 2}
+        arguments["neg_cond"] = (2.0, given.get("neg_vec"), given["neg_txt"], None)
     if variant == "inversion":
         arguments["info"] = _info(2, given)
         arguments["img"] = _latents(function(**_accepted(arguments | {"inverse": True}, accepted)))
         arguments["inverse"] = False
     return _latents(function(**_accepted(arguments, accepted)))
+
+
+def _read_from_keywords(function: Callable[..., Any]) -> tuple[str, ...]:
+    """What TaylorSeer's loop takes out of its `**kwargs` by name."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    constants = function.__code__.co_consts
+    has_keywords = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    return tuple(name for name in _TAYLOR if has_keywords and name in constants)
 
 
 def _accepted(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,7 +428,7 @@ def _refuse_unknown(where: str, parameters: Mapping[str, inspect.Parameter], kno
             raise CannotRun(f"{where}() needs '{parameter.name}', which target '{NAME}' does not know")
 
 
-def _info(inject_steps: int, given: Mapping[str, Tensor]) -> dict[str, Any]:
+def _info(inject_steps: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """What RF-Solver-Edit and FireFlow carry through the model: which features to keep and to put back."""
     # putting them back is written for a GPU (`.cuda()`)
     strategy = "replace_v" if given["img"].is_cuda else ""

@@ -95,9 +95,17 @@ def show_report(out: Console, report: VerifyReport) -> None:
     for check in report.checks:
         word, style = ("holds", "green") if check.holds else ("FAILS", "bold red")
         hanging(out, Text.assemble((f"  {word}  ", style), f"{check.name.ljust(width)}  "), Text(clean(check.says)))
+    for model in report.unverified:
+        says = f"{model.model} of {model.file}: {model.reason}"
+        hanging(out, Text.assemble(("  not verified  ", "bold yellow")), Text(clean(says)))
     for note in report.notes:
         sentence(out, note, label="Note", style="yellow")
-    if report.holds:
+    if report.holds and report.unverified:
+        out.print(
+            f"All {len(report.checks)} checks hold; {len(report.unverified)} patched models were not verified.",
+            style="bold yellow",
+        )
+    elif report.holds:
         out.print(f"All {len(report.checks)} checks hold.", style="bold green")
     else:
         failed = sum(not check.holds for check in report.checks)

@@ -79,19 +79,24 @@ class Checkout:
                 f"this checkout, unless it is started in {base} or the checkout is installed (pip install -e)"
             )
 
-    def _explain(self, error: Exception, file: str) -> CheckoutError:
+    def place_of(self, error: Exception) -> str:
+        """`at FILE:LINE: `, the innermost place in the checkout that an error passed through; empty if none."""
         where = ""
         trace = error.__traceback__
         while trace is not None:
             origin = Path(trace.tb_frame.f_code.co_filename)
             if origin.is_relative_to(self.root):
-                where = f" at {origin.relative_to(self.root)}:{trace.tb_lineno}"
+                where = f"at {origin.relative_to(self.root)}:{trace.tb_lineno}: "
             trace = trace.tb_next
+        return where
+
+    def _explain(self, error: Exception, file: str) -> CheckoutError:
         package = error.name if isinstance(error, ImportError) else None
         hint = None
         if isinstance(error, (ModuleNotFoundError, PlaceholderUsed)) and package:
             hint = f"{sys.executable} -m pip install {package.partition('.')[0]}"
-        return CheckoutError(f"{file} cannot be imported:{where}: {type(error).__name__}: {error}", hint)
+        message = f"{file} cannot be imported: {self.place_of(error)}{type(error).__name__}: {error}"
+        return CheckoutError(message, hint)
 
 
 def import_root(root: Path, file: Path) -> Path:

@@ -53,7 +53,10 @@ class Comparison:
         self.oracle_errors = self._errors(self.patched, "sparse", self.original, "oracle") if self.margins else {}
 
     def checks(self) -> list[Check]:
+        as_it_is, ours = (result.get("failed", {}) for result in self.results)
+        broken = {name: why for name, why in ours.items() if name not in as_it_is}
         return [
+            *(Check("runs", False, f"{name} does not run any more: {why}") for name, why in broken.items()),
             self.off(),
             self.everything_kept(),
             self.parameters(),
@@ -102,6 +105,13 @@ class Comparison:
         figures = {"limit": ORACLE_LIMIT, "errors": self.oracle_errors, "smallest_margin": self.margins}
         says = f"the largest difference from the oracle is {worst:.1e} (limit {ORACLE_LIMIT:.0e}; {where})"
         return Check("oracle", worst <= ORACLE_LIMIT, says, figures)
+
+    def notes(self) -> list[str]:
+        """Loops that no check covers."""
+        return [
+            f"{name} was not run, for it fails as it is: {why}"
+            for name, why in self.results[0].get("failed", {}).items()
+        ]
 
     def undecided(self) -> list[str]:
         """Scenarios that differ from the oracle where rounding may have decided a selection."""

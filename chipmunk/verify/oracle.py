@@ -14,6 +14,7 @@ Notation: B batch, H heads, N tokens, D head dimension, C hidden size, F MLP hid
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections import Counter
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from chipmunk.config import Config
@@ -106,7 +108,9 @@ class Oracle:
         self._upcoming: Iterator[tuple[int, str]] | None = None
         self._last_step = -1
         self._layer: int | None = None
-        self._joint_tokens = 0
+        self._joint_tokens: set[int] = set()
+        """How many tokens the joint attention of this block may have, and below: of the last double block."""
+        self._pair_tokens: set[int] = set()
         self._steps: Steps | None = None
         """Those of this call's slot, and below: the call's step, whether it is skipped, its tokens on the way."""
         self._step = 0
@@ -149,8 +153,7 @@ class Oracle:
     # Hooking onto the model.
 
     def __enter__(self) -> Oracle:
-        self._hook(self.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        self._hook(self.model.register_forward_hook(self._after_model))
+        self._wrap_forward()
         double: Iterable[nn.Module] = attrgetter(self.facts.double)(self.model)
         single: Iterable[nn.Module] = attrgetter(self.facts.single)(self.model)
         layer = 0
@@ -172,6 +175,24 @@ class Oracle:
         self._hooks.close()
         self.end_generation()
 
+    def _wrap_forward(self) -> None:
+        """Stand around the method that does the model's work: `forward`, or one that it calls."""
+        name = self.facts.forward if self.facts.receiver is None else "forward"
+        forward = getattr(self.model, name)
+        signature = inspect.signature(forward)
+
+        @functools.wraps(forward)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            arguments = signature.bind(*args, **kwargs)
+            self._before_model(arguments)
+            return self._after_model(forward(*arguments.args, **arguments.kwargs))
+
+        if name in vars(self.model):
+            self._hooks.callback(vars(self.model).__setitem__, name, forward)
+        else:
+            self._hooks.callback(vars(self.model).pop, name)
+        vars(self.model)[name] = wrapped
+
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._hooks.callback(handle.remove)
 
@@ -185,7 +206,11 @@ class Oracle:
             sequences = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3]
             streams = [x for x in sequences if x.shape[-1] == sequences[0].shape[-1]]  # ids are narrower
             self._layer = layer
-            self._joint_tokens = sum(stream.shape[1] for stream in streams)
+            self._joint_tokens = {sum(stream.shape[1] for stream in streams)}
+            if layer < self._doubles():
+                self._pair_tokens = self._joint_tokens
+            else:  # a single block may be given the text beside the joint stream
+                self._joint_tokens |= self._pair_tokens
             self._note_entering(layer, streams)
 
         def after(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -201,7 +226,7 @@ class Oracle:
             return
         mlp = attrgetter(facts.mlp)(block)
         linears = [part for part in mlp.modules() if isinstance(part, nn.Linear)]
-        if [type(linear) for linear in linears] != [nn.Linear, nn.Linear]:
+        if len(linears) != 2 or not all(map(_is_plain, linears)):
             return  # a LoRA or quantised layer: the MLP stays as it is
         self._hook_linears(layer, linears[0], linears[1], facts)
 
@@ -210,7 +235,7 @@ class Oracle:
         if names[0] is None or names[1] is None:
             return
         linear_in, linear_out = attrgetter(names[0])(block), attrgetter(names[1])(block)
-        if type(linear_in) is nn.Linear and type(linear_out) is nn.Linear:
+        if _is_plain(linear_in) and _is_plain(linear_out):
             self._hook_linears(layer, linear_in, linear_out, self.facts.single_block)
 
     def _hook_linears(self, layer: int, linear_in: nn.Linear, linear_out: nn.Linear, facts: BlockFacts) -> None:
@@ -248,13 +273,12 @@ class Oracle:
 
     # One model call.
 
-    def _before_model(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _before_model(self, arguments: inspect.BoundArguments) -> None:
+        """Find the call's slot, and bring the image tokens among `arguments` into order."""
         self._current = self._order = self._steps = None
         config = self.config
         if not config.attn.is_enabled and not config.mlp.is_enabled and not config.step_caching.is_enabled:
-            return None
+            return
         if torch.is_grad_enabled():
             raise RuntimeError("the oracle runs under torch.no_grad() or torch.inference_mode()")
         if self._upcoming is not None:
@@ -263,26 +287,24 @@ class Oracle:
                 self.begin_step(step)
             self.slot(name)
         self._current = self._slots.setdefault(self._name, Slot())
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-        self._begin_call(self._current, bound.arguments[self.facts.image].shape[1])
+        given, facts = arguments.arguments, self.facts
+        image = given[facts.image]
+        self._begin_call(self._current, image.shape[1])
 
-        if self.facts.ids is None or not self.config.patchify.is_enabled:
-            return None
-        arguments = inspect.signature(model.forward).bind(*args, **kwargs)
-        image, ids = arguments.arguments[self.facts.image], arguments.arguments[self.facts.ids]
+        if facts.ids is None or not self.config.patchify.is_enabled:
+            return
+        ids = given[facts.ids]
         first_ids = ids if ids.ndim == 2 else ids[0]
         if torch.equal(ids, first_ids.expand_as(ids)) and not self._others_by_token(arguments, image.shape[1]):
             self._order = self._token_order(first_ids)
-        if self._order is None:
-            return None
-        arguments.arguments[self.facts.image] = image[:, self._order]
-        arguments.arguments[self.facts.ids] = ids[self._order] if ids.ndim == 2 else ids[:, self._order]
-        return arguments.args, arguments.kwargs
+        if self._order is not None:
+            given[facts.image] = image[:, self._order]
+            given[facts.ids] = ids[self._order] if ids.ndim == 2 else ids[:, self._order]
 
-    def _after_model(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _after_model(self, output: Any) -> Any:
         order, self._current, self._order = self._order, None, None
         if order is None:
-            return None
+            return output
         first = output[0] if isinstance(output, tuple) else output
         restored = torch.empty_like(first)
         for new, old in enumerate(order):
@@ -587,7 +609,7 @@ class _InterceptAttention(TorchFunctionMode):
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
         call = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
         query, key = call["query"], call["key"]
-        joint = query.ndim == 4 and query.shape == key.shape and query.shape[2] == oracle._joint_tokens
+        joint = query.ndim == 4 and query.shape == key.shape and query.shape[2] in oracle._joint_tokens
         plain = call.get("attn_mask") is None and not call.get("dropout_p") and not call.get("is_causal")
         if oracle._current is None or not joint or not plain:
             return result
@@ -595,6 +617,14 @@ class _InterceptAttention(TorchFunctionMode):
         if scale is None:
             scale = query.shape[-1] ** -0.5
         return oracle._attention(result, query, key, call["value"], scale)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a layer does what its weight and bias say and no more, to the bit. A LoRA layer does more."""
+    if not isinstance(linear, nn.Linear) or linear.weight.shape != (linear.out_features, linear.in_features):
+        return False
+    x = torch.linspace(-1.0, 1.0, 3 * linear.in_features).reshape(1, 3, -1).to(linear.weight)
+    return type(linear) is nn.Linear or torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
 
 
 def _groups(tokens: int, size: int) -> list[range]:

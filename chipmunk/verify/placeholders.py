@@ -124,6 +124,8 @@ class Placeholders(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Whether a file of the repository asks, and not in order to find out if the package is there."""
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and ("importlib" in frame.f_code.co_filename or frame.f_globals is globals()):
+            if frame.f_code is importlib.util.find_spec.__code__:
+                return False
             frame = frame.f_back
         if frame is None:
             return False

@@ -28,6 +28,15 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Unverified:
+    """A patched model that could not be run, beside others that were."""
+
+    model: str
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """The outcome of one run."""
 
@@ -40,6 +49,8 @@ class VerifyReport:
     environment: dict[str, str] = field(default_factory=dict)
     """Python, torch and device of the two processes."""
     seconds: float = 0.0
+    unverified: tuple[Unverified, ...] = ()
+    """Models that no check covers."""
 
     @property
     def holds(self) -> bool:
@@ -57,6 +68,7 @@ class VerifyReport:
             "files": sorted({site.file for site in self.sites}),
             "sites": [{**asdict(site), "status": site.status.value} for site in self.sites],
             "checks": [asdict(check) for check in self.checks],
+            "unverified": [asdict(each) for each in self.unverified],
             "notes": list(self.notes),
             "environment": self.environment,
             "seconds": round(self.seconds, 2),

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,11 +19,15 @@ from chipmunk.rewrite import ModelFacts, Plan, plan_repository
 from chipmunk.verify.checks import Comparison
 from chipmunk.verify.original import rebuild
 from chipmunk.verify.process import Progress, run_workers
-from chipmunk.verify.report import Check, VerifyError, VerifyReport
+from chipmunk.verify.report import Check, Unverified, VerifyError, VerifyReport
 from chipmunk.verify.spec import Spec
 
 ATTEMPTS = 4
 """Runs of a scenario in which rounding may have decided a selection: a fault fails all of them."""
+
+
+class OtherModel(VerifyError):
+    """The factory returned a model of another class than the one in hand."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def original_plan(
 def target_of(facts: ModelFacts, chosen: str | None, targets: Mapping[str, registry.Target]) -> Path:
     """The file of the target that knows one model: the repository's, or that of a model of another family beside it."""
     name = chosen or "flux"
-    if facts.installed and not targets[name].recognise([facts], {}):
+    if not targets[name].recognise([facts], {}):
         name = next((target.name for target in targets.values() if target.recognise([facts], {})), name)
     file = targets[name].module.__file__
     assert file is not None
@@ -112,11 +117,19 @@ def target_of(facts: ModelFacts, chosen: str | None, targets: Mapping[str, regis
 def verify(
     original: Path, patched: Path, plan: Plan, options: VerifyOptions, work: Path, progress: Progress | None = None
 ) -> VerifyReport:
-    """Verify `patched` against `original`, two folders; `plan` is the original's. Works in the folder `work`."""
+    """Verify `patched` against `original`, two folders; `plan` is the original's. Works in the folder `work`.
+
+    A model that cannot be run is reported as such if another one can. Raises VerifyError where none can.
+    """
     targets = registry.load(options.plugins).targets
     checks: list[Check] = []
     notes: list[str] = []
     environment: dict[str, str] = {}
+    refusals: list[VerifyError] = []
+    unverified: list[Unverified] = []
+    names = Counter(facts.name for facts in plan.models)
+    if options.target is not None:
+        targets = {options.target: targets[options.target]}
     for number, facts in enumerate(plan.models):
         base = Spec(
             side="original",
@@ -130,26 +143,50 @@ def verify(
             factory=options.factory,
             factory_folder=Path.cwd(),
         )
-        for weights in [None] if options.weights is None else [None, options.weights.resolve()]:
-            suffix = "" if weights is None else "-weights"
-            ours = replace(
-                base,
-                side="patched",
-                root=patched,
-                out=work / f"patched-{number}{suffix}",
-                preload=None if options.preload is None else options.preload.resolve(),
-                weights=weights,
-            )
-            theirs = replace(base, out=work / f"original-{number}{suffix}", weights=weights)
-            if weights is not None:
-                ours, theirs = replace(ours, only=()), replace(theirs, only=())
-            found, result = _pair(theirs, ours, options, progress)
-            where = [facts.name] if len(plan.models) > 1 else []
-            where += [f"with {weights.name}"] if weights is not None else []
-            checks += [replace(check, name=", ".join([check.name, *where])) for check in found]
+        name = facts.name if names[facts.name] == 1 else f"{facts.name} of {facts.file}"
+        try:
+            try:
+                found = _checks(base, patched, options, progress)
+            except OtherModel:
+                if len(plan.models) == 1:
+                    raise
+                found = _checks(replace(base, factory=None), patched, options, progress)
+        except VerifyError as error:
+            refusals.append(error)
+            unverified.append(Unverified(facts.name, facts.file, str(error).partition("\n")[0]))
+            continue
+        for suffix, these, result in found:
+            where = [*([name] if len(plan.models) > 1 else []), *([f"with {suffix}"] if suffix else [])]
+            checks += [replace(check, name=", ".join([check.name, *where])) for check in these]
             notes += [*result.get("notes", []), *_placeholder_notes(result)]
             environment |= result.get("environment", {})
-    return VerifyReport(patched, plan.target, tuple(checks), notes=tuple(dict.fromkeys(notes)), environment=environment)
+    if not checks:
+        raise refusals[0]
+    return VerifyReport(
+        patched, plan.target, tuple(checks), notes=tuple(dict.fromkeys(notes)), environment=environment,
+        unverified=tuple(unverified),
+    )  # fmt: skip
+
+
+def _checks(
+    base: Spec, patched: Path, options: VerifyOptions, progress: Progress | None
+) -> list[tuple[str, list[Check], dict[str, Any]]]:
+    """Of one model: with random weights, then with the user's: their file's name, checks, and what the worker says."""
+    found = []
+    for weights in [None] if options.weights is None else [None, options.weights.resolve()]:
+        suffix = "" if weights is None else "-weights"
+        theirs = replace(base, out=Path(f"{base.out}{suffix}"), weights=weights)
+        ours = replace(
+            theirs,
+            side="patched",
+            root=patched,
+            out=base.out.with_name(f"{base.out.name.replace('original', 'patched')}{suffix}"),
+            preload=None if options.preload is None else options.preload.resolve(),
+        )
+        if weights is not None:
+            ours, theirs = replace(ours, only=()), replace(theirs, only=())
+        found.append(("" if weights is None else weights.name, *_pair(theirs, ours, options, progress)))
+    return found
 
 
 def _pair(
@@ -167,6 +204,7 @@ def _pair(
         says = f"the patched code does not run: {error['message']}"
         return [Check("runs", False, says, {"trace": error["trace"]})], {}
     comparison = Comparison(theirs.facts, theirs.out, ours.out, results)
+    results[1]["notes"] += comparison.notes()
     for attempt in range(1, ATTEMPTS):
         undecided = tuple(comparison.undecided())
         if not undecided:
@@ -195,6 +233,8 @@ def _refusal(error: dict[str, Any], theirs: Spec, ours: Spec) -> VerifyError:
             f"{factory_skeleton(theirs.facts)}",
             next_command=f"chipmunk verify {quoted(ours.root)} --factory verify_factory:build",
         )
+    if error["kind"] == "factory":
+        return OtherModel(message)
     if error["kind"] == "crash":
         message = f"the original code fails when verify runs it: {message}\n{error['trace']}"
     return VerifyError(message, next_command=error.get("next_command"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import importlib.util
 import itertools
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,12 +28,19 @@ from chipmunk.verify.spec import IMAGES, LARGE_IMAGES, Image, Scenario, Spec
 TWO_SLOTS = "two call slots"
 OWN_LOOP = "own loop"
 
+LARGEST = 100_000_000
+"""Parameters of a model that is built with the target's `SMALL` values."""
+
 Steps = Callable[[Any, Any], Any]
 Slot = Callable[[Any, str], Any]
 
 
 class BuildError(Exception):
     """The model cannot be built or called; says why."""
+
+
+class OtherModelError(Exception):
+    """The factory returned a model of another class."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,8 @@ class Subject:
         self.notes: list[str] = []
         self.extra: dict[str, Any] = {}
         """Arguments of the model's forward that only the factory knows."""
+        if hasattr(self.target, "prepare"):
+            self.target.prepare(self.checkout.load, self.facts.file, spec.device)
         find = installed_object if self.facts.installed else self.checkout.object
         self.model_class: type[nn.Module] = find(self.facts.file, self.facts.name)
         self.loops = self._load_loops()
@@ -78,18 +89,26 @@ class Subject:
         if name not in self._models:
             try:
                 model = self._build(name)
-            except (CheckoutError, BuildError):
+            except (CheckoutError, BuildError, OtherModelError):
                 raise
             except Exception as error:
                 raise BuildError(f"{self.facts.name} cannot be built: {type(error).__name__}: {error}") from error
-            self._models[name] = model.to(self.spec.device).eval().requires_grad_(False)
+            self._models[name] = self._callable(model.to(self.spec.device).eval().requires_grad_(False))
         return self._models[name]
+
+    def _callable(self, model: nn.Module) -> nn.Module:
+        """The model, with the function that does its work as its `forward`, where that is not a method of it."""
+        if self.facts.receiver is not None:
+            assert self.facts.forward_file is not None
+            function = self.checkout.object(self.facts.forward_file, self.facts.forward)
+            vars(model)["forward"] = functools.partial(function, **{self.facts.receiver: model})
+        return model
 
     def in_dtype(self, name: str, dtype: torch.dtype) -> str:
         """The name of a copy of a model in another dtype."""
         copy_name = f"{name}, {str(dtype).removeprefix('torch.')}"
         if copy_name not in self._models:
-            self._models[copy_name] = copy.deepcopy(self.model(name)).to(dtype)
+            self._models[copy_name] = self._callable(copy.deepcopy(self.model(name)).to(dtype))
         return copy_name
 
     def _build(self, name: str) -> nn.Module:
@@ -110,9 +129,23 @@ class Subject:
         if name == "channels":
             values["in_channels"] += 8
         model_class = next((c for c in getattr(self, "subclasses", ()) if c.__name__ == name), self.model_class)
+        self._refuse_large(model_class, values)
         model = self.target.build(model_class, values)
         randomise(model, self.spec.seed)
         return model
+
+    def _refuse_large(self, model_class: type[nn.Module], values: Mapping[str, Any]) -> None:
+        """Raise BuildError where the target does not know what makes a model of this class small."""
+        try:
+            with torch.device("meta"):
+                parameters = sum(p.numel() for p in self.target.build(model_class, values).parameters())
+        except Exception:  # it says so itself where it is built in earnest, or does not go by the device
+            return
+        if parameters > LARGEST:
+            raise BuildError(
+                f"{model_class.__name__} would have {parameters:,} parameters: target '{self.target.NAME}' does not "
+                f"know what makes it small"
+            )
 
     def _from_factory(self, factory: str) -> nn.Module:
         module_name, _, function = factory.partition(":")
@@ -122,7 +155,7 @@ class Subject:
         model, self.extra = made if isinstance(made, tuple) else (made, {})
         if not isinstance(model, self.model_class):
             where = f"{type(model).__name__} of {sys.modules[type(model).__module__].__file__}"
-            raise BuildError(f"{factory} returned a {where}, not the {self.facts.name} of {self.facts.file}")
+            raise OtherModelError(f"{factory} returned a {where}, not the {self.facts.name} of {self.facts.file}")
         return model
 
     def _find_subclasses(self) -> list[type[nn.Module]]:
@@ -152,7 +185,7 @@ class Subject:
                     function = self.checkout.object(loop.file, loop.function)
                     found.append((loop, function, self.target.loop_variants(function, loop.model_parameter)))
                     continue
-                except (self.target.CannotRun, AttributeError) as error:
+                except (self.target.CannotRun, AttributeError, CheckoutError) as error:
                     reason = str(error)
             self.notes.append(f"{loop.file}:{loop.line}: the loop in {loop.function} was not run: {reason}")
             found.append(None)
@@ -165,21 +198,23 @@ class Subject:
                 if entry is not None:
                     way = "channels" if "channels" in entry[2] and self._takes_more_channels("model") else entry[2][0]
                     return [Scenario(entry[0].function, "model", LARGE_IMAGES, "default", index, way)]
-            return [Scenario(OWN_LOOP, "model", LARGE_IMAGES, "default")]
+            return [self.own_loop()]
         found: list[Scenario] = []
+        names = Counter(entry[0].function for entry in self.loops if entry is not None)
         for index, entry in enumerate(self.loops):
             if entry is None:
                 continue
             loop, _, variants = entry
+            function = loop.function if names[loop.function] == 1 else f"{loop.function} of {loop.file}"
             for variant in variants:
                 if variant == "channels" and not self._takes_more_channels("channels"):
                     continue
-                name = loop.function if variant == "plain" else f"{loop.function}, {variant}"
+                name = function if variant == "plain" else f"{function}, {variant}"
                 model = "channels" if variant == "channels" else "model"
                 images = IMAGES if not found else IMAGES[:1]
                 found.append(Scenario(name, model, images, "default", index, variant))
-        if not found:
-            found.append(Scenario(OWN_LOOP, "model", IMAGES, "default"))
+        if not found or OWN_LOOP in self.spec.only:
+            found.append(self.own_loop())
         # two of one size, so that the second would notice caches of the first
         found.append(Scenario(TWO_SLOTS, "model", (Image(1, 9, 10, 19, 14), Image(1, 9, 10, 19, 8)), "other"))
         found += [Scenario(c.__name__, c.__name__, IMAGES[1:], "default") for c in self.subclasses]
@@ -188,6 +223,10 @@ class Subject:
             known = ", ".join(scenario.name for scenario in found)
             raise BuildError(f"there is no scenario called {', '.join(self.spec.only)}; there are: {known}")
         return chosen
+
+    def own_loop(self) -> Scenario:
+        """What is run where none of the repository's loops can be."""
+        return Scenario(OWN_LOOP, "model", IMAGES if self.spec.weights is None else LARGE_IMAGES, "default")
 
     def _takes_more_channels(self, name: str) -> bool:
         """Whether the model takes more channels in than it gives out; False too if it cannot be built."""
@@ -255,7 +294,7 @@ class Subject:
         for index, (now, after) in steps(model, enumerate(list(itertools.pairwise(times)))):
             velocity = self._call(model, model, {**given, "img": image}, now)
             if index >= 2:
-                prompt = {name: other[name] for name in ("txt", "vec") if name in other}
+                prompt = {name: other[name] for name in ("txt", "vec", "state") if name in other}
                 second = self._call(slot(model, "second"), model, {**given, **prompt, "img": image}, now)
                 velocity = second + 1.5 * (velocity - second)
             image = image + (after - now) * velocity

@@ -31,7 +31,7 @@ from chipmunk.verify.checkout import CheckoutError
 from chipmunk.verify.operators import as_json, hold_against_reference
 from chipmunk.verify.placeholders import PlaceholderUsed
 from chipmunk.verify.spec import CONFIGS, PROGRESS, Scenario, Spec
-from chipmunk.verify.subject import BuildError, Drawn, Subject, load_file
+from chipmunk.verify.subject import BuildError, Drawn, OtherModelError, Subject, load_file
 
 
 class Worker:
@@ -41,7 +41,9 @@ class Worker:
         self.scenarios = self.subject.scenarios()
         self.tensors: dict[str, Tensor] = {}
         self.labels: dict[str, list[tuple[int, str]]] = {}
-        """Step and slot of each model call, by scenario and image."""
+        """Step and slot of each model call of the last run, by scenario and image."""
+        self.failed: dict[str, str] = {}
+        """Loops that do not run as they are, by scenario, with what is raised."""
         self.done = 0
         self.total = len(self.scenarios) * (3 if spec.side == "patched" else 1 if spec.weights else 2)
 
@@ -50,6 +52,7 @@ class Worker:
         save_tensors(self.tensors, self.spec.out / "outputs.safetensors")
         return {
             "scenarios": [asdict(scenario) for scenario in self.scenarios],
+            "failed": self.failed,
             "labels": self.labels,
             "notes": [*self.subject.notes, *self.subject.checkout.notes],
             "placeholders": sorted(self.subject.checkout.placeholders.names),
@@ -60,11 +63,7 @@ class Worker:
     # The original's side.
 
     def original(self) -> dict[str, Any]:
-        for scenario in self.scenarios:
-            for index in range(len(scenario.images)):
-                drawn = self.draw("dense", scenario, index)
-                self.labels[f"{scenario.name}/{index}"] = [(call.step, call.slot) for call in drawn.calls]
-            self.progress(scenario.name)
+        self.first_runs("dense")
         oracle = {} if self.spec.weights else {scenario.name: self.oracle(scenario) for scenario in self.scenarios}
         return {"parameters": self.parameters(), "oracle": oracle}
 
@@ -88,9 +87,7 @@ class Worker:
     # The patched side.
 
     def patched(self) -> dict[str, Any]:
-        configured = configuration_found(self)
-        for scenario in self.scenarios:
-            self.run_scenario("off", scenario)
+        configured = self.first_runs("off")
         for scenario in self.scenarios:
             self.enable(scenario.model, "kept")
             self.run_scenario("kept", scenario)
@@ -131,9 +128,37 @@ class Worker:
             self.disable(model)
         return {"dtype": str(dtype).removeprefix("torch."), "backends": backends, "operators": as_json(found)}
 
+    def first_runs(self, job: str) -> bool:
+        """Run every scenario once, as a user does who configures nothing, and leave out the loops that fail.
+
+        Where none is left, verify's own loop takes their place. Returns whether a configuration was found all the same.
+        """
+        left_out, configured = [], None
+        for scenario in self.scenarios:
+            try:
+                if configured is None and self.spec.side == "patched":
+                    self.draw("untouched", scenario, 0)
+                    configured = statistics(self.subject.model(scenario.model)).enabled
+                    for name in {each.model for each in self.scenarios}:
+                        self.disable(name)
+                self.run_scenario(job, scenario)
+            except (CheckoutError, PlaceholderUsed, BuildError, torch.cuda.OutOfMemoryError):
+                raise
+            except Exception as error:
+                if scenario.loop is None:
+                    raise
+                left_out.append(scenario)
+                self.failed[scenario.name] = f"{self.subject.checkout.place_of(error)}{type(error).__name__}: {error}"
+        self.scenarios = [scenario for scenario in self.scenarios if scenario not in left_out]
+        if left_out and all(scenario.loop is None for scenario in self.scenarios):
+            self.scenarios.insert(0, self.subject.own_loop())
+            self.run_scenario(job, self.scenarios[0])
+        return bool(configured)
+
     def run_scenario(self, job: str, scenario: Scenario) -> None:
         for index in range(len(scenario.images)):
-            self.draw(job, scenario, index)
+            drawn = self.draw(job, scenario, index)
+            self.labels[f"{scenario.name}/{index}"] = [(call.step, call.slot) for call in drawn.calls]
         self.progress(f"{scenario.name}: {job}")
 
     def sparse(self, scenario: Scenario) -> dict[str, Any]:
@@ -194,16 +219,6 @@ def count_operators() -> Iterator[Counter[str]]:
         yield calls
     finally:
         dispatch.call = original
-
-
-def configuration_found(worker: Worker) -> bool:
-    """Run once as a user does who configures nothing; returns whether a configuration was found all the same."""
-    scenario = worker.scenarios[0]
-    worker.draw("untouched", scenario, 0)
-    enabled = statistics(worker.subject.model(scenario.model)).enabled
-    for name in {scenario.model for scenario in worker.scenarios}:
-        worker.disable(name)
-    return enabled
 
 
 def strict_loading(model: torch.nn.Module) -> str | None:
@@ -271,6 +286,8 @@ def main(path: str) -> None:
         result = failure("import", error, f"{sys.executable} -m pip install {error.name}")
     except BuildError as error:
         result = failure("build", error)
+    except OtherModelError as error:
+        result = failure("factory", error)
     except torch.cuda.OutOfMemoryError as error:
         result = failure("memory", error)
     except Exception as error:
