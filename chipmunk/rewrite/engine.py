@@ -213,6 +213,7 @@ def _refused(repository: Repository, context: Context) -> list[Site]:
 
 
 def _facts(model: Model, index: int, context: Context) -> ModelFacts:
+    is_method = model.forward.owner is not None
     return ModelFacts(
         file=model.owner.source.path,
         name=model.name,
@@ -224,6 +225,9 @@ def _facts(model: Model, index: int, context: Context) -> ModelFacts:
         single_block=_block_facts(model.single_block),
         loops=tuple(context.loops.get(index, ())),
         step_caching=index in context.cached_steps,
+        forward=model.forward.node.name.value,
+        forward_file=None if is_method else model.forward.source.path,
+        receiver=None if is_method else model.forward.scope.receiver,
     )
 
 
