@@ -63,6 +63,33 @@ FULL: dict[str, Any] = {
 }
 """FLUX.1-dev."""
 
+_FULL_2: dict[str, Any] = {
+    "in_channels": 128,
+    "out_channels": 128,
+    "context_in_dim": 15360,
+    "hidden_size": 6144,
+    "mlp_ratio": 3.0,
+    "num_heads": 48,
+    "depth": 8,
+    "depth_single_blocks": 48,
+    "axes_dim": [32, 32, 32, 32],
+    "theta": 2000,
+    "use_guidance_embed": True,
+}
+"""FLUX.2-dev."""
+
+_KLEIN: dict[str, Any] = {**_FULL_2, "use_guidance_embed": False}
+MODELS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"schnell": {**FULL, "guidance_embed": False}},
+    2: {
+        "klein-4b": {**_KLEIN, "context_in_dim": 7680, "hidden_size": 3072, "num_heads": 24, "depth": 5}
+        | {"depth_single_blocks": 20},
+        "klein-9b": {**_KLEIN, "context_in_dim": 12288, "hidden_size": 4096, "num_heads": 32, "depth": 8}
+        | {"depth_single_blocks": 24},
+    },
+}
+"""Other published models, by generation and name."""
+
 _GIVEN = {"img", "img_ids", "txt", "txt_ids", "vec", "timesteps", "guidance"}
 _FORWARD = {"img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance", "info", "x", "x_ids", "ctx", "ctx_ids"}
 _NEGATIVE = {"neg_txt", "neg_txt_ids", "neg_vec"}
@@ -204,6 +231,24 @@ def _default(field: Any) -> Any:
 
 
 _MISSING = object()
+
+
+def named(model_class: type[nn.Module], name: str | None) -> dict[str, Any]:
+    """Constructor arguments of a published model of this class; without a name of the largest.
+
+    FLUX.2 has no pooled text. Raises CannotRun where the name is none of `MODELS`.
+    """
+    taken: set[str] = set()
+    for parameter, (_, hint) in _parameters(model_class).items():
+        fields = [field.name for field in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
+        taken |= {parameter, *fields, *getattr(hint, "model_fields", {})}
+    generation = 1 if "vec_in_dim" in taken or not {"hidden_size", "depth"} <= taken else 2
+    if name is None:
+        return FULL if generation == 1 else _FULL_2
+    if name not in MODELS[generation]:
+        kinds = f"FLUX.{generation}: {', '.join(MODELS[generation])}"
+        raise CannotRun(f"target '{NAME}' knows no model '{name}' of {model_class.__name__} (it knows, of {kinds})")
+    return MODELS[generation][name]
 
 
 def values_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from chipmunk.bench import worker
 from chipmunk.bench.spec import Spec
 from chipmunk.bench.worker import CannotTime, attention_heads, size_of
 from chipmunk.rewrite.plan import BlockFacts, ModelFacts
+from targets import flux
 
 BLOCK = BlockFacts("model.py", "Block", True)
 FACTS = ModelFacts("model.py", "Model", "double_blocks", "single_blocks", "img", "img_ids", BLOCK, BLOCK)
@@ -91,3 +93,39 @@ def test_the_joint_attention_is_timed_with_the_models_own_heads(
     for name, value in attributes.items():
         setattr(model, name, value)
     assert attention_heads(model) == heads
+
+
+@dataclass
+class FirstParams:
+    in_channels: int
+    vec_in_dim: int
+    hidden_size: int
+    depth: int
+
+
+@dataclass
+class SecondParams:
+    in_channels: int = 128
+    hidden_size: int = 6144
+    depth: int = 8
+
+
+class First(nn.Module):
+    def __init__(self, params: FirstParams) -> None:
+        super().__init__()
+
+
+class Second(nn.Module):
+    def __init__(self, params: SecondParams) -> None:
+        super().__init__()
+
+
+def test_the_official_repositories_have_a_full_size_each() -> None:
+    """FLUX.2 is known by what its parameters lack: a pooled text."""
+    assert flux.named(First, None) is flux.FULL
+    assert flux.named(Second, None)["hidden_size"] == 6144
+    assert flux.named(Second, "klein-9b")["hidden_size"] == 4096
+    assert flux.named(First, "schnell")["guidance_embed"] is False
+    for model_class, name in ((First, "klein-9b"), (Second, "schnell"), (Second, "huge")):
+        with pytest.raises(flux.CannotRun, match=f"knows no model '{name}' of {model_class.__name__}"):
+            flux.named(model_class, name)
