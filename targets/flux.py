@@ -127,8 +127,8 @@ def build(model_class: type[nn.Module], values: Mapping[str, Any]) -> nn.Module:
     """An instance of the repository's class, its constructor filled from `values` (`SMALL`, `FULL`) by parameter name.
 
     The parameters may be spelled out or gathered in a dataclass or a pydantic model (`params: FluxParams`), which may
-    be a field of another one. A LoRA wrapper around the model is built with a small rank, in float32 where the
-    constructor takes a dtype. Raises CannotRun where a required parameter is unknown.
+    be a field of another one. A LoRA wrapper around the model is built with a small rank, in the default dtype where
+    the constructor takes a dtype. Raises CannotRun where a required parameter is unknown.
     """
     import torch
 
@@ -139,7 +139,7 @@ def build(model_class: type[nn.Module], values: Mapping[str, Any]) -> nn.Module:
         elif _is_record(hint):
             arguments[name] = _filled(hint, values)
         elif hint is torch.dtype:
-            arguments[name] = torch.float32
+            arguments[name] = torch.get_default_dtype()
         elif name == "lora_rank":
             arguments[name] = 4
         elif parameter.default is parameter.empty:
