@@ -25,12 +25,14 @@ from .trees import (
 # Helpers
 
 
-def _extracted(program: Program, place: Place, files: Files, call: cst.Call, name: str, prefix: str) -> None:
-    """Put a call into a method of the block: its arguments become the method's."""
+def _extracted(place: Place, files: Files, function: cst.FunctionDef, call: cst.Call, name: str, prefix: str) -> None:
+    """Put a call into a method beside the one that holds it: its arguments become the method's."""
     names = [arg.keyword.value if arg.keyword else f"{prefix}{i}" for i, arg in enumerate(call.args)]
     inner = ", ".join(f"{arg.keyword.value}={n}" if arg.keyword else n for arg, n in zip(call.args, names, strict=True))
-    method = f"\ndef {name}(self, {', '.join(names)}):\n    return {code(call.func)}({inner})\n"
-    new = cst.parse_expression(f"self.{name}({', '.join(code(arg.value) for arg in call.args)})")
+    root = code(call.func).split(".")[0]  # the block, in a processor
+    given = [root] if root in [p.name.value for p in function.params.params[1:]] else []
+    method = f"\ndef {name}(self, {', '.join([*given, *names])}):\n    return {code(call.func)}({inner})\n"
+    new = cst.parse_expression(f"self.{name}({', '.join([*given, *(code(arg.value) for arg in call.args)])})")
 
     def change(function: cst.FunctionDef) -> cst.FunctionDef:
         changed = function.deep_replace(next(c for c in m.findall(function, m.Call()) if code(c) == code(call)), new)
@@ -49,8 +51,8 @@ def helper_for(find: Callable[[Program, Place, cst.FunctionDef], list[cst.Call]]
         for place in program.forwards:
             function = function_of(files, place)
             calls = find(program, place, function) if function is not None else []
-            if len(calls) == 1 and not any(arg.star for arg in calls[0].args):
-                _extracted(program, place, files, calls[0], fresh(rng, "x"), prefix)
+            if function is not None and len(calls) == 1 and not any(arg.star for arg in calls[0].args):
+                _extracted(place, files, function, calls[0], fresh(rng, "x"), prefix)
                 done = True
         return files if done else None
 
@@ -373,7 +375,7 @@ REWRITINGS: dict[str, Rewriting] = {
     "variables inlined in attention": each(lambda program: program.kernels, inlined),
     "attention under `if`": wrapped(attention_calls, "if self is not None"),
     "attention under `if`, else an error": wrapped(
-        attention_calls, "if isinstance(self, torch.nn.Module)", 'else:\n    raise TypeError("no module")\n'
+        attention_calls, "if isinstance(self, object)", 'else:\n    raise TypeError("no object")\n'
     ),
     "MLP under `with`": wrapped(mlp_calls, 'with torch.profiler.record_function("mlp")'),
     "last linear under `with`": wrapped(out_calls, 'with torch.profiler.record_function("out")'),

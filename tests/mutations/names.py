@@ -16,7 +16,7 @@ from .program import Files, Place, Program, edit, function_of
 
 Rewriting = Callable[[Program, random.Random], Files | None]
 
-_MEANT = re.compile(r"[A-Za-z_]\w+")
+_MEANT = re.compile(r"(?!__)[A-Za-z_]\w+")
 
 
 def fresh(rng: random.Random, like: str) -> str:

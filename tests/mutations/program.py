@@ -87,10 +87,9 @@ class Program:
 
     @cached_property
     def forwards(self) -> list[Place]:
-        """The forward of each block: where the attention of a block is handed on, or its MLP is."""
+        """The methods that do the blocks' work: of the blocks, their sub-modules and processors."""
         patches = ("attention", "double-mlp", "single-mlp")
-        inside = [place for patch in patches for place in self.places(patch, methods=True)]
-        return [place for place in dict.fromkeys(inside) if (place.path, place.owner) in self.blocks]
+        return list(dict.fromkeys(place for patch in patches for place in self.places(patch, methods=True)))
 
     @cached_property
     def kernels(self) -> list[Place]:

@@ -67,14 +67,18 @@ def calls_in(node: cst.CSTNode, names: Iterable[str]) -> list[cst.Call]:
     return found
 
 
-def parts_of(program: Program, place: Place, kind: str) -> list[str]:
-    """`self.img_mlp`, or the linears, of the block whose forward `place` is."""
-    found = []
+def parts_of(program: Program, place: Place, function: cst.FunctionDef, kind: str) -> list[str]:
+    """`self.img_mlp`, or the linears, of a block as a method of its own calls them; `attn.img_mlp` in a processor's."""
+    names = [p.name.value for p in function.params.params]
+    own = (place.path, place.owner) in program.blocks
+    found: list[str] = []
     for model in program.models:
         for block in (model.double_block, model.single_block):
-            if (block.file, block.name) == (place.path, place.owner):
-                names = {"mlp": [block.mlp], "out": [block.linear_out], "in": [block.linear_in]}[kind]
-                found += [f"self.{name}" for name in names if name]
+            if own and (block.file, block.name) != (place.path, place.owner):
+                continue
+            parts = {"mlp": [block.mlp], "out": [block.linear_out], "in": [block.linear_in]}[kind]
+            for name in (part for part in parts if part):
+                found += [f"self.{name}"] if own else [f"{given}.{name.split('.')[-1]}" for given in names[:2]]
     return found
 
 
@@ -87,12 +91,12 @@ def attention_calls(program: Program, place: Place, function: cst.FunctionDef) -
 
 
 def mlp_calls(program: Program, place: Place, function: cst.FunctionDef) -> list[cst.Call]:
-    return calls_in(function.body, parts_of(program, place, "mlp"))
+    return calls_in(function.body, parts_of(program, place, function, "mlp"))
 
 
 def out_calls(program: Program, place: Place, function: cst.FunctionDef) -> list[cst.Call]:
-    return calls_in(function.body, parts_of(program, place, "out"))
+    return calls_in(function.body, parts_of(program, place, function, "out"))
 
 
 def in_calls(program: Program, place: Place, function: cst.FunctionDef) -> list[cst.Call]:
-    return calls_in(function.body, parts_of(program, place, "in"))
+    return calls_in(function.body, parts_of(program, place, function, "in"))
