@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Literal
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from chipmunk.ops import launch
+from chipmunk.runtime.kernel_choices import rows_in_registers
 
 BACKEND = "inductor"
 _RECOMPILE_LIMIT = 64
@@ -82,7 +83,7 @@ class BlockCompiler:
         changes: dict[str, int | bool] = {name: max(getattr(dynamo, name), _RECOMPILE_LIMIT)}
         if self.has_compiled:
             changes["skip_nnmodule_hook_guards"] = False
-        with dynamo.patch(changes):
+        with dynamo.patch(changes), rows_in_registers() if self.has_compiled else nullcontext():
             yield
 
 

@@ -31,6 +31,7 @@ def test_built_in() -> None:
     assert list(registry.patches) == [
         "attention",
         "command-line",
+        "constant-copies",
         "diffusers-pipeline",
         "double-mlp",
         "model-forward",
