@@ -234,11 +234,11 @@ def _from_blocks(
         if (name, at.index) in seen:
             continue
         seen.add((name, at.index))
-        if name in grown:
-            return name
         asked = hidden.cut is None and name == hidden.name and at.index >= hidden.step.index
         if asked and not any(hidden.step.index <= b.step.index < at.index for b in scope.bindings.get(name, ())):
             continue  # asked for in a statement of its own before this one
+        if name in grown and not _renewed(scope, name, at, hidden):
+            return name
         for binding in scope.reaching(name, at):
             if _made_by(binding.step, loops):
                 return name
@@ -248,6 +248,13 @@ def _from_blocks(
             elif binding.value is not None:
                 pending += [(other, binding.step) for other in value_names(binding.value)]
     return None
+
+
+def _renewed(scope: Scope, name: str, at: Step, hidden: _Hidden) -> bool:
+    """Whether a name has another value by then: `x[:, n:] += y` among the blocks is gone after `x = x[:, n:]`."""
+    bindings = scope.reaching(name, at)
+    later = all(binding.step.index >= hidden.step.index and not binding.augmented for binding in bindings)
+    return later and scope.is_definite(bindings, at)
 
 
 def _bound(scope: Scope, loops: list[cst.For]) -> Iterator[str]:

@@ -183,13 +183,26 @@ class Scope:
             if binding.step.index >= step.index or _exclusive(binding.step.chain, step.chain):
                 continue
             found.append(binding)
-            if not binding.augmented and step.chain[: len(binding.step.chain)] == binding.step.chain:
+            if not binding.augmented and self.is_definite(found, step):
                 break
         return found
 
     def is_definite(self, found: list[Binding], step: Step) -> bool:
-        """Whether one of the assignments happens whenever `step` is reached."""
-        return any(not b.augmented and step.chain[: len(b.step.chain)] == b.step.chain for b in found)
+        """Whether one of the assignments happens whenever `step` is reached; or one in each branch of an `if`."""
+        chains = {binding.step.chain for binding in found if not binding.augmented}
+        if any(step.chain[: len(chain)] == chain for chain in chains):
+            return True
+        for chain in sorted(chains, key=len, reverse=True):
+            while chain and isinstance(chain[-1][0], cst.If):
+                *around, (node, branch) = chain
+                other = (*around, (node, "orelse" if branch == "body" else "body"))
+                if other not in chains:
+                    break
+                chain = tuple(around)
+                chains.add(chain)
+                if step.chain[: len(chain)] == chain:
+                    return True
+        return False
 
     def calls_behind(self, value: cst.CSTNode, step: Step) -> Iterator[tuple[cst.Call, Step]]:
         """The calls of this function that the value at `step` may be computed by."""

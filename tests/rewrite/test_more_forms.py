@@ -152,3 +152,49 @@ def test_a_parameter_that_says_something_else_of_time_is_not_the_timestep() -> N
         text = variant(MODEL, change, ("text_ids, time):", f"text_ids, {given.replace(',', '=None,')}=None):"))
         plan = plan_of(flow__model=text, flow__sampling="")
         assert 'timesteps="time"' in next(c.after.decode() for c in plan.changes if c.path == "flow/model.py")
+
+
+RESIDUALS = (
+    ("text_ids, time):", "text_ids, time, residuals=None):"),
+    (
+        "            x = block(x, rotation)\n",
+        "            x = block(x, rotation)\n            if residuals is not None:\n"
+        "                n = text.shape[1]\n                x[:, n:] = x[:, n:] + residuals[0]\n",
+    ),
+    ("        for block in self.joints:\n", "        n = text.shape[1]\n        for block in self.joints:\n"),
+)
+"""A residual is written into the image's part of the joint stream after each block."""
+
+
+def test_what_is_written_into_the_stream_between_the_blocks_is_part_of_it() -> None:
+    plan = plan_of(
+        flow__model=variant(MODEL, *RESIDUALS, ("x = x[:, text.shape[1] :]\n        ", "x = x[:, n:]\n        "))
+    )
+    assert is_whole(plan), sites(plan, "left dense")
+    assert "per_token" in next(c.after.decode() for c in plan.changes if c.path == "flow/model.py")
+
+
+def test_what_is_written_into_something_else_between_the_blocks_is_not() -> None:
+    text = variant(MODEL, *RESIDUALS, ("                x[:, n:] = x", "                image[:] = x"))
+    text = variant(text, ("return self.out(x)", "return self.out(x) + image"))
+    reason = "steps are not cached: image comes out of the blocks too, and is used after them"
+    assert sites(plan_of(flow__model=text), "left dense")["step-caching"] == [reason]
+
+
+BRANCHES = (
+    "        for block in self.joints:\n            scale = rotation[:, :1]\n"
+    "            x = block(x, rotation * scale)\n",
+    "        if image.ndim == 4:\n            scale = rotation[:, :, -1]\n"
+    "        else:\n            scale = rotation[:, -1]\n        return self.out(x)",
+)
+
+
+def test_a_name_that_both_branches_bind_anew_has_its_old_value_no_more() -> None:
+    loop = "        for block in self.joints:\n            x = block(x, rotation)\n"
+    plan = plan_of(
+        flow__model=variant(MODEL, (loop, BRANCHES[0]), ("        return self.out(x)", BRANCHES[1] + " * scale"))
+    )
+    assert is_whole(plan), sites(plan, "left dense")
+    one = BRANCHES[1].replace("        else:\n            scale = rotation[:, -1]\n", "")
+    plan = plan_of(flow__model=variant(MODEL, (loop, BRANCHES[0]), ("        return self.out(x)", one + " * scale")))
+    assert "step-caching" in sites(plan, "left dense")
