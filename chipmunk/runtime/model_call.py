@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from chipmunk.ops import dense_results_only, record_fallbacks
 from chipmunk.runtime.block_list import blocks_of, holders
+from chipmunk.runtime.call_order import AGAIN, order_of, reordered, restored, why_by_token
 from chipmunk.runtime.clock import CallSlot, Generation, current_generation
 from chipmunk.runtime.guards import why_dense_here
 from chipmunk.runtime.layer_state import ATTRIBUTE, DONE, AttentionRules, LayerState, MlpRules
@@ -20,12 +21,9 @@ from chipmunk.runtime.schedule import attention_is_full, attention_step, mlp_is_
 from chipmunk.runtime.step_caching import ATTRIBUTE as STEP_ATTRIBUTE
 from chipmunk.runtime.step_caching import StepCache, StepCall
 from chipmunk.runtime.timestep_clock import shapes_of
-from chipmunk.runtime.token_order import TokenOrder, find_order
 
 if TYPE_CHECKING:
     from chipmunk.runtime.session import Session
-
-_AGAIN = object()
 
 
 def run_model_call(
@@ -65,7 +63,7 @@ def run_model_call(
                     with session.compiler.settings():
                         return forward(model, *args, **kwargs)
                 result = _attempt(session, generation, place, forward, bound, blocks)
-                if result is not _AGAIN:
+                if result is not AGAIN:
                     return result
 
 
@@ -120,7 +118,7 @@ def _attempt(
     bound: inspect.BoundArguments,
     blocks: Sequence[nn.Module],
 ) -> Any:
-    """The call with states installed; `_AGAIN` where it has to be made again, because something was found out."""
+    """The call with states installed; `AGAIN` where it has to be made again, because something was found out."""
     image: Tensor = bound.arguments[session.spec.image]
     slot = _slot(session, generation, name, bound, blocks)
     skip = slot.steps is not None and slot.steps.skips(generation.step)
@@ -131,7 +129,7 @@ def _attempt(
         labels = [_plan(session, index, state) for index, state in enumerate(slot.layers)]
         _seed(slot.layers, image.device)
     try:
-        arguments = _reordered(session, slot.order, bound)
+        arguments = reordered(session, slot.order, bound)
         with (
             _states_installed(session, blocks, slot, step),
             session.compiler.settings(),
@@ -140,13 +138,13 @@ def _attempt(
         ):
             result = forward(*arguments.args, **arguments.kwargs)
         if slot.order is not None:
-            result = _restored(session, slot.order, result)
-        if step is not None and step.problem is not None and result is not _AGAIN:
+            result = restored(session, slot.order, result)
+        if step is not None and step.problem is not None and result is not AGAIN:
             _give_up_step_caching(session, slot, step.problem)
-            result = _AGAIN if skip else result
+            result = AGAIN if skip else result
     except BaseException as error:
         generation.drop_caches()
-        result = _AGAIN
+        result = AGAIN
         if _is_out_of_memory(error):
             generation.dense_reason = "the caches did not fit into memory"
             _warn(
@@ -158,11 +156,11 @@ def _attempt(
             _warn(f"torch.compile does not work here ({why}); blocks run uncompiled, as `compile: false` would ask.")
         else:
             raise
-    if result is _AGAIN:
+    if result is AGAIN:
         generation.drop_caches()
         if image.device.type == "cuda":
             torch.cuda.empty_cache()
-        return _AGAIN
+        return AGAIN
     slot.last_step, slot.skipped = generation.step, skip
     if slot.steps is not None:
         session.recorder.step(generation, name, skip)
@@ -188,7 +186,7 @@ def _slot(
     if slot is not None:
         changed = "shape, dtype or device of the inputs" if slot.inference == inference else "inference mode"
         if slot.signature == signature and slot.inference == inference:
-            if slot.order is None or _why_by_token(session, bound) is None:
+            if slot.order is None or why_by_token(session, bound) is None:
                 return slot
             changed = "what belongs to the image tokens one by one"  # it would not be moved with them
         session.recorder.restarts[f"{changed} changed"] += 1
@@ -204,7 +202,7 @@ def _slot(
     if session.config.mlp.is_enabled and session.config.implementation != "reference":
         session.layout.prepare(blocks, bound.arguments[session.spec.image].device)
     if any(layers):
-        slot.order = _find_order(session, bound)
+        slot.order = order_of(session, bound)
     if session.config.step_caching.is_enabled and session.recorder.no_step_caching is None:
         slot.steps = StepCache(session.config.step_caching, session.config.steps, generation.at_most)
     return slot
@@ -220,76 +218,6 @@ def _always_dense(session: Session, index: int, part: str) -> str | None:
     if section.full_step_every == 1 and (part == "mlp" or session.config.attn.full_step_schedule is None):
         return "every step is full"
     return None
-
-
-def _find_order(session: Session, bound: inspect.BoundArguments) -> TokenOrder | None:
-    """The order of the image tokens in this slot, for all its steps."""
-    spec, patchify = session.spec, session.config.patchify
-    image: Tensor = bound.arguments[spec.image]
-    ids = None if spec.ids is None else bound.arguments.get(spec.ids)
-    order = None
-    if not patchify.is_enabled:
-        what = "kept: patchify is not enabled"
-    elif session.keep_order is not None:
-        what = f"kept: {session.keep_order}"
-    elif not isinstance(ids, Tensor):
-        what = "kept: no ids of the image tokens"
-    elif ids.device.type == "meta":
-        what = "kept: the ids are on the meta device"
-    elif (reason := _why_by_token(session, bound)) is not None:
-        what = f"kept: {reason}"
-    elif image.dim() != 3:
-        what = "kept: the image is not tokens (B, L, C)"
-    else:
-        order, what = find_order(ids, image.shape[1], patchify, image.device)
-    session.recorder.token_order[what] += 1
-    return order
-
-
-def _why_by_token(session: Session, bound: inspect.BoundArguments) -> str | None:
-    """Why the image tokens of this call must keep their order: something else among the inputs goes by it."""
-    spec = session.spec
-    image: Tensor = bound.arguments[spec.image]
-    if any(bound.arguments.get(name) is not None for name in spec.per_token):
-        return " or ".join(spec.per_token) + " is given, and may belong to the image tokens one by one"
-    if image.dim() == 3 and _moves_with_tokens(bound, spec.image, spec.ids, image.shape[1]):
-        return "another input belongs to the image tokens one by one"
-    return None
-
-
-def _moves_with_tokens(bound: inspect.BoundArguments, image: str, ids: str | None, tokens: int) -> bool:
-    """Whether an input other than image and ids, or an entry of one, has one row a token: residuals, a mask.
-
-    A function among them may see the tokens, and know their places.
-    """
-    given, model = dict(bound.arguments), bound.args[0]
-    for name, parameter in bound.signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            given.update(given.pop(name, {}))
-    for name, value in given.items():
-        if name in (image, ids):
-            continue
-        for entry in _entries(value, 5):
-            if _has_rows_for(entry, tokens) if isinstance(entry, Tensor) else callable(entry) and entry is not model:
-                return True
-    return False
-
-
-def _entries(value: Any, depth: int) -> Iterator[Any]:
-    """What a value holds in dictionaries, lists and tuples."""
-    if isinstance(value, dict | list | tuple) and depth:
-        for entry in value.values() if isinstance(value, dict) else value:
-            yield from _entries(entry, depth - 1)
-    else:
-        yield value
-
-
-def _has_rows_for(x: Tensor, tokens: int) -> bool:
-    """Whether x is (B, …, tokens, C), (B, tokens), or a mask that covers them. Chance hits cost the order, no more."""
-    if x.dim() < 2 or tokens < 2:
-        return False
-    is_mask = x.shape[-1] >= tokens and (x.dtype == torch.bool or x.shape[-1] == x.shape[-2])
-    return is_mask or tokens in (x.shape[1:] if x.dim() == 2 else x.shape[1:-1])
 
 
 def _plan(session: Session, index: int, state: LayerState | None) -> tuple[str, str, bool]:
@@ -348,31 +276,6 @@ def _seed(layers: Sequence[LayerState | None], device: torch.device) -> None:
     for state in layers:
         if state is not None:
             state.attention_seed, state.mlp_seed = next(rows), next(rows)
-
-
-def _reordered(session: Session, order: TokenOrder | None, bound: inspect.BoundArguments) -> inspect.BoundArguments:
-    """The arguments with image tokens and ids in the slot's order."""
-    if order is None or session.spec.ids is None:
-        return bound
-    changed = inspect.BoundArguments(bound.signature, bound.arguments.copy())
-    image, ids = session.spec.image, session.spec.ids
-    changed.arguments[image] = order.apply(bound.arguments[image], session.config.implementation)
-    changed.arguments[ids] = order.apply_to_ids(bound.arguments[ids])
-    return changed
-
-
-def _restored(session: Session, order: TokenOrder, result: Any) -> Any:
-    """The model's result with its image tokens in their old order; `_AGAIN` if they cannot be found in it."""
-    first = result[0] if type(result) in (tuple, list) and result else result
-    # Fewer rows than the image had: not known which ones they are.
-    if not isinstance(first, Tensor) or first.dim() < 2 or first.shape[1] < len(order.order):
-        session.keep_order = "the model's output is not (B, tokens, …)"
-        return _AGAIN
-    if first.requires_grad:
-        session.keep_order = "the model turns autograd on itself"
-        return _AGAIN
-    restored = order.undo(first, session.config.implementation)
-    return restored if first is result else type(result)((restored, *result[1:]))
 
 
 def _record(

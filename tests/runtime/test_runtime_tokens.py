@@ -239,7 +239,7 @@ def test_other_inputs_by_token_forbid_reordering(container: str) -> None:
     ],
 )
 def test_which_inputs_belong_to_the_image_tokens(shape: tuple[int, ...], dtype: torch.dtype, moves: bool) -> None:
-    from chipmunk.runtime.model_call import _has_rows_for
+    from chipmunk.runtime.call_order import _has_rows_for
 
     assert _has_rows_for(torch.zeros(shape, dtype=dtype), 63) == moves
 

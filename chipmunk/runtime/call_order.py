@@ -1,0 +1,113 @@
+"""The order of image tokens in one call of the model: whether it may be changed, and the way there and back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from chipmunk.runtime.token_order import TokenOrder, find_order
+
+if TYPE_CHECKING:
+    from chipmunk.runtime.session import Session
+
+AGAIN = object()
+"""Instead of a result: the call has to be made again, because something was found out."""
+
+
+def order_of(session: Session, bound: inspect.BoundArguments) -> TokenOrder | None:
+    """The order of the image tokens in this slot, for all its steps."""
+    spec, patchify = session.spec, session.config.patchify
+    image: Tensor = bound.arguments[spec.image]
+    ids = None if spec.ids is None else bound.arguments.get(spec.ids)
+    order = None
+    if not patchify.is_enabled:
+        what = "kept: patchify is not enabled"
+    elif session.keep_order is not None:
+        what = f"kept: {session.keep_order}"
+    elif not isinstance(ids, Tensor):
+        what = "kept: no ids of the image tokens"
+    elif ids.device.type == "meta":
+        what = "kept: the ids are on the meta device"
+    elif (reason := why_by_token(session, bound)) is not None:
+        what = f"kept: {reason}"
+    elif image.dim() != 3:
+        what = "kept: the image is not tokens (B, L, C)"
+    else:
+        order, what = find_order(ids, image.shape[1], patchify, image.device)
+    session.recorder.token_order[what] += 1
+    return order
+
+
+def why_by_token(session: Session, bound: inspect.BoundArguments) -> str | None:
+    """Why the image tokens of this call must keep their order: something else among the inputs goes by it."""
+    spec = session.spec
+    image: Tensor = bound.arguments[spec.image]
+    if any(bound.arguments.get(name) is not None for name in spec.per_token):
+        return " or ".join(spec.per_token) + " is given, and may belong to the image tokens one by one"
+    if image.dim() == 3 and _moves_with_tokens(bound, spec.image, spec.ids, image.shape[1]):
+        return "another input belongs to the image tokens one by one"
+    return None
+
+
+def _moves_with_tokens(bound: inspect.BoundArguments, image: str, ids: str | None, tokens: int) -> bool:
+    """Whether an input other than image and ids, or an entry of one, has one row a token: residuals, a mask.
+
+    A function among them may see the tokens, and know their places.
+    """
+    given, model = dict(bound.arguments), bound.args[0]
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    for name, value in given.items():
+        if name in (image, ids):
+            continue
+        for entry in _entries(value, 5):
+            if _has_rows_for(entry, tokens) if isinstance(entry, Tensor) else callable(entry) and entry is not model:
+                return True
+    return False
+
+
+def _entries(value: Any, depth: int) -> Iterator[Any]:
+    """What a value holds in dictionaries, lists and tuples."""
+    if isinstance(value, dict | list | tuple) and depth:
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _entries(entry, depth - 1)
+    else:
+        yield value
+
+
+def _has_rows_for(x: Tensor, tokens: int) -> bool:
+    """Whether x is (B, …, tokens, C), (B, tokens), or a mask that covers them. Chance hits cost the order, no more."""
+    if x.dim() < 2 or tokens < 2:
+        return False
+    is_mask = x.shape[-1] >= tokens and (x.dtype == torch.bool or x.shape[-1] == x.shape[-2])
+    return is_mask or tokens in (x.shape[1:] if x.dim() == 2 else x.shape[1:-1])
+
+
+def reordered(session: Session, order: TokenOrder | None, bound: inspect.BoundArguments) -> inspect.BoundArguments:
+    """The arguments with image tokens and ids in the slot's order."""
+    if order is None or session.spec.ids is None:
+        return bound
+    changed = inspect.BoundArguments(bound.signature, bound.arguments.copy())
+    image, ids = session.spec.image, session.spec.ids
+    changed.arguments[image] = order.apply(bound.arguments[image], session.config.implementation)
+    changed.arguments[ids] = order.apply_to_ids(bound.arguments[ids])
+    return changed
+
+
+def restored(session: Session, order: TokenOrder, result: Any) -> Any:
+    """The model's result with its image tokens in their old order; `AGAIN` if they cannot be found in it."""
+    first = result[0] if type(result) in (tuple, list) and result else result
+    # Fewer rows than the image had: not known which ones they are.
+    if not isinstance(first, Tensor) or first.dim() < 2 or first.shape[1] < len(order.order):
+        session.keep_order = "the model's output is not (B, tokens, …)"
+        return AGAIN
+    if first.requires_grad:
+        session.keep_order = "the model turns autograd on itself"
+        return AGAIN
+    undone = order.undo(first, session.config.implementation)
+    return undone if first is result else type(result)((undone, *result[1:]))
