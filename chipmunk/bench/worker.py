@@ -119,6 +119,8 @@ def explain(error: Exception) -> None:
 def build(spec: Spec) -> tuple[nn.Module, Loop]:
     """The repository's model with random or given weights, and its sampling loop."""
     checkout, target = Checkout(spec.root), load_file(spec.target, "chipmunk_bench_target")
+    if hasattr(target, "prepare"):
+        target.prepare(checkout.load, spec.facts.file, spec.device)
     find = installed_object if spec.facts.installed else checkout.object
     model_class = find(spec.facts.file, spec.facts.name)
     dtype = getattr(torch, spec.dtype)

@@ -19,7 +19,7 @@ from chipmunk.fidelity import pipelines
 from chipmunk.fidelity.spec import Picture, Spec
 from chipmunk.verify import spec as verify
 from chipmunk.verify.checkout import CheckoutError
-from chipmunk.verify.subject import BuildError, Drawn, Subject, record, unwrapped
+from chipmunk.verify.subject import BuildError, Drawn, OtherModelError, Subject, record, unwrapped
 
 
 @dataclass
@@ -250,4 +250,4 @@ def seen_latents(model: nn.Module, image: str, inputs: list[Tensor]) -> Iterator
         handle.remove()
 
 
-__all__ = ["BuildError", "CheckoutError", "Drawing", "Studio"]
+__all__ = ["BuildError", "CheckoutError", "Drawing", "OtherModelError", "Studio"]

@@ -21,7 +21,7 @@ from torch import nn
 
 from chipmunk.fidelity.artist import Artist
 from chipmunk.fidelity.spec import Spec
-from chipmunk.fidelity.studio import BuildError, CheckoutError
+from chipmunk.fidelity.studio import BuildError, CheckoutError, OtherModelError
 from chipmunk.verify.placeholders import PlaceholderUsed
 from chipmunk.verify.worker import environment, failure, require_device
 
@@ -139,7 +139,7 @@ def main(path: str) -> None:
         result = failure("import", error, error.next_command)
     except PlaceholderUsed as error:
         result = failure("import", error, f"{sys.executable} -m pip install {error.name}")
-    except BuildError as error:
+    except (BuildError, OtherModelError) as error:
         result = failure("build", error)
     except torch.cuda.OutOfMemoryError as error:
         result = failure("memory", error)
