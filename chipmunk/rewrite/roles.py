@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import libcst as cst
 
 from chipmunk.rewrite.flow import Scope, Step, mentions, value_names
-from chipmunk.rewrite.repository import Class, Function, Module, Repository
+from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
 from chipmunk.rewrite.syntax import (
     bind,
     dotted,
@@ -410,7 +410,10 @@ def _with_roles(
     for found, roles in ((double, outside), (single, streams.inside)):
         classes = repository.classes_in(owner, found.attribute.split(".")[0])
         if not classes:
+            elsewhere = _elsewhere(repository, owner, found.attribute.split(".")[0])
             reason = f"the class of the blocks in self.{found.attribute} was not found"
+            if elsewhere is not None:
+                reason = f"the blocks in self.{found.attribute} are {elsewhere}'s, which is no code of this repository"
             if repository.unreadable:
                 reason += f"; it may be in a file that could not be read: {', '.join(sorted(repository.unreadable))}"
             return Lookalike(owner, method.node.name, reason)
@@ -435,6 +438,8 @@ def _with_roles(
     image_parameter, others = _image_parameter(scope, streams.image, double)
     if image_parameter is None:
         return Lookalike(owner, method.node.name, "the image stream does not come from a parameter of this method")
+    if streams.text:  # the text is no property of single image tokens
+        others -= {_image_parameter(scope, streams.text, double)[0] or ""}
     place = streams.place if streams.place is not None else _place_inside(blocks[1])
     ids, why = _ids_parameter(scope, (double, single), place, set(outside))
     per_token: tuple[str, ...] = ()
@@ -451,6 +456,16 @@ def _with_roles(
         owner, method, double.attribute, single.attribute, blocks[0], blocks[1],
         image_parameter, None if why else ids, why, () if why else per_token,
     )  # fmt: skip
+
+
+def _elsewhere(repository: Repository, owner: Class, attribute: str) -> str | None:
+    """The class of another package that a list is made of: `nn.ModuleList([Block(…) for …])`."""
+    for value, method, step in repository.values_of(owner, attribute):
+        for call in walk(value):
+            if is_call(call) and last_name(call.func) not in ("ModuleList", "Sequential", "range"):
+                meaning = repository.resolve(call.func, method, step)
+                return meaning.name if isinstance(meaning, External) else None
+    return None
 
 
 def _leading(repository: Repository, method: Function, found: _Pass) -> int:

@@ -198,3 +198,17 @@ def test_a_name_that_both_branches_bind_anew_has_its_old_value_no_more() -> None
     one = BRANCHES[1].replace("        else:\n            scale = rotation[:, -1]\n", "")
     plan = plan_of(flow__model=variant(MODEL, (loop, BRANCHES[0]), ("        return self.out(x)", one + " * scale")))
     assert "step-caching" in sites(plan, "left dense")
+
+
+def test_text_that_a_second_way_of_running_the_blocks_takes_is_nothing_per_image_token() -> None:
+    way = "        if self.training:\n            image, text = run_all(self.pairs, image, text)\n"
+    loop = "        for block in self.pairs:"
+    plan = plan_of(flow__model=variant(MODEL, (loop, way + loop)))
+    assert plan.models[0].ids == "image_ids"
+    assert "per_token" not in next(c.after.decode() for c in plan.changes if c.path == "flow/model.py")
+
+
+def test_blocks_of_another_package_are_named() -> None:
+    plan = plan_of(flow__model=variant(MODEL, ("from flow.double import", "from package.double import")))
+    reason = "the blocks in self.pairs are package.double.PairBlock's, which is no code of this repository"
+    assert sites(plan, "left dense")["model-forward"] == [reason]
