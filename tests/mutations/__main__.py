@@ -11,7 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .judge import BROKEN, DENSE, NOT_HERE, REWRITINGS, SAME, combined, covered, expected, judge, read, rewritten, write
+from .judge import (
+    BROKEN,
+    DENSE,
+    NOT_HERE,
+    REWRITINGS,
+    SAME,
+    combined,
+    covered,
+    drawn,
+    expected,
+    judge,
+    read,
+    rewritten,
+    write,
+)
 from .judge import verified as verify
 from .part import part_of
 from .program import Files, Program
@@ -22,6 +36,7 @@ def main() -> None:
     parser.add_argument("repository", type=Path)
     parser.add_argument("--name", help="its name in expected.yml; that of its folder if not given")
     parser.add_argument("--only", action="append", help="names of rewritings")
+    parser.add_argument("--draw", type=int, help="not all rewritings, but so many, drawn by the seed from each kind")
     parser.add_argument("--combinations", type=int, default=10)
     parser.add_argument("--verify", type=int, default=0, help="how many mutants, drawn by the seed, to run and compare")
     parser.add_argument("--seed", type=int, default=0)
@@ -38,7 +53,8 @@ def main() -> None:
     if covered(program.plan) != wanted.sites:
         print(f"the original is not patched as expected: {covered(program.plan)}, not {wanted.sites}", flush=True)
     results = Results(args.results)
-    for key, make in _mutants(program, args.only, args.combinations, args.seed):
+    only = args.only or (drawn(args.draw, args.seed) if args.draw else None)
+    for key, make in _mutants(program, only, 0 if args.only else args.combinations, args.seed):
         if key in results.done:
             continue
         started = time.process_time()
@@ -100,7 +116,7 @@ class _Mutant:
 def _mutants(program: Program, only: list[str] | None, combinations: int, seed: int) -> Iterator[tuple[str, _Mutant]]:
     for name in only or REWRITINGS:
         yield name, _Mutant(program, seed, name)
-    for index in range(0 if only else combinations):
+    for index in range(combinations):
         yield f"combination {index}", _Mutant(program, seed, None, index)
 
 

@@ -21,12 +21,8 @@ from .names import Rewriting
 from .program import Files, Program, planned
 
 EXPECTED = Path(__file__).with_name("expected.yml")
-REWRITINGS: dict[str, Rewriting] = {
-    **names.REWRITINGS,
-    **layout.REWRITINGS,
-    **calls.REWRITINGS,
-    **moves.REWRITINGS,
-}
+KINDS = (names.REWRITINGS, layout.REWRITINGS, calls.REWRITINGS, moves.REWRITINGS)
+REWRITINGS: dict[str, Rewriting] = {name: rewriting for kind in KINDS for name, rewriting in kind.items()}
 
 SAME, DENSE, BROKEN, NOT_HERE = "same sites", "left dense or refused", "broken", "does not apply"
 
@@ -68,6 +64,16 @@ def expected() -> dict[str, Expected]:
 def rewritten(program: Program, name: str, seed: int) -> Files | None:
     """The repository after one rewriting; None where it does not apply."""
     return REWRITINGS[name](program, random.Random(f"{seed} {name}"))
+
+
+def drawn(number: int, seed: int) -> list[str]:
+    """Rewritings drawn by the seed, from each kind in its proportion."""
+    rng = random.Random(f"{seed} draw")
+    shuffled = [
+        (place / len(kind), name) for kind in KINDS for place, name in enumerate(rng.sample([*kind], len(kind)))
+    ]
+    chosen = {name for _, name in sorted(shuffled)[:number]}
+    return [name for name in REWRITINGS if name in chosen]
 
 
 def combined(program: Program, chosen: list[str], index: int, seed: int) -> tuple[str, Files | None]:

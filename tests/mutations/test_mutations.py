@@ -14,12 +14,14 @@ from chipmunk.rewrite.minimal import FILES, variant
 from .judge import (
     BROKEN,
     DENSE,
+    KINDS,
     NOT_HERE,
     REWRITINGS,
     SAME,
     Outcome,
     combined,
     covered,
+    drawn,
     expected,
     judge,
     read,
@@ -159,3 +161,12 @@ def test_a_part_holds_what_its_files_import() -> None:
     assert part_of(files, ["run/"]).keys() == wanted | {"run/other.py"}
     with pytest.raises(ValueError, match="nowhere"):
         part_of(files, ["nowhere.py"])
+
+
+def test_a_draw_has_every_kind_in_its_proportion() -> None:
+    names = drawn(34, seed=0)
+    assert len(names) == 34
+    assert names == drawn(34, seed=0) != drawn(34, seed=1)
+    for kind in KINDS:
+        assert abs(len(kind.keys() & names) - 34 * len(kind) / len(REWRITINGS)) <= 1
+    assert drawn(1000, seed=0) == list(REWRITINGS)
