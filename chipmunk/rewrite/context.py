@@ -16,8 +16,8 @@ from chipmunk.rewrite.syntax import dotted, last_name, parameters
 from chipmunk.rewrite.values import Values
 
 RUNTIME = {
-    "activate", "attention", "blocks", "cat_linear", "enable", "held_linear", "hidden", "layer", "mlp", "mlp_linear",
-    "model_forward", "slot", "split_held", "split_linear", "steps",
+    "activate", "attention", "blocks", "cat_linear", "enable", "gated", "held_linear", "hidden", "layer", "mlp",
+    "mlp_linear", "model_forward", "out_linear", "slot", "split_held", "split_linear", "steps",
 }  # fmt: skip
 """The runtime's functions that rules insert."""
 

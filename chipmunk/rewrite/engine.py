@@ -174,7 +174,7 @@ def _key(model: Model) -> str:
 
 def _is_hopeless(model: Model) -> bool:
     double, single = model.double_block, model.single_block
-    return not (double.attention or single.attention or double.mlp or single.mlp or single.linear_in)
+    return not any(block.attention or block.mlp or block.linear_in for block in (double, single))
 
 
 def _unfit(repository: Repository, path: str) -> SourceError | None:
@@ -234,5 +234,5 @@ def _facts(model: Model, index: int, context: Context) -> ModelFacts:
 def _block_facts(block: Block) -> BlockFacts:
     return BlockFacts(
         block.owner.source.path, block.owner.name, block.attention, block.mlp, block.linear_in, block.linear_out,
-        block.gated, block.mlp_first_in, block.mlp_first_out,
+        block.gated, block.mlp_first_in, block.mlp_first_out, block.mlp_alone,
     )  # fmt: skip

@@ -66,15 +66,18 @@ class BlockFacts:
     mlp: str | None = None
     """Double block: attribute of the image MLP (`img_mlp`)."""
     linear_in: str | None = None
-    """Single block: attribute of the fused input linear (`linear1`)."""
+    """Single block: attribute of the fused input linear (`linear1`). In both kinds of block, that of an MLP whose
+    linears the block itself calls; `w1, w3` where the gate and the value have one each."""
     linear_out: str | None = None
-    """Single block: attribute of the fused output linear (`linear2`)."""
+    """Single block: attribute of the fused output linear (`linear2`); that of the MLPs above."""
     gated: bool = False
     """Whether the activation is a SwiGLU: the first linear has two rows for each neuron."""
     mlp_first_in: bool = False
     """Single block: whether the MLP's rows come before the attention's in the first linear."""
     mlp_first_out: bool = False
     """Single block: whether the MLP's columns come before the attention's in the second linear."""
+    mlp_alone: bool = False
+    """Whether the second linear takes nothing but the activated part."""
 
 
 @dataclass(frozen=True)

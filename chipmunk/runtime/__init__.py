@@ -2,7 +2,17 @@
 
 from chipmunk.runtime.session import disable, enable, model_forward, slot, statistics, steps
 from chipmunk.runtime.sparse_attention import attention, layer
-from chipmunk.runtime.sparse_mlp import activate, cat_linear, held_linear, mlp, mlp_linear, split_held, split_linear
+from chipmunk.runtime.sparse_mlp import (
+    activate,
+    cat_linear,
+    gated,
+    held_linear,
+    mlp,
+    mlp_linear,
+    out_linear,
+    split_held,
+    split_linear,
+)
 from chipmunk.runtime.step_caching import blocks, hidden
 
 __all__ = [
@@ -12,12 +22,14 @@ __all__ = [
     "cat_linear",
     "disable",
     "enable",
+    "gated",
     "held_linear",
     "hidden",
     "layer",
     "mlp",
     "mlp_linear",
     "model_forward",
+    "out_linear",
     "slot",
     "split_held",
     "split_linear",

@@ -94,6 +94,11 @@ class LayerState:
         """What the first piece of a single block's MLP did, for the other pieces in the same call."""
         self.held: tuple[nn.Module, Tensor] | None = None
         """The linear and its input, between `held_linear` and `split_held`."""
+        self.gate: tuple[nn.Module, Tensor] | None = None
+        """A linear that makes the gate alone, and its input, up to `gated`; `value` likewise."""
+        self.value: tuple[nn.Module, Tensor] | None = None
+        self.delta: Tensor | None = None
+        """How the chosen activations changed, where what is passed on stands for the halves of a SwiGLU."""
 
         # Caches.
         self.keys: Tensor | None = None
@@ -131,7 +136,8 @@ class LayerState:
         """Start the MLP over: the next call is the first one."""
         self.mlp_count = 0
         self.mlp_overdue = False
-        self.neurons = self.activations = self.output = self.means = self.held = None
+        self.neurons = self.activations = self.output = self.means = None
+        self.held = self.gate = self.value = self.delta = None
         self.neurons_are_fresh = False
 
     def forget(self) -> None:

@@ -27,14 +27,23 @@ _CASTING = {"comfy.ops": ("disable_weight_init.Linear", "manual_cast.Linear")}
 class MlpForm(NamedTuple):
     """What an MLP is made of."""
 
-    first: nn.Linear
+    first: tuple[nn.Linear, ...]
+    """One, or the gate's and the value's."""
     activation: str
     """A key of GELUS or GATED."""
     second: nn.Linear
 
     @property
     def neurons(self) -> int:
-        return self.first.weight.shape[0] // rows_per_neuron(self.activation)
+        return sum(linear.weight.shape[0] for linear in self.first) // rows_per_neuron(self.activation)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """(B, N, F): what the second linear is given."""
+        if len(self.first) == 1:
+            return activate(self.activation, self.first[0](x))
+        gate, value = self.first
+        out: Tensor = functional.silu(gate(x)) * value(x)
+        return out
 
 
 def rows_per_neuron(activation: str) -> int:
@@ -107,17 +116,33 @@ def activation_name(activation: Any, kind: str = "", of: str = "") -> str | None
     return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
 
 
+def gate_name(activation: object, value_first: bool) -> str | None:
+    """The name of a gated activation, of which the code calls the gate's part; None if that is not understood."""
+    if activation is not functional.silu and (type(activation) is not nn.SiLU or _is_hooked(activation)):
+        return None
+    return "swiglu_value_first" if value_first else "swiglu"
+
+
+def why_not_pair(gate: nn.Linear, value: nn.Linear) -> str | None:
+    """Why two linears, each as it should be, cannot be the gate and the value of one MLP; None if they can."""
+    biases = (gate.bias is None) == (value.bias is None)
+    alike = gate.weight.shape == value.weight.shape and gate.weight.stride() == value.weight.stride() and biases
+    return None if alike else "the gate's and the value's linear layers are not of the same shape"
+
+
 def mlp_form(mlp: Any, x: Tensor, parts: str = "", of: str = "") -> MlpForm | str:
     """What `mlp` is made of, if it is a Linear, an activation and a Linear on x (B, N, C); otherwise why it is not.
 
-    parts: where they are in the module, as in "net.0.proj, gelu_tanh, net.2" (the activation's name, or its place);
-    without it, a Sequential of them. of: the repository's own classes among the module and its sub-modules.
+    parts: where they are in the module, as in "net.0.proj, gelu_tanh, net.2" (the activation's name, or its place) or,
+    with a gate's and a value's linear, "w1 + w3, swiglu, w2"; without it, a Sequential of them. of: the repository's
+    own classes among the module and its sub-modules.
     """
     found: list[Any]
     if parts:
         places = parts.split(", ")
         activation = places[1]
-        found = [_at(mlp, places[0]), None, _at(mlp, places[2])]
+        first = tuple(_at(mlp, place) for place in places[0].split(" + "))
+        found = [first, None, _at(mlp, places[2])]
         if activation not in GELUS and activation not in GATED:
             found[1] = _at(mlp, activation)
     else:
@@ -127,22 +152,24 @@ def mlp_form(mlp: Any, x: Tensor, parts: str = "", of: str = "") -> MlpForm | st
         found = [part for part in mlp if type(part) is not nn.Identity and not _is_idle_dropout(part)]
         if len(found) != 3:
             return "the MLP is a Sequential that is not understood"
+        found[0] = (found[0],)
     first, module, second = found
     if module is not None:
         name = activation_name(module)
         if name is None:
             return f"the activation is a {_name_of(module)} that is not understood"
         activation = name
-    if first is None or second is None:
+    if None in first or second is None:
         return "the MLP has lost a part that the patch has seen"
     if x.dim() != 3:
         return "the MLP's input is not (B, N, C)"
-    reason = why_not_linear(first, x, x.shape[-1])
+    reason = next((why for linear in first if (why := why_not_linear(linear, x, x.shape[-1])) is not None), None)
+    if reason is None and len(first) > 1:
+        reason = why_not_pair(*first)
+    form = MlpForm(first, activation, second)
     if reason is None:
-        reason = why_not_linear(second, x, first.weight.shape[0] // rows_per_neuron(activation))
-    if reason is None:
-        reason = _why_unseen(mlp, of)
-    return MlpForm(first, activation, second) if reason is None else reason
+        reason = why_not_linear(second, x, form.neurons) or _why_unseen(mlp, of)
+    return form if reason is None else reason
 
 
 def _why_unseen(module: nn.Module, of: str) -> str | None:

@@ -1,8 +1,9 @@
 """The MLPs of both kinds of block: calls that stand where the code had its linear layers.
 
 `mlp` is a whole MLP. In single blocks an MLP comes in pieces, with the attention between them: a first linear
-(`split_linear`, `mlp_linear`, or `held_linear` and `split_held`), perhaps `activate`, and `cat_linear` at the end. On a
-sparse step, what passes between the pieces is how the chosen activations changed, (B, N, K), which only they can use.
+(`split_linear`, `mlp_linear`, or `held_linear` and `split_held`), perhaps `activate` or `gated`, and `cat_linear` or
+`out_linear` at the end. On a sparse step, what passes between the pieces is how the chosen activations changed,
+(B, N, K), which only they can use; up to a SwiGLU's activation it is a tensor of the dense shape that holds nothing.
 
 Everywhere, `block` is the block, or what `chipmunk.layer` handed down from it.
 """
@@ -16,11 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from chipmunk import ops
-from chipmunk.ops.dispatch import groups_of
 from chipmunk.runtime import linears
 from chipmunk.runtime.layer_state import DONE, LayerState, state_of
-from chipmunk.runtime.linears import GATED, activation_name, mlp_form, rows_per_neuron, why_not_linear
+from chipmunk.runtime.linears import (
+    GATED,
+    activation_name,
+    gate_name,
+    mlp_form,
+    why_not_linear,
+    why_not_pair,
+)
+from chipmunk.runtime.mlp_caches import (
+    Rows,
+    by_neuron,
+    changed_activations,
+    means_through,
+    updated_output,
+    why_dense,
+    why_everything,
+)
 
 Block = nn.Module | LayerState | None
 Activation = Callable[[Tensor], Tensor] | str | None
@@ -37,22 +52,22 @@ def mlp(block: Block, module: Any, x: Tensor, *, parts: str = "", of: str = "") 
         out: Tensor = module(x)
         return out
     form = mlp_form(module, x, parts, of)
-    reason = form if isinstance(form, str) else _why_dense(state, x) or _why_everything(state, form.neurons)
+    reason = form if isinstance(form, str) else why_dense(state, x) or why_everything(state, form.neurons)
     if isinstance(form, str) or reason is not None or state.mlp == "dense":
         state.mlp_done = DONE if reason is None else reason
         out = module(x)
         return out
 
-    first, activation, second = form
     state.mlp_done = DONE
+    rows, second = Rows.of(*form.first), form.second
     if state.mlp == "full":
-        state.means = _means_through(state, x, first.weight, first.bias)
-        activations = linears.activate(activation, first(x))
+        state.means = means_through(state, x, rows)
+        activations = form.activated(x)
         out = second(activations)
-        state.activations, state.output = _by_neuron(activations), out.clone()
+        state.activations, state.output = by_neuron(activations), out.clone()
         return out
-    delta = _changed_activations(state, x, first.weight, first.bias, activation)
-    return _updated_output(state, delta, second.weight).clone()
+    delta = changed_activations(state, x, rows, form.activation)
+    return updated_output(state, delta, second.weight).clone()
 
 
 def split_linear(
@@ -60,7 +75,8 @@ def split_linear(
 ) -> Sequence[Tensor]:
     """`torch.split(linear(x), sizes, dim=-1)`, or its sparse form, for the first linear of a single block.
 
-    x: (B, N, C). sizes: columns of [attention, MLP], the other way round with `mlp_first`; −1 is the rest.
+    x: (B, N, C). sizes: columns of the parts, of which the last is the MLP's, the first with `mlp_first`; −1 is the
+    rest, or an equal part of it, as `torch.chunk` makes them.
     """
     state = state_of(block)
     if state is None or _begun(state, linear, x) == "dense":
@@ -81,7 +97,7 @@ def held_linear(block: Block, linear: Any, x: Tensor) -> Tensor:
     if state.single_mlp == "full":
         out = linear(x)
         return out
-    return x.new_empty(1).expand(*x.shape[:-1], linear.weight.shape[0])
+    return _nothing(x, linear.weight.shape[0])
 
 
 def split_held(block: Block, held: Tensor, sizes: Sequence[int], *, mlp_first: bool = False) -> Sequence[Tensor]:
@@ -93,17 +109,30 @@ def split_held(block: Block, held: Tensor, sizes: Sequence[int], *, mlp_first: b
     return _split_sparsely(state, linear, x, sizes, mlp_first, held)
 
 
-def mlp_linear(block: Block, linear: Any, x: Tensor) -> Tensor:
-    """`linear(x)`, or its sparse form, for a first linear of a single block that makes nothing but the MLP's input."""
+def mlp_linear(block: Block, linear: Any, x: Tensor, *, half: str = "") -> Tensor:
+    """`linear(x)`, or its sparse form, for a first linear that makes nothing but the MLP's input.
+
+    x: (B, N, C). half: `gate` or `value`, where each has a linear of its own; `gated` brings them together.
+    """
     state = state_of(block)
-    if state is None or _begun(state, linear, x) == "dense":
-        out: Tensor = linear(x)
+    if state is not None and half:
+        begun = state.gate is not None or state.value is not None
+        kind = state.single_mlp if begun else _begun(state, linear, x)
+        if half == "gate":
+            state.gate = (linear, x)
+        else:
+            state.value = (linear, x)
+        out: Tensor = _nothing(x, 1) if kind == "sparse" else linear(x)
         return out
-    if state.single_mlp == "full":
-        state.means = _means_through(state, x, linear.weight, linear.bias)
+    if state is None or _begun(state, linear, x) == "dense":
         out = linear(x)
         return out
-    return _changed_activations(state, x, linear.weight, linear.bias, state.activation)
+    rows = Rows.of(linear)
+    if state.single_mlp == "full":
+        state.means = means_through(state, x, rows)
+        out = linear(x)
+        return out
+    return _passed_on(state, x, rows)
 
 
 def activate(block: Block, activation: Activation, hidden: Tensor, *, kind: str = "", of: str = "") -> Tensor:
@@ -116,13 +145,51 @@ def activate(block: Block, activation: Activation, hidden: Tensor, *, kind: str 
     if state is None or state.single_mlp == "dense":
         return _applied(activation, hidden)
     if state.single_mlp == "sparse":
-        return hidden
+        return _taken(state, hidden)
     name = activation_name(activation, kind, of)
     if name is None:
         state.mlp_done, state.single_mlp = _not_understood(activation), "dense"
     else:
         state.activation = name
     return _applied(activation, hidden)
+
+
+def gated(
+    block: Block, activation: Callable[[Tensor], Tensor], gate: Tensor, value: Tensor, *, value_first: bool = False
+) -> Tensor:
+    """`activation(gate) * value`, or its sparse form, between the linears of a SwiGLU MLP. Returns (B, N, F).
+
+    gate, value: (B, N, F), the halves of what the first linear gave, cut off as views, or the outputs of two linears.
+    value_first: the value's half comes first.
+    """
+    state = state_of(block)
+    if state is None:
+        return activation(gate) * value
+    pair, state.gate, state.value = (state.gate, state.value), None, None
+    kind = state.single_mlp
+    if kind == "dense":
+        return activation(gate) * value
+    is_pair = pair[0] is not None or pair[1] is not None
+    name = gate_name(activation, value_first and not is_pair) if kind == "full" else state.activation
+    if name is None:
+        state.mlp_done, state.single_mlp = _not_understood(activation), "dense"
+        return activation(gate) * value
+    state.activation = name
+    if not is_pair:
+        return activation(gate) * value if kind == "full" else _taken(state, gate)
+    rows = _rows_of_pair(*pair)
+    if isinstance(rows, str):
+        state.mlp_done, state.single_mlp = rows, "dense"
+        if kind == "sparse":  # what was not computed yet
+            gate = gate if pair[0] is None else pair[0][0](pair[0][1])
+            value = value if pair[1] is None else pair[1][0](pair[1][1])
+        return activation(gate) * value
+    assert pair[0] is not None
+    x = pair[0][1]
+    if kind == "sparse":
+        return changed_activations(state, x, rows, name)
+    state.means = means_through(state, x, rows)
+    return activation(gate) * value
 
 
 def cat_linear(
@@ -159,7 +226,7 @@ def cat_linear(
         state.activation = name
         weight, rest = _columns(linear.weight, width, mlp_first)
         state.output = functional.linear(activations, weight)
-        state.activations = _by_neuron(activations)
+        state.activations = by_neuron(activations)
     else:
         assert state.activations is not None
         reason = why_not_linear(linear, attended, width + state.activations.shape[-1])
@@ -169,31 +236,35 @@ def cat_linear(
             out = linear(_joined(attended, state.activations, mlp_first))
             return out
         weight, rest = _columns(linear.weight, width, mlp_first)
-        _updated_output(state, mlp, weight)
+        updated_output(state, _taken(state, mlp), weight)
     assert state.output is not None
     state.mlp_done = DONE
     return functional.linear(attended, rest, linear.bias) + state.output
 
 
-def part_means(x: Tensor, group: int, part: int) -> Tensor:
-    """Means of x (B, N, C) over parts of `part` rows of groups of `group` rows: (B, groups, parts, C), dtype of x.
+def out_linear(block: Block, linear: Any, mlp: Tensor) -> Tensor:
+    """`linear(mlp)`, or its sparse form, for a second linear that takes nothing but the activated part.
 
-    Summed in float32 (float64 for float64). A part without rows, at the end of the last group, gives zero.
+    mlp: (B, N, F), what `activate` or `gated` gave. Returns (B, N, C), never a cache.
     """
-    batch, rows, width = x.shape
-    groups, parts = groups_of(rows, group), groups_of(group, part)
-    missing = groups * group - rows
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    padded = functional.pad(x, (0, 0, 0, missing)) if missing else x
-    padded = padded.reshape(batch, groups, group, width)
-    if parts * part != group:
-        padded = functional.pad(padded, (0, 0, 0, parts * part - group))
-    sums = padded.reshape(batch, groups, parts, part, width).sum(dim=3, dtype=wide)
-    ends = torch.arange(1, groups * parts + 1, device=x.device).reshape(groups, parts)
-    index, number = (ends - 1) // parts, (ends - 1) % parts
-    left = torch.clamp(rows - index * group, max=group) - number * part
-    counts = torch.clamp(left, min=1, max=part)
-    return (sums / counts[None, :, :, None]).to(x.dtype)
+    state = state_of(block)
+    if state is None or state.single_mlp == "dense":
+        out: Tensor = linear(mlp)
+        return out
+    step, state.single_mlp = state.single_mlp, "dense"
+    activations = mlp if step == "full" else state.activations
+    assert activations is not None
+    neurons = activations.shape[-1]
+    reason = why_not_linear(linear, activations, neurons)
+    if step == "full":
+        reason = reason or why_everything(state, neurons)
+    state.mlp_done = DONE if reason is None else reason
+    if reason is not None or step == "full":
+        out = linear(activations)
+        if reason is None:
+            state.activations, state.output = by_neuron(activations), out.clone()
+        return out
+    return updated_output(state, mlp, linear.weight).clone()
 
 
 # The pieces of a single block's MLP
@@ -203,7 +274,7 @@ def _begun(state: LayerState, linear: Any, x: Tensor) -> str:
     """What a single block's MLP is to do in this call, `dense`, `full` or `sparse`, noted for the pieces after it."""
     reason = why_not_linear(linear, x, x.shape[-1])
     if reason is None:
-        reason = "the input of the first linear is not (B, N, C)" if x.dim() != 3 else _why_dense(state, x)
+        reason = "the input of the first linear is not (B, N, C)" if x.dim() != 3 else why_dense(state, x)
     if reason is not None or state.mlp == "dense":
         state.mlp_done = DONE if reason is None else reason
         state.single_mlp = "dense"
@@ -218,19 +289,20 @@ def _split_sparsely(
     """Both parts of a first linear's output on a full or sparse step. held: the output, where it is computed."""
     rows = linear.weight.shape[0]
     sizes = _resolved(sizes, rows)
-    if len(sizes) != 2 or sum(sizes) != rows:
+    if len(sizes) < 2 or sum(sizes) != rows:
         state.mlp_done, state.single_mlp = "the split of the linear layer is not understood", "dense"
         return torch.split(linear(x), sizes, dim=-1)
-    neurons = slice(sizes[0]) if mlp_first else slice(sizes[0], None)
-    attention = slice(sizes[0], None) if mlp_first else slice(sizes[0])
-    bias = None if linear.bias is None else linear.bias[neurons]
+    cut = sizes[0] if mlp_first else rows - sizes[-1]
+    neurons, attention = (slice(cut), slice(cut, None)) if mlp_first else (slice(cut, None), slice(cut))
+    mlp = Rows((linear.weight[neurons],), (None if linear.bias is None else linear.bias[neurons],))
     if state.single_mlp == "full":
-        state.means = _means_through(state, x, linear.weight[neurons], bias)
+        state.means = means_through(state, x, mlp)
         return torch.split(linear(x) if held is None else held, sizes, dim=-1)
-    delta = _changed_activations(state, x, linear.weight[neurons], bias, state.activation)
+    passed = _passed_on(state, x, mlp)
     bias = None if linear.bias is None else linear.bias[attention]
     attended = functional.linear(x, linear.weight[attention], bias)
-    return (delta, attended) if mlp_first else (attended, delta)
+    others = torch.split(attended, sizes[1:] if mlp_first else sizes[:-1], dim=-1)
+    return (passed, *others) if mlp_first else (*others, passed)
 
 
 def _split(whole: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
@@ -238,8 +310,15 @@ def _split(whole: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 
 
 def _resolved(sizes: Sequence[int], width: int) -> list[int]:
-    """The sizes with −1, the rest, as a number."""
-    return [width - (sum(sizes) + 1) if size == -1 else size for size in sizes]
+    """The sizes with −1, the rest or an equal part of it, as a number."""
+    shares = sum(size == -1 for size in sizes)
+    rest = width - (sum(sizes) + shares)
+    share = -(-rest // shares) if shares else 0  # rounded up, and what is left for the last one, as in `torch.chunk`
+    resolved: list[int] = []
+    for size in sizes:
+        resolved.append(min(share, rest) if size == -1 else size)
+        rest -= resolved[-1] if size == -1 else 0
+    return resolved
 
 
 def _applied(activation: Activation, hidden: Tensor) -> Tensor:
@@ -260,77 +339,42 @@ def _columns(weight: Tensor, width: int, mlp_first: bool) -> tuple[Tensor, Tenso
 
 
 def _not_understood(activation: object) -> str:
-    name = activation if isinstance(activation, str) else type(activation).__name__
+    name = activation if isinstance(activation, str) else getattr(activation, "__name__", type(activation).__name__)
     return f"the activation is a {name} that is not understood"
 
 
 def _why_not_second(state: LayerState, linear: Any, attended: Tensor, activations: Tensor) -> str | None:
     """Why the MLP whose first linear has run cannot be made sparse; asked where its number of neurons is known."""
     neurons = activations.shape[-1]
-    return why_not_linear(linear, attended, attended.shape[-1] + neurons) or _why_everything(state, neurons)
+    return why_not_linear(linear, attended, attended.shape[-1] + neurons) or why_everything(state, neurons)
 
 
-# What all MLPs share
+def _passed_on(state: LayerState, x: Tensor, rows: Rows) -> Tensor:
+    """What a first linear gives on a sparse step: how the activations changed or, before a SwiGLU, nothing as wide."""
+    delta = changed_activations(state, x, rows, state.activation)
+    if state.activation not in GATED:
+        return delta
+    state.delta = delta
+    return _nothing(x, rows.weights[0].shape[0])
 
 
-def _by_neuron(activations: Tensor) -> Tensor:
-    """A copy of (B, N, F) in which the values of one neuron lie together."""
-    return activations.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+def _taken(state: LayerState, given: Tensor) -> Tensor:
+    """How the activations changed, which is held where `given` is nothing."""
+    delta, state.delta = state.delta, None
+    return given if delta is None else delta
 
 
-def _means_through(state: LayerState, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The block means: fc1 of the mean input, (B, groups, parts, rows of fc1)."""
-    return functional.linear(part_means(x, state.mlp_rules.group, state.mlp_rules.part), weight, bias)
+def _nothing(x: Tensor, width: int) -> Tensor:
+    """(B, N, width) that takes no memory and holds no values: it can be asked its shape, and cut."""
+    return x.new_empty(1).expand(*x.shape[:-1], width)
 
 
-def _changed_activations(state: LayerState, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """How the activations at the chosen neurons changed, (B, N, K); selects neurons first where this step is to."""
-    rules, implementation = state.mlp_rules, state.implementation
-    assert state.activations is not None
-    if state.select_neurons:
-        _select(state, x, weight, bias, weight.shape[0] // rows_per_neuron(activation))
-    assert state.neurons is not None
-    if activation not in GATED:
-        cache = state.activations
-        return ops.sparse_mlp_in(x, weight, bias, state.neurons, cache, rules.group, activation, implementation)
-    halves = weight.chunk(2)
-    biases = (None, None) if bias is None else bias.chunk(2)
-    gate, value = GATED[activation], 1 - GATED[activation]
-    rows = (halves[gate], halves[value], biases[gate], biases[value])
-    return ops.sparse_swiglu_in(x, *rows, state.neurons, state.activations, rules.group, implementation)
-
-
-def _select(state: LayerState, x: Tensor, weight: Tensor, bias: Tensor | None, neurons: int) -> None:
-    """Choose the neurons whose block means changed most, and refresh their means."""
-    assert state.means is not None
-    assert state.mlp_seed is not None
-    keep, random = state.mlp_rules.kept(neurons)
-    new = _means_through(state, x, weight, bias)
-    state.neurons = ops.select_neurons(new, state.means, state.mlp_seed, neurons, keep, random, state.implementation)
-
-
-def _updated_output(state: LayerState, delta: Tensor, weight: Tensor) -> Tensor:
-    """The output cache, with what the changed activations add to it."""
-    assert state.neurons is not None
-    assert state.output is not None
-    ops.sparse_mlp_out(delta, weight, state.neurons, state.output, state.mlp_rules.group, state.implementation)
-    return state.output
-
-
-def _why_dense(state: LayerState, x: Tensor) -> str | None:
-    """Why an MLP on these rows is faster, or only possible, dense."""
-    if groups_of(x.shape[1], state.mlp_rules.group) < 2:
-        return "fewer than two groups of rows"
-    if state.mlp == "sparse" and (state.activations is None or state.activations.shape[:2] != x.shape[:2]):
-        return "the number of tokens changed"
-    return None
-
-
-def _why_everything(state: LayerState, neurons: int) -> str | None:
-    """Why an MLP of so many neurons has nothing to leave out, or is not the one whose caches are held."""
-    rules = state.mlp_rules
-    if rules.top_keys < 1 and sum(rules.kept(neurons)) >= neurons:
-        return "rounding keeps every neuron"
-    if state.mlp == "sparse" and state.activations is not None and state.activations.shape[-1] != neurons:
-        return "the number of neurons changed"
-    return None
+def _rows_of_pair(gate: tuple[Any, Tensor] | None, value: tuple[Any, Tensor] | None) -> Rows | str:
+    """The rows of a gate's and a value's linear, each with its input; why they are not one MLP's if they are not."""
+    if gate is None or value is None or gate[1] is not value[1]:
+        return "the gate and the value are not made from one input"
+    for linear, x in (gate, value):
+        reason = why_not_linear(linear, x, x.shape[-1])
+        if reason is not None:
+            return reason
+    return why_not_pair(gate[0], value[0]) or Rows.of(gate[0], value[0])

@@ -159,11 +159,12 @@ class Oracle:
         layer = 0
         for block in double:
             self._hook_block(block, layer)
+            self._hook_named_mlp(block, layer, self.facts.double_block)
             self._hook_whole_mlp(block, layer, self.facts.double_block)
             layer += 1
         for block in single:
             self._hook_block(block, layer)
-            self._hook_single_mlp(block, layer)
+            self._hook_named_mlp(block, layer, self.facts.single_block)
             self._hook_whole_mlp(block, layer, self.facts.single_block)
             layer += 1
         self._hooks.enter_context(_InterceptAttention(self))
@@ -222,30 +223,34 @@ class Oracle:
 
     def _hook_whole_mlp(self, block: nn.Module, layer: int, facts: BlockFacts) -> None:
         """The image MLP of a double block; in FLUX.3 also that of a joint block, which is beside the attention."""
-        if facts.mlp is None:
+        if facts.mlp is None or facts.linear_in is not None:
             return
         mlp = attrgetter(facts.mlp)(block)
         linears = [part for part in mlp.modules() if isinstance(part, nn.Linear)]
         if len(linears) != 2 or not all(map(_is_plain, linears)):
             return  # a LoRA or quantised layer: the MLP stays as it is
-        self._hook_linears(layer, linears[0], linears[1], facts)
+        self._hook_linears(layer, [linears[0]], linears[1], facts)
 
-    def _hook_single_mlp(self, block: nn.Module, layer: int) -> None:
-        names = self.facts.single_block.linear_in, self.facts.single_block.linear_out
-        if names[0] is None or names[1] is None:
+    def _hook_named_mlp(self, block: nn.Module, layer: int, facts: BlockFacts) -> None:
+        if facts.linear_in is None or facts.linear_out is None:
             return
-        linear_in, linear_out = attrgetter(names[0])(block), attrgetter(names[1])(block)
-        if _is_plain(linear_in) and _is_plain(linear_out):
-            self._hook_linears(layer, linear_in, linear_out, self.facts.single_block)
+        linears_in = [attrgetter(name)(block) for name in facts.linear_in.split(", ")]
+        linear_out = attrgetter(facts.linear_out)(block)
+        if all(map(_is_plain, [*linears_in, linear_out])):
+            self._hook_linears(layer, linears_in, linear_out, facts)
 
-    def _hook_linears(self, layer: int, linear_in: nn.Linear, linear_out: nn.Linear, facts: BlockFacts) -> None:
-        """fc1 is the last rows of `linear_in` and fc2 the last F columns of `linear_out`: all of them in a double
-        block, those after [q k v], if it makes these too, and after the attention's output in a single block. Where
-        the facts say so, they are the first ones. fc1 has F rows, with a gate 2F."""
-        attention_width = 0 if facts.linear_out is None else linear_out.out_features
+    def _hook_linears(
+        self, layer: int, linears_in: Sequence[nn.Linear], linear_out: nn.Linear, facts: BlockFacts
+    ) -> None:
+        """fc1 is the last rows of `linears_in`, of which there may be one for the gate and one for the value, and fc2
+        the last F columns of `linear_out`: all of them in a double block, those after [q k v], if it makes these too,
+        and after the attention's output in a single block. Where the facts say so, they are the first ones. fc1 has F
+        rows, with a gate 2F."""
+        attention_width = 0 if facts.linear_out is None or facts.mlp_alone else linear_out.out_features
         neurons = linear_out.in_features - attention_width
         rows = 2 * neurons if facts.gated else neurons
-        of_mlp_in = slice(rows) if facts.mlp_first_in else slice(linear_in.out_features - rows, None)
+        all_rows = sum(linear.out_features for linear in linears_in)
+        of_mlp_in = slice(rows) if facts.mlp_first_in else slice(all_rows - rows, None)
         of_mlp_out = slice(neurons) if facts.mlp_first_out else slice(attention_width, None)
         of_attention = slice(neurons, None) if facts.mlp_first_out else slice(attention_width)
 
@@ -256,8 +261,9 @@ class Oracle:
             x, self._mlp_input = self._mlp_input, None
             if self._layer is None or self._current is None or x is None:
                 return None
-            weight_in = linear_in.weight[of_mlp_in]
-            bias_in = None if linear_in.bias is None else linear_in.bias[of_mlp_in]
+            weight_in = torch.cat([linear.weight for linear in linears_in])[of_mlp_in]
+            biases = [linear.bias for linear in linears_in if linear.bias is not None]
+            bias_in = torch.cat(biases)[of_mlp_in] if biases else None
             weight_out = linear_out.weight[:, of_mlp_out]
             attended, activation = args[0][..., of_attention], args[0][..., of_mlp_out]
             if attention_width == 0:
@@ -268,7 +274,7 @@ class Oracle:
             projected = attended @ linear_out.weight[:, of_attention].T
             return output + (projected if linear_out.bias is None else projected + linear_out.bias)
 
-        self._hook(linear_in.register_forward_pre_hook(before_in))
+        self._hook(linears_in[0].register_forward_pre_hook(before_in))
         self._hook(linear_out.register_forward_hook(after_out))
 
     # One model call.
