@@ -28,6 +28,8 @@ _WRAPPERS = {
 }  # fmt: skip
 _INSIDE = {"module", "_orig_mod"}
 """Attributes under which wrappers hold what they wrap."""
+_ANY_CLASS = {"Any", "Callable", "Module", "ModelMixin", "ConfigMixin", "TypeVar"}
+"""Annotations that say nothing about a model."""
 _SETTING = {"setattr", "add_module", "register_module", "__setattr__"}
 
 Value = frozenset[str] | tuple["Value", ...]
@@ -306,8 +308,10 @@ class Values:
         meaning = self.repository.resolve(name, names, step)
         if not isinstance(meaning, Class):
             return NOTHING
-        owners = self.repository.bases(meaning)
-        return frozenset(label_of(i) for i, model in enumerate(self.models) if model.owner in owners)
+        for owner in self.repository.bases(meaning):  # the nearest: a model may inherit from another one
+            if found := frozenset(label_of(i) for i, model in enumerate(self.models) if model.owner is owner):
+                return found
+        return NOTHING
 
     # Asking
 
@@ -381,6 +385,18 @@ class Values:
                     found = _merge(found, self.attributes.get((id(base), node.attr.value), NOTHING))
         return found
 
+    def _says_another(self, annotation: cst.Annotation, place: Place) -> bool:
+        """Whether an annotation names a class that none of the models is or inherits from."""
+        name = dotted(annotation.annotation) or _quoted(annotation.annotation)
+        meaning = self.repository.resolve(name, place.names) if name is not None else None
+        if isinstance(meaning, Class):
+            classes = self.repository.bases(meaning)
+            return not any(m.owner in classes or meaning in self.repository.bases(m.owner) for m in self.models)
+        if isinstance(meaning, External):
+            last = meaning.name.split(".")[-1]
+            return last not in _ANY_CLASS and all(m.name != last for m in self.models)
+        return False
+
     def _classes_of(self, node: cst.BaseExpression, step: Step, place: Place) -> Iterator[Class]:
         """The repository's classes whose object a name may stand for: by its annotation, or its construction."""
         name = dotted(node)
@@ -401,6 +417,9 @@ class Values:
         yield from (meaning for meaning in meanings if isinstance(meaning, Class))
 
     def _bound(self, binding: Binding, place: Place, depth: int = 0) -> frozenset[str]:
+        node = binding.step.node
+        if isinstance(node, cst.AnnAssign) and binding.value is not None and self._says_another(node.annotation, place):
+            return NOTHING
         value = self.value(binding.value, binding.step, place, depth + 1)
         for index in binding.path:
             if not isinstance(value, tuple) or not 0 <= index < len(value):

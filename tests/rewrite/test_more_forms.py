@@ -212,3 +212,39 @@ def test_blocks_of_another_package_are_named() -> None:
     plan = plan_of(flow__model=variant(MODEL, ("from flow.double import", "from package.double import")))
     reason = "the blocks in self.pairs are package.double.PairBlock's, which is no code of this repository"
     assert sites(plan, "left dense")["model-forward"] == [reason]
+
+
+SERVER = """\
+from package import OtherModel, keep
+from torch import nn
+
+from flow.loading import load_painter
+from flow.model import Painter
+
+
+class Server:
+    def __init__(self):
+        self.network = load_painter("small")
+
+    def work(self, image, image_ids, text, text_ids, times):
+        network: KIND = self.network
+        for time in times:
+            image = network(image, image_ids, text, text_ids, time)
+        return image
+"""
+
+
+@pytest.mark.parametrize(("kind", "counted"), [("OtherModel", False), ("Painter", True), ("nn.Module", True)])
+def test_an_annotation_says_which_model_it_is(kind: str, counted: bool) -> None:
+    plan = plan_of(flow__server=SERVER.replace("KIND", kind))
+    changed = {change.path: change.after.decode() for change in plan.changes}
+    assert ("in chipmunk.steps(network, times):" in changed.get("flow/server.py", "")) is counted
+
+
+def test_a_loop_over_a_model_that_inherits_from_another_is_its_own() -> None:
+    second = "\n\nclass Sketcher(Painter):\n" + MODEL[MODEL.index("    def forward") :].replace("time[:", "2 * time[:")
+    used = {path: FILES[path].replace("Painter", "Sketcher") for path in ("flow/sampling.py", "flow/loading.py")}
+    plan = plan_of(
+        flow__model=MODEL + second, flow__sampling=used["flow/sampling.py"], flow__loading=used["flow/loading.py"]
+    )
+    assert [(model.name, bool(model.loops)) for model in plan.models] == [("Painter", False), ("Sketcher", True)]
