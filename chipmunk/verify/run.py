@@ -22,6 +22,8 @@ from chipmunk.verify.process import Progress, run_workers
 from chipmunk.verify.report import Check, Unverified, VerifyError, VerifyReport
 from chipmunk.verify.spec import Spec
 
+HINT = ". Write a file that builds it"
+
 ATTEMPTS = 4
 """Runs of a scenario in which rounding may have decided a selection: a fault fails all of them."""
 
@@ -153,7 +155,7 @@ def verify(
                 found = _checks(replace(base, factory=None), patched, options, progress)
         except VerifyError as error:
             refusals.append(error)
-            unverified.append(Unverified(facts.name, facts.file, str(error).partition("\n")[0]))
+            unverified.append(Unverified(facts.name, facts.file, str(error).partition(HINT)[0].partition("\n")[0]))
             continue
         for suffix, these, result in found:
             where = [*([name] if len(plan.models) > 1 else []), *([f"with {suffix}"] if suffix else [])]
@@ -228,7 +230,7 @@ def _refusal(error: dict[str, Any], theirs: Spec, ours: Spec) -> VerifyError:
     message = error["message"].replace(str(theirs.root), str(ours.root))
     if error["kind"] == "build":
         return VerifyError(
-            f"{message}. Write a file that builds it, `verify_factory.py` say, and name it (a model that is called in "
+            f"{message}{HINT}, `verify_factory.py` say, and name it (a model that is called in "
             f"another way than FLUX.1 needs a target of its own: docs/adding-a-target.md):\n\n"
             f"{factory_skeleton(theirs.facts)}",
             next_command=f"chipmunk verify {quoted(ours.root)} --factory verify_factory:build",

@@ -178,6 +178,7 @@ class Subject:
     def _load_loops(self) -> list[tuple[LoopFacts, Callable[..., Any], tuple[str, ...]] | None]:
         """Each of the repository's loops with its function and variants; None for one that cannot be run by itself."""
         found: list[tuple[LoopFacts, Callable[..., Any], tuple[str, ...]] | None] = []
+        reasons: dict[str, list[str]] = {}
         for loop in self.facts.loops:
             reason = "its model is no parameter of it" if loop.model_parameter is None else None
             if reason is None:
@@ -187,8 +188,11 @@ class Subject:
                     continue
                 except (self.target.CannotRun, AttributeError, CheckoutError) as error:
                     reason = str(error)
-            self.notes.append(f"{loop.file}:{loop.line}: the loop in {loop.function} was not run: {reason}")
+            reasons.setdefault(reason, []).append(f"{loop.function} ({loop.file}:{loop.line})")
             found.append(None)
+        for reason, where in reasons.items():
+            others = f" and {len(where) - 1} more" if where[1:] else ""
+            self.notes.append(f"the loop in {where[0]}{others} was not run: {reason}")
         return found
 
     def scenarios(self) -> list[Scenario]:
