@@ -52,6 +52,7 @@ Order = Annotated[int | None, Field(ge=0, le=3), Allowed("0, 1, 2, 3 or null")]
 Count = Annotated[int, Field(ge=1), Allowed("a whole number, 1 or more")]
 CountOrZero = Annotated[int, Field(ge=0), Allowed("a whole number, 0 or more")]
 CountOrNone = Annotated[int | None, Field(ge=1), Allowed("a whole number, 1 or more")]
+Every = Annotated[int | None, Field(ge=1), Allowed("a whole number, 1 or more, or null")]
 Zero = Annotated[Literal[0], Allowed("0, because local windows are not part of Chipmunk on FLUX")]
 Steps = Annotated[
     tuple[int, ...] | None,
@@ -80,7 +81,9 @@ class Mlp(Section):
     is_fp8: Flag = Field(default=False, description="FP8 weights: not available yet.", json_schema_extra=_FALSE)
     top_keys: Fraction = Field(default=0.3, description="Fraction of neurons that a group of tokens computes anew.")
     random_keys: Fraction = Field(default=0.05, description="Fraction of neurons added at random.")
-    full_step_every: Count = Field(default=10, description="Step 0 and every so many run in full and renew the caches.")
+    full_step_every: Every = Field(
+        default=10, description="Step 0 and every so many run in full and renew the caches; null: ever further apart."
+    )
     block_mask_cache: Count = Field(default=1, description="From step 10 on, choose neurons anew every so many steps.")
     first_n_dense_layers: CountOrZero = Field(default=2, description="So many layers at the model's start stay dense.")
     counts_multiple_of: Count = Field(default=256, description="Neurons kept are rounded up to a multiple of this.")
@@ -111,7 +114,9 @@ class Attention(Section):
     is_enabled: Flag = Field(default=True, description="Run attention sparse on the steps between full steps.")
     top_keys: Fraction = Field(default=0.165, description="Fraction of the keys that a group of queries attends to.")
     random_keys: Fraction = Field(default=0.0, description="Fraction of keys added at random.")
-    full_step_every: Count = Field(default=10, description="Steps 0, 1 and every so many run in full.")
+    full_step_every: Every = Field(
+        default=10, description="Steps 0, 1 and every so many run in full; null: ever further apart."
+    )
     full_step_schedule: Steps = Field(default=None, description="The full steps, instead of full_step_every.")
     first_n_dense_layers: CountOrZero = Field(default=2, description="So many layers at the model's start stay dense.")
     recompute_mask: Flag = Field(

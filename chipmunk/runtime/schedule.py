@@ -8,11 +8,19 @@ SELECT_ALWAYS_BEFORE = 10
 """A sparse MLP step with a lower count selects its neurons anew, whatever `block_mask_cache` says."""
 
 
+def _is_due(count: int, every: int | None) -> bool:
+    """Every so many calls, or at 0, 1, 3, 7, 15, …: each gap twice the one before.
+
+    What a sparse step leaves out in the first steps grows all along the loop, so that early full steps are worth more.
+    """
+    return (count + 1) & count == 0 if every is None else count % every == 0
+
+
 def attention_is_full(attn: Attention, count: int) -> bool:
     """Whether the call number `count` of a layer, from 0, is a full attention step."""
     if attn.full_step_schedule is not None:
         return count == 0 or count in attn.full_step_schedule
-    return count in (0, 1) or count % attn.full_step_every == 0
+    return count == 1 or _is_due(count, attn.full_step_every)
 
 
 def attention_step(attn: Attention, count: int, has_selection: bool, overdue: bool = False) -> tuple[str, bool]:
@@ -30,7 +38,9 @@ def attention_step(attn: Attention, count: int, has_selection: bool, overdue: bo
 
 def mlp_is_full(mlp: Mlp, count: int) -> bool:
     """Whether the call number `count` of a layer, from 0, is a full MLP step."""
-    return count % mlp.full_step_every == 0
+    if mlp.full_step_every is None and count == 1:
+        return False  # as little has changed since step 0; attention is full there for its selection
+    return _is_due(count, mlp.full_step_every)
 
 
 def neurons_are_due(mlp: Mlp, count: int) -> bool:

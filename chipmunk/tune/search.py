@@ -41,7 +41,7 @@ LADDERS: dict[str, tuple[Setting, ...]] = {
         {"mlp.counts_multiple_of": 256, "attn.counts_multiple_of": 112},
         {"mlp.counts_multiple_of": 64, "attn.counts_multiple_of": 16},
     ),
-    "full step every": _ladder("mlp.full_step_every", "attn.full_step_every", values=(4, 5, 7, 10, 14, 20)),
+    "full step every": _ladder("mlp.full_step_every", "attn.full_step_every", values=(3, 5, 7, None, 10, 14, 20)),
     "neurons chosen every": _ladder("mlp.block_mask_cache", values=(1, 2, 4)),
     "keys chosen": _ladder("attn.recompute_mask", values=(True, False)),
     "random neurons": _ladder("mlp.random_keys", values=(0.1, 0.05, 0.0)),
@@ -97,11 +97,16 @@ def notch_of(ladder: tuple[Setting, ...], config: Config, defaults: Config) -> i
         if all(value_of(config, key, defaults) == value for key, value in setting.items()):
             return index
     key = [*ladder[-1]][-1]
-    here = float(value_of(config, key, defaults))
+    here = _number(value_of(config, key, defaults))
     return min(
         (index for index, setting in enumerate(ladder) if key in setting),
-        key=lambda index: abs(float(ladder[index][key]) - here),
+        key=lambda index: abs(_number(ladder[index][key]) - here),
     )
+
+
+def _number(value: Any) -> float:
+    """A value as a place on its ladder: full steps that are ever further apart cost as much as every tenth of 50."""
+    return 10.0 if value is None else float(value)
 
 
 @dataclass

@@ -30,12 +30,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from chipmunk.config import Config
+from chipmunk.config import Config, Mlp
 from chipmunk.rewrite.plan import BlockFacts, ModelFacts
 from chipmunk.verify.step_oracle import Steps
 
 RENEW_ALWAYS_BEFORE = 10
 """A sparse MLP step with a lower count of its own selects its neurons anew, whatever `block_mask_cache` says."""
+_EVER_FURTHER = tuple(2**power - 1 for power in range(31))
+"""Full steps where `full_step_every` is null; the MLP's leave 1 out."""
 
 
 @dataclass
@@ -385,7 +387,7 @@ class Oracle:
             attention.overdue |= self._attention_step_is_full(attention.count)
             attention.count += 1
         for cache in slot.mlp.values():
-            cache.overdue |= cache.count % mlp.full_step_every == 0
+            cache.overdue |= _mlp_step_is_full(mlp, cache.count)
             if cache.count < RENEW_ALWAYS_BEFORE or cache.count % mlp.block_mask_cache == 0:
                 cache.neurons = None  # chosen anew at the next call
             cache.count += 1
@@ -482,6 +484,8 @@ class Oracle:
         config = self.config.attn
         if config.full_step_schedule is not None:
             return count == 0 or count in config.full_step_schedule
+        if config.full_step_every is None:
+            return count in _EVER_FURTHER
         return count in (0, 1) or count % config.full_step_every == 0
 
     def _keys_kept(self, tokens: int) -> tuple[int, int]:
@@ -532,7 +536,7 @@ class Oracle:
             bias = 0.0 if bias_in is None else bias_in.double()
             return [part.double().mean(dim=0) @ weight_in.double().T + bias for part in parts]
 
-        is_full, cache.overdue = count % config.full_step_every == 0 or cache.overdue, False
+        is_full, cache.overdue = _mlp_step_is_full(config, count) or cache.overdue, False
         if is_full:
             self.calls[layer, "mlp", "full"] += 1
             cache.neurons = None
@@ -631,6 +635,12 @@ def _is_plain(linear: nn.Module) -> bool:
         return False
     x = torch.linspace(-1.0, 1.0, 3 * linear.in_features).reshape(1, 3, -1).to(linear.weight)
     return type(linear) is nn.Linear or torch.equal(linear(x), F.linear(x, linear.weight, linear.bias))
+
+
+def _mlp_step_is_full(config: Mlp, count: int) -> bool:
+    if config.full_step_every is None:
+        return count in _EVER_FURTHER and count != 1
+    return count % config.full_step_every == 0
 
 
 def _groups(tokens: int, size: int) -> list[range]:

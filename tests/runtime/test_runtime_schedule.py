@@ -73,6 +73,8 @@ def attention_kinds(attn: Attention, calls: int) -> str:
 def test_attention_schedule() -> None:
     assert attention_kinds(Attention(), 23) == "dSssssssssSsssssssssSss"
     assert attention_kinds(Attention(recompute_mask=False), 23) == "dSssssssssfsssssssssfss"
+    assert attention_kinds(Attention(full_step_every=None), 33) == "dSsSsssSsssssssSsssssssssssssssSs"
+    assert attention_kinds(Attention(full_step_every=10), 23) == "dSssssssssSsssssssssSss"
     assert attention_kinds(Attention(full_step_every=4), 10) == "dSssSsssSs"
     assert attention_kinds(Attention(full_step_every=1), 4) == "dddd"
     assert attention_kinds(Attention(full_step_every=2), 7) == "ddSsSsS"
@@ -97,6 +99,14 @@ def test_mlp_schedule() -> None:
     assert mlp_kinds(Mlp(block_mask_cache=2), 17) == "fSSSSSSSSSfSSsSsS"
     assert mlp_kinds(Mlp(block_mask_cache=5, full_step_every=7), 18) == "fSSSSSSfSSSsssfSss"
     assert mlp_kinds(Mlp(full_step_every=1), 3) == "ddd"
+    assert mlp_kinds(Mlp(full_step_every=None), 17) == "fSSfSSSfSSSSSSSfS"
+    assert mlp_kinds(Mlp(full_step_every=10), 13) == "fSSSSSSSSSfSS"
+
+
+def test_ever_further_apart_is_as_many_full_steps_as_every_ten_of_fifty() -> None:
+    for every in (None, 10):
+        assert attention_kinds(Attention(full_step_every=every), 50).count("S") == 5
+        assert mlp_kinds(Mlp(full_step_every=every), 50).count("f") == 5
 
 
 def test_step_zero_is_always_full() -> None:
