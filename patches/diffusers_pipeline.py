@@ -23,7 +23,7 @@ from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.minimal import variant
 from chipmunk.rewrite.plan import BlockFacts, ModelFacts
-from chipmunk.rewrite.repository import External, Function
+from chipmunk.rewrite.repository import Class, External, Function
 from chipmunk.rewrite.syntax import argument, dotted, parameters, text_of_string, walk
 from chipmunk.rewrite.values import Place
 
@@ -65,7 +65,7 @@ def _directly_made(context: Context) -> tuple[list[_Made], dict[int, str]]:
     """Pipelines that get a name where they are loaded, and functions (`id`) that return one without: its family."""
     found: list[_Made] = []
     returning: dict[int, str] = {}
-    for place in _places(context, b"diffusers"):
+    for place in _places(context, b"diffusers", *(b"Pipeline." + loader.encode() for loader in _LOADERS)):
         named: set[int] = set()
         for step, target, value in _values(place):
             call = _innermost(value)
@@ -151,10 +151,20 @@ def _innermost(value: cst.BaseExpression) -> cst.Call | None:
 def _class_name(context: Context, call: cst.Call, step: Step, place: Place) -> str | None:
     """The class of diffusers whose method is called."""
     assert isinstance(call.func, cst.Attribute)
-    meaning = context.repository.resolve(call.func.value, place.names, step)
-    if not isinstance(meaning, External) or meaning.name.split(".")[0] != "diffusers":
-        return None
-    return meaning.name.split(".")[-1]
+    repository = context.repository
+    meaning = repository.resolve(call.func.value, place.names, step)
+    found = [meaning]
+    if isinstance(meaning, Class):  # a pipeline of the repository's own that inherits from one of diffusers
+        found = [
+            repository.resolve(base.value, owner.module)
+            for owner in repository.bases(meaning)
+            for base in owner.node.bases
+        ]
+        found = [each for each in found if isinstance(each, External) and _FLUX.fullmatch(each.name.split(".")[-1])]
+    for each in found:
+        if isinstance(each, External) and each.name.split(".")[0] == "diffusers":
+            return each.name.split(".")[-1]
+    return None
 
 
 def _family(context: Context, call: cst.Call, step: Step, place: Place) -> str | None:

@@ -248,3 +248,42 @@ def test_a_loop_over_a_model_that_inherits_from_another_is_its_own() -> None:
         flow__model=MODEL + second, flow__sampling=used["flow/sampling.py"], flow__loading=used["flow/loading.py"]
     )
     assert [(model.name, bool(model.loops)) for model in plan.models] == [("Painter", False), ("Sketcher", True)]
+
+
+PIPELINE = """\
+from diffusers import FluxPipeline, SanaPipeline
+
+
+class SketchPipeline(FluxPipeline):
+    pass
+
+
+class WeavePipeline(SanaPipeline):
+    pass
+"""
+LOADED = """\
+import torch
+from sketch.pipeline import SketchPipeline, WeavePipeline
+
+
+class Server:
+    def __init__(self, folder):
+        self.pipe = SketchPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+        self.pipe.to("cuda")
+        self.other = WeavePipeline.from_pretrained(folder)
+"""
+
+
+def test_a_pipeline_that_inherits_from_one_of_diffusers() -> None:
+    files = {"sketch/__init__.py": "", "sketch/pipeline.py": PIPELINE, "server.py": LOADED}
+    plan = plan_repository({path: text.encode() for path, text in files.items()}, REGISTRY)
+    assert [(change.path, change.after.decode().splitlines()[-3:]) for change in plan.changes] == [
+        (
+            "server.py",
+            [
+                '        self.pipe.to("cuda")',
+                "        chipmunk.enable(self.pipe)",
+                "        self.other = WeavePipeline.from_pretrained(folder)",
+            ],
+        )
+    ]
