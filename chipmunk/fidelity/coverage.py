@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from chipmunk import ops
-from chipmunk.runtime import linears, sparse_mlp
+from chipmunk.runtime import linears, mlp_caches, sparse_mlp
 from chipmunk.runtime.layer_state import LayerState
+from chipmunk.runtime.mlp_caches import Rows
 
 Coverage = dict[int, list[tuple[int, float]]]
 """By layer, the model call and the share that was covered."""
@@ -31,7 +32,7 @@ def coverage(model: nn.Module, blocks: list[nn.Module]) -> Iterator[dict[str, Co
     found: dict[str, Coverage] = {"attention": {}, "mlp": {}}
     index = {id(block): number for number, block in enumerate(blocks)}
     call, inside = [-1], [0]
-    original_attention, original_change = ops.column_sparse_attention, sparse_mlp._changed_activations
+    original_attention, original_change = ops.column_sparse_attention, mlp_caches.changed_activations
 
     def before_model(*_: object) -> None:
         call[0] += 1
@@ -46,10 +47,12 @@ def coverage(model: nn.Module, blocks: list[nn.Module]) -> Iterator[dict[str, Co
             found["attention"].setdefault(inside[0], []).append((call[0], kept_mass(q, k, keys, group, scale)))
         return original_attention(q, k, v, keys, addend, group, scale, subtract, how)
 
-    def changed(state: LayerState, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    def changed(state: LayerState, x: Tensor, rows: Rows, activation: str) -> Tensor:
         assert state.activations is not None
-        change = linears.activate(activation, functional.linear(x, weight, bias)) - state.activations
-        delta: Tensor = original_change(state, x, weight, bias, activation)
+        hidden = [functional.linear(x, *row) for row in zip(rows.weights, rows.biases, strict=True)]
+        name = activation if len(hidden) == 1 else "swiglu"  # gate and value are two linears
+        change = linears.activate(name, torch.cat(hidden, dim=-1)) - state.activations
+        delta = original_change(state, x, rows, activation)
         assert state.neurons is not None
         share = kept_change(change, state.neurons, state.mlp_rules.group)
         found["mlp"].setdefault(inside[0], []).append((call[0], share))
@@ -69,7 +72,7 @@ def coverage(model: nn.Module, blocks: list[nn.Module]) -> Iterator[dict[str, Co
 def _put(attention: Callable[..., Any], change: Callable[..., Any]) -> None:
     """Make these what the runtime calls."""
     setattr(ops, "column_sparse_attention", attention)  # noqa: B010
-    setattr(sparse_mlp, "_changed_activations", change)  # noqa: B010
+    setattr(sparse_mlp, "changed_activations", change)  # noqa: B010
 
 
 def kept_mass(q: Tensor, k: Tensor, keys: Tensor, group: int, scale: float | None = None) -> float:
