@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -98,12 +99,12 @@ def judge(name: str, files: Files | None, wanted: dict[str, int]) -> Outcome:
     before = {path: text.encode() for path, text in files.items()}
     for path, content in before.items():
         if (error := does_not_compile(path, content)) is not None:
-            return Outcome(name, BROKEN, (f"the rewriting itself: {path}: {error}",))
+            return Outcome(name, BROKEN, (f"the rewriting itself: {error}",))
     plan = planned(before)
     after = {**before, **{change.path: change.after for change in plan.changes}}
     for change in plan.changes:
         if (error := does_not_compile(change.path, change.after)) is not None:
-            return Outcome(name, BROKEN, (f"patched: {change.path}: {error}",))
+            return Outcome(name, BROKEN, (f"patched: {error}",))
     second = planned(after)
     if second.changes or any(site.status is SiteStatus.PATCHED for site in second.sites):
         return Outcome(name, BROKEN, ("a second patch changes something",))
@@ -123,10 +124,17 @@ def judge(name: str, files: Files | None, wanted: dict[str, int]) -> Outcome:
 
 
 def does_not_compile(path: str, content: bytes) -> str | None:
+    error = _compile_error(content)
+    return None if error is None else f"{path}: {error}"
+
+
+@lru_cache(1000)
+def _compile_error(content: bytes) -> str | None:
+    """Mutants share most of their files."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            compile(content, path, "exec", dont_inherit=True)
+            compile(content, "the file", "exec", dont_inherit=True)
     except (SyntaxError, ValueError) as error:
         return str(error)
     return None
