@@ -82,7 +82,7 @@ class Mlp(Section):
     top_keys: Fraction = Field(default=0.3, description="Fraction of neurons that a group of tokens computes anew.")
     random_keys: Fraction = Field(default=0.05, description="Fraction of neurons added at random.")
     full_step_every: Every = Field(
-        default=10, description="Step 0 and every so many run in full and renew the caches; null: ever further apart."
+        default=None, description="Step 0 and every so many run in full and renew the caches; null: 0, 3, 7, 15, 31, …"
     )
     block_mask_cache: Count = Field(default=1, description="From step 10 on, choose neurons anew every so many steps.")
     first_n_dense_layers: CountOrZero = Field(default=2, description="So many layers at the model's start stay dense.")
@@ -115,7 +115,7 @@ class Attention(Section):
     top_keys: Fraction = Field(default=0.165, description="Fraction of the keys that a group of queries attends to.")
     random_keys: Fraction = Field(default=0.0, description="Fraction of keys added at random.")
     full_step_every: Every = Field(
-        default=10, description="Steps 0, 1 and every so many run in full; null: ever further apart."
+        default=None, description="Steps 0, 1 and every so many run in full; null: 0, 1, 3, 7, 15, 31, …"
     )
     full_step_schedule: Steps = Field(default=None, description="The full steps, instead of full_step_every.")
     first_n_dense_layers: CountOrZero = Field(default=2, description="So many layers at the model's start stay dense.")
@@ -173,7 +173,7 @@ class StepCaching(Section):
         default=None, description="Static mode: the steps to skip of `steps` (50); null is the original's list."
     )
     threshold: Threshold = Field(
-        default=0.03,
+        default=0.05,
         description="Adaptive mode: skip while the errors expected, relative to the hidden state, add up to less.",
     )
     keep: FractionOrNone = Field(

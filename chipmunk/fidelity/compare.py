@@ -72,6 +72,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "mlp.random_keys: 0": {"mlp": {"random_keys": 0.0}},
     "attn.random_keys: 0.03": {"attn": {"random_keys": 0.03}},
     "token order off": {"patchify": {"is_enabled": False}},
+    "full_step_every: 10": {"attn": {"full_step_every": 10}, "mlp": {"full_step_every": 10}},
     "full_step_every: 5": {"attn": {"full_step_every": 5}, "mlp": {"full_step_every": 5}},
     "full_step_every: 20": {"attn": {"full_step_every": 20}, "mlp": {"full_step_every": 20}},
     "groups of 64": {"attn": {"mbm": 64}, "mlp": {"bm": 64, "mbm": 64}},

@@ -63,11 +63,11 @@ def test_defaults_are_the_documented_ones() -> None:
         False,
         0.3,
         0.05,
-        10,
+        None,
     )
     assert (mlp.block_mask_cache, mlp.first_n_dense_layers) == (1, 2)
     assert (mlp.counts_multiple_of, mlp.bm, mlp.mbm) == (256, 128, 128)
-    assert (attn.is_enabled, attn.top_keys, attn.random_keys, attn.full_step_every) == (True, 0.165, 0.0, 10)
+    assert (attn.is_enabled, attn.top_keys, attn.random_keys, attn.full_step_every) == (True, 0.165, 0.0, None)
     assert (attn.full_step_schedule, attn.first_n_dense_layers, attn.recompute_mask) == (None, 2, True)
     assert (attn.counts_multiple_of, attn.mbm) == (112, 128)
     patchify = defaults.patchify

@@ -148,8 +148,8 @@ def denoise(model: Any, steps: int = 12, each: Any = None, **given: Tensor) -> l
 
 
 SMALL: dict[str, dict[str, Any]] = {
-    "mlp": {"bm": 16, "mbm": 16, "counts_multiple_of": 8, "first_n_dense_layers": 1},
-    "attn": {"mbm": 16, "counts_multiple_of": 8, "first_n_dense_layers": 1},
+    "mlp": {"bm": 16, "mbm": 16, "counts_multiple_of": 8, "first_n_dense_layers": 1, "full_step_every": 10},
+    "attn": {"mbm": 16, "counts_multiple_of": 8, "first_n_dense_layers": 1, "full_step_every": 10},
 }
 """A configuration with groups and counts small enough for the model: five of its six layers are sparse."""
 

@@ -71,8 +71,8 @@ def attention_kinds(attn: Attention, calls: int) -> str:
 
 
 def test_attention_schedule() -> None:
-    assert attention_kinds(Attention(), 23) == "dSssssssssSsssssssssSss"
-    assert attention_kinds(Attention(recompute_mask=False), 23) == "dSssssssssfsssssssssfss"
+    assert attention_kinds(Attention(), 23) == "dSsSsssSsssssssSsssssss"
+    assert attention_kinds(Attention(full_step_every=10, recompute_mask=False), 23) == "dSssssssssfsssssssssfss"
     assert attention_kinds(Attention(full_step_every=None), 33) == "dSsSsssSsssssssSsssssssssssssssSs"
     assert attention_kinds(Attention(full_step_every=10), 23) == "dSssssssssSsssssssssSss"
     assert attention_kinds(Attention(full_step_every=4), 10) == "dSssSsssSs"
@@ -95,8 +95,8 @@ def mlp_kinds(mlp: Mlp, calls: int) -> str:
 
 
 def test_mlp_schedule() -> None:
-    assert mlp_kinds(Mlp(), 13) == "fSSSSSSSSSfSS"
-    assert mlp_kinds(Mlp(block_mask_cache=2), 17) == "fSSSSSSSSSfSSsSsS"
+    assert mlp_kinds(Mlp(), 13) == "fSSfSSSfSSSSS"
+    assert mlp_kinds(Mlp(block_mask_cache=2, full_step_every=10), 17) == "fSSSSSSSSSfSSsSsS"
     assert mlp_kinds(Mlp(block_mask_cache=5, full_step_every=7), 18) == "fSSSSSSfSSSsssfSss"
     assert mlp_kinds(Mlp(full_step_every=1), 3) == "ddd"
     assert mlp_kinds(Mlp(full_step_every=None), 17) == "fSSfSSSfSSSSSSSfS"
