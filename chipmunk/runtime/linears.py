@@ -163,7 +163,9 @@ def mlp_form(mlp: Any, x: Tensor, parts: str = "", of: str = "") -> MlpForm | st
         return "the MLP has lost a part that the patch has seen"
     if x.dim() != 3:
         return "the MLP's input is not (B, N, C)"
-    reason = next((why for linear in first if (why := why_not_linear(linear, x, x.shape[-1])) is not None), None)
+    reason = None
+    for linear in first:  # not a generator: Dynamo of PyTorch 2.11 breaks the graph there
+        reason = reason or why_not_linear(linear, x, x.shape[-1])
     if reason is None and len(first) > 1:
         reason = why_not_pair(*first)
     form = MlpForm(first, activation, second)
