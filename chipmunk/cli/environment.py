@@ -179,13 +179,13 @@ def _requirement() -> str:
 
 
 def packages_of(files: Iterable[str], root: Path) -> dict[str, Path]:
-    """The top-level packages that files of the repository belong to, each with its folder."""
-    found = {}
+    """The top-level packages that files of the repository belong to, each with its folder, the nearest to the root."""
+    found: dict[str, PurePosixPath] = {}
     for file in files:
         folder = PurePosixPath(file).parent
         top = None
         while folder.name and (root / folder / "__init__.py").is_file():
             top, folder = folder, folder.parent
-        if top is not None:
-            found[top.name] = root / top
-    return found
+        if top is not None and len(top.parts) < len(found.get(top.name, top / "deeper").parts):
+            found[top.name] = top
+    return {name: root / top for name, top in found.items()}

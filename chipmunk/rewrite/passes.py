@@ -9,6 +9,7 @@ import libcst as cst
 from chipmunk.rewrite.flow import Scope, Step, value_names
 from chipmunk.rewrite.syntax import dotted, elements, is_call, self_attribute, target_names, text_of_string, walk
 
+BY_NAME = -1
 CONCATENATIONS = ("cat", "concat", "concatenate")
 
 
@@ -20,7 +21,7 @@ class Pass:
     loop: cst.For
     call: cst.Call
     first: int
-    """Leading arguments that are not the block's: 1 for `checkpoint(block, …)`."""
+    """Leading arguments that are not the block's: 1 for `checkpoint(block, …)`; BY_NAME for `run(…, block=block)`."""
     step: Step
     results: list[str]
 
@@ -79,6 +80,10 @@ def _block_call(value: cst.CSTNode | None, names: set[str]) -> tuple[cst.Call, i
     first = value.args[0] if value.args else None
     if first is not None and first.keyword is None and isinstance(first.value, cst.Name) and first.value.value in names:
         return value, 1
+    if any(
+        arg.keyword is not None and isinstance(arg.value, cst.Name) and arg.value.value in names for arg in value.args
+    ):
+        return value, BY_NAME
     return None
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import libcst as cst
 
 from chipmunk.rewrite.image_tokens import ids_parameter, image_parameter, other_spatial
-from chipmunk.rewrite.passes import CONCATENATIONS, Pass, Streams, joined, joined_inside, passes
+from chipmunk.rewrite.passes import BY_NAME, CONCATENATIONS, Pass, Streams, joined, joined_inside, passes
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
 from chipmunk.rewrite.syntax import (
     bind,
@@ -100,7 +100,12 @@ def may_hold_model(content: bytes) -> bool:
     elements = b"|".join(sorted({target.group(1) for target in targets if target is not None}))
     if not elements:
         return False
-    calls = re.finditer(rb"(\w+)\s*,\s*(\w+)[\s),]*=\s*(?:[\w.]*\(\s*)*(?:" + elements + rb")\s*[.(,]", content)
+    start = rb"(\w+)\s*,\s*(\w+)[\s),]*=\s*"
+    calls = [*re.finditer(start + rb"(?:[\w.]*\(\s*)*(?:" + elements + rb")\s*[.(,]", content)]
+    by_name = re.compile(rb"\b\w+\s*=\s*(?:" + elements + rb")\s*[,)]")  # run(…, block=block, …)
+    for call in re.finditer(start + rb"[\w.]+\(", content):
+        if by_name.search(content, call.end(), call.end() + _CALL):
+            calls.append(call)
     return any(_takes(content[call.end() : call.end() + _CALL], *call.groups()) for call in calls)
 
 
@@ -216,6 +221,12 @@ def _with_roles(
             method.node.name,
             "it runs both kinds of block, but slices no image stream off at the end (a ControlNet, perhaps)",
         )
+    for found in (double, single):
+        if found.first == BY_NAME:
+            reason = (
+                f"{dotted(found.call.func)} does the work of the blocks in self.{found.attribute}: it is not followed"
+            )
+            return Lookalike(owner, method.node.name, reason)
     blocks: list[Block] = []
     outside = {name: role for name, role in ((streams.image, "image"), (streams.text, "text")) if name}
     for found, roles in ((double, outside), (single, streams.inside)):
@@ -243,7 +254,11 @@ def _with_roles(
         taken = {p: roles[n] for p, value in given.items() if (n := _stream_of(value, roles)) is not None}
         blocks.append(Block(classes[0], *_followed(repository, classes[0], forward, taken)))
     if len(set(blocks[0].streams.values())) < len(outside):
-        return Lookalike(owner, method.node.name, f"{blocks[0].owner.name} does not take both streams")
+        starred = [arg.value for arg in double.call.args if arg.star == "*" and dotted(arg.value) is not None]
+        reason = f"{blocks[0].owner.name} does not take both streams"
+        if starred:
+            reason = f"what {blocks[0].owner.name} is given, *{dotted(starred[0])}, is not followed"
+        return Lookalike(owner, method.node.name, reason)
     if not blocks[1].streams:
         return Lookalike(owner, method.node.name, f"{blocks[1].owner.name} does not take the joint stream")
     image, others = image_parameter(scope, streams.image, double)

@@ -287,3 +287,31 @@ def test_a_pipeline_that_inherits_from_one_of_diffusers() -> None:
             ],
         )
     ]
+
+
+RUNNER = """
+
+
+class Runner:
+    @staticmethod
+    def pair(number, block, image, text, rotation):
+        return block(image, text, rotation)
+"""
+
+
+def test_blocks_that_something_else_does_the_work_of_are_named() -> None:
+    call = "Runner.pair(number=0, block=block, image=image, text=text, rotation=rotation)"
+    plan = plan_of(flow__model=variant(MODEL, ("block(image, text, rotation)", call)) + RUNNER)
+    reason = "Runner.pair does the work of the blocks in self.pairs: it is not followed"
+    assert sites(plan, "left dense")["model-forward"] == [reason]
+    beside = "block(image, text, rotation)\n            seen, how = note(block=block, image=image, text=text)"
+    assert is_whole(plan_of(flow__model=variant(MODEL, ("block(image, text, rotation)", beside))))
+
+
+def test_arguments_in_a_list_are_said_not_to_be_followed() -> None:
+    change = (
+        "image, text = block(image, text, rotation)",
+        "given = [image, text, rotation]\n            image, text = block(*given)",
+    )
+    plan = plan_of(flow__model=variant(MODEL, change))
+    assert sites(plan, "left dense")["model-forward"] == ["what PairBlock is given, *given, is not followed"]
