@@ -102,7 +102,10 @@ def test_a_script(name: str, weights: Path, tmp_path: Path, monkeypatch: pytest.
     original.write_text(text)
     patched.write_bytes(change.after)
     config = tmp_path / "some.yml"
-    config.write_text(json.dumps(tiny.KEPT))
+    every = {"full_step_every": 10}
+    config.write_text(
+        json.dumps({**tiny.KEPT, "attn": {**tiny.KEPT["attn"], **every}, "mlp": {**tiny.KEPT["mlp"], **every}})
+    )
     monkeypatch.setattr(sys, "argv", ["draw.py", str(weights)])
 
     wanted = runpy.run_path(str(original))["latents"]
