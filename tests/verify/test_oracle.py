@@ -358,6 +358,7 @@ def kinds(settings: Config, steps: int, part: str, known: int | None = None) -> 
     [
         ({"full_step_every": 4}, "FFssFsssFsss"),
         ({"full_step_every": 2}, "FFFsFsFsFsFs"),
+        ({"full_step_every": None}, "FFsFsssFssss"),
         ({"full_step_every": 1}, "FFFFFFFFFFFF"),
         ({"full_step_schedule": [0, 1, 6]}, "FFssssFsssss"),
         ({"full_step_schedule": [3]}, "FssFssssssss"),
@@ -378,6 +379,7 @@ def test_kinds_of_attention_steps(settings: dict[str, Any], expected: str) -> No
     ("settings", "expected"),
     [
         ({"full_step_every": 4}, "FsssFsssFsss"),
+        ({"full_step_every": None}, "FssFsssFssss"),
         ({"full_step_every": 1}, "FFFFFFFFFFFF"),
         ({"top_keys": 0.9}, "dddddddddddd"),
         ({"bm": 15, "mbm": 15}, "dddddddddddd"),
