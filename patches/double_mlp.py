@@ -3,7 +3,7 @@
 The MLP is the attribute that is built as Linear, activation, Linear (GELU, or SwiGLU: the first linear makes a gate and
 a value), be it a Sequential or a class of the repository's own, whose forward is read; and whose result flows into the
 image stream that the block returns, and not into the text stream. It may be called in the block's forward, in a method
-or helper, or in a processor object that is given the block. Only the call changes, never the arithmetic around it. The
+or helper, or in a processor object that is given the block; or the block calls the two linears itself. Only the call changes, never the arithmetic around it. The
 text MLP stays dense: it is small. An MLP that sees only some of the tokens stays dense.
 """
 
@@ -12,7 +12,11 @@ from __future__ import annotations
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.minimal import DOUBLE, variant
+from chipmunk.rewrite.mlps.editing import patch_pieces
+from chipmunk.rewrite.mlps.finding import Finder
+from chipmunk.rewrite.mlps.pieces import Pieces
 from chipmunk.rewrite.mlps.whole import patch_whole, whole_mlps
+from chipmunk.rewrite.reach import reached_from
 from chipmunk.rewrite.roles import Block
 
 NAME = "double-mlp"
@@ -27,7 +31,12 @@ def rule(context: Context) -> None:
 
 def _patch_block(context: Context, block: Block) -> None:
     found = whole_mlps(context, block, {"image"})
+    pieces: list[Pieces] = []
     if not found:
+        for where in reached_from(context.repository, block):
+            pieces += [mlp for mlp in Finder(context, where, {"image"}).found() if mlp.second.alone]
+    patch_pieces(context, block, pieces)
+    if not found and not pieces:
         reason = "no Linear, GELU or SwiGLU, Linear was found on the image stream alone"
         context.left_dense(block.forward.source, block.forward.node.name, reason, matched=block.forward.name)
     for mlp in found:

@@ -6,8 +6,9 @@ function, and the second linear takes the attention's output beside the activate
 change, as what passes between them is left uncomputed on a sparse step: so if anything else reads it, all stay as they
 are. They may stand in the block's forward, in a method, or in a processor object.
 
-A single block may also have an MLP beside the attention, Linear, activation, Linear, that it calls on the joint stream:
-then that call changes alone.
+A SwiGLU may also be written out, `silu(gate) * value`, of the halves of one linear's output or of two linears. A single
+block may also have an MLP beside the attention, Linear, activation, Linear, that it calls on the joint stream: then that
+call changes alone.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from __future__ import annotations
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.minimal import SINGLE, variant
-from chipmunk.rewrite.mlps.editing import patch
+from chipmunk.rewrite.mlps.editing import patch_pieces
 from chipmunk.rewrite.mlps.finding import Finder
-from chipmunk.rewrite.mlps.pieces import Pieces, why_dense
 from chipmunk.rewrite.mlps.whole import patch_whole, whole_mlps
 from chipmunk.rewrite.reach import reached_from
 from chipmunk.rewrite.roles import Block
@@ -33,9 +33,10 @@ def rule(context: Context) -> None:
 
 
 def _patch_block(context: Context, block: Block) -> None:
-    finders = [Finder(context, where) for where in reached_from(context.repository, block)]
+    streams = ({"joint"}, {"image", "text"}, {"image"})
+    finders = [Finder(context, where, *streams) for where in reached_from(context.repository, block)]
     found = [mlp for finder in finders for mlp in finder.found()]
-    whole = [] if found else whole_mlps(context, block, {"joint"}, {"image", "text"}, {"image"})
+    whole = [] if found else whole_mlps(context, block, *streams)
     for module in whole:
         patch_whole(context, block, module, "joint")
     if not found and not whole:
@@ -46,15 +47,7 @@ def _patch_block(context: Context, block: Block) -> None:
         elif any(finder.apart for finder in finders):
             missing = "the second linear and the concatenation that it takes are in different branches or `with` blocks"
         context.left_dense(source, node.name, f"no fused MLP was found: {missing}", matched=block.forward.name)
-    taken: list[Pieces] = []
-    for mlp in found:
-        source, problem = mlp.where.function.source, why_dense(mlp, taken)
-        if problem:
-            context.left_dense(source, mlp.first.call, problem)
-            context.left_dense(source, mlp.second.call, problem)
-            continue
-        taken.append(mlp)
-        patch(context, block, mlp)
+    patch_pieces(context, block, found)
 
 
 _SPLIT = "torch.split(self.enter(x), [3 * self.width, 4 * self.width], dim=-1)"

@@ -423,6 +423,8 @@ def _gated(first: _Value, second: _Value) -> _Value:
         inner = gate.of
         if gate.kind != "silu" or inner is None or inner.of != value.of:
             continue
+        if inner.kind == value.kind == "linear" and inner.at != value.at:
+            return _Value("swiglu", _Value("linear", inner.of, f"{inner.at} + {value.at}"))
         if inner.kind == value.kind == "half" and {inner.at, value.at} == {"0", "1"}:
             return _Value("swiglu" if inner.at == "0" else "swiglu_value_first", inner.of)
     raise _Unknown

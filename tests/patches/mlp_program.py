@@ -49,7 +49,7 @@ from chipmunk.config import Config
 from chipmunk.verify.oracle import Oracle
 from chipmunk.verify.spec import facts_from_json
 
-part = {"counts_multiple_of": 8, "first_n_dense_layers": 1}
+part = {"counts_multiple_of": 8, "first_n_dense_layers": 1, "full_step_every": 10}
 config = {"mlp": {**part, "bm": 8, "mbm": 8}, "attn": {**part, "mbm": 8}}
 everything = {"mlp": {**config["mlp"], "top_keys": 1.0}, "attn": {**config["attn"], "top_keys": 1.0}}
 generator = torch.Generator().manual_seed(1)
@@ -69,7 +69,7 @@ def model_of(folder):
     for name in [name for name in sys.modules if name.split(".")[0] == "flow"]:
         del sys.modules[name]
     sys.path.insert(0, folder)
-    torch.manual_seed(0)
+    torch.manual_seed(int(sys.argv[1]))
     model = importlib.import_module("flow.loading").load_painter("small")
     sys.path.remove(folder)
     return model
@@ -98,7 +98,7 @@ print(json.dumps(results))
 """
 
 
-def run(tmp_path: Path, cases: Iterable[tuple[str, dict[str, str]]]) -> dict[str, Any]:
+def run(tmp_path: Path, cases: Iterable[tuple[str, dict[str, str]]], seed: int = 0) -> dict[str, Any]:
     """What the program finds of each case: a name, and the files that are written otherwise."""
     given: dict[str, Any] = {}
     for index, (name, changed) in enumerate(cases):
@@ -115,7 +115,7 @@ def run(tmp_path: Path, cases: Iterable[tuple[str, dict[str, str]]]) -> dict[str
     environment = {k: v for k, v in os.environ.items() if k != "CHIPMUNK_CONFIG"}
     root = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, str(seed)],
         input=json.dumps(given),
         capture_output=True,
         text=True,

@@ -36,21 +36,22 @@ class Cuts:
         if not isinstance(node, cst.Assign) or len(node.targets) != 1 or len(path) > 1:
             return None
         names = target_names(node.targets[0].target)
-        if len(names) != 2 or [place for _, place in names] != [(0,), (1,)]:
+        parts = len(names)
+        if parts < 2 or [place for _, place in names] != [(index,) for index in range(parts)]:
             return None
-        if isinstance(value, cst.Call) and node.value is value and len(path) == 1:
-            return self._split(value, step, path[0] == 0)
+        if isinstance(value, cst.Call) and node.value is value and len(path) == 1 and path[0] in (0, parts - 1):
+            return self._split(value, step, parts, path[0] == 0)
         return None
 
-    def _split(self, call: cst.Call, step: Step, mlp_first: bool) -> tuple[First, list[Held]] | None:
-        """`torch.split(…, [a, b], dim=-1)` or `….split([a, b], -1)` of a linear's output."""
+    def _split(self, call: cst.Call, step: Step, parts: int, mlp_first: bool) -> tuple[First, list[Held]] | None:
+        """`torch.split(…, [a, b], dim=-1)`, `….split([a, b], -1)` or `….chunk(2, -1)` of a linear's output."""
         done = self.look.runtime(call, step)
         if done == "split_linear" and len(call.args) >= 4:
             linear = self.look.linear(call.args[1].value)
             return None if linear is None else (First(call, step, True, *linear, done, mlp_first=mlp_first), [])
         if done == "split_held" and len(call.args) >= 3:
             return self._held(call.args[1].value, step, First(call, step, True, kind=done, mlp_first=mlp_first))
-        if not is_call(call, "split", "split_with_sizes") or not isinstance(call.func, cst.Attribute):
+        if not is_call(call, "split", "split_with_sizes", "chunk") or not isinstance(call.func, cst.Attribute):
             return None
         arguments, inner = list(call.args), call.func.value
         is_function = isinstance(inner, cst.Name) and not self.look.scope.reaching(inner.value, step)
@@ -58,12 +59,13 @@ class Cuts:
             inner = arguments.pop(0).value
         sizes = next((a for i, a in enumerate(arguments) if _is(a, i, 0, *_SIZES)), None)
         dim = next((a for i, a in enumerate(arguments) if _is(a, i, 1, "dim")), None)
-        if sizes is None or len(elements(sizes.value) or []) != 2 or len(arguments) != 2 or dim is None:
+        if sizes is None or len(arguments) != 2 or dim is None or integer(dim.value) not in (2, -1):
             return None
-        if integer(dim.value) not in (2, -1):
+        shares = integer(sizes.value) if is_call(call, "chunk") else None
+        if (shares or len(elements(sizes.value) or [])) != parts:
             return None
         first = First(call, step, False, kind="split_linear", mlp_first=mlp_first)
-        first.sizes, first.dim = sizes, dim
+        first.sizes, first.dim, first.shares = sizes, dim, shares or 0
         if isinstance(inner, cst.Call):
             linear = self.look.linear(inner.func)
             if linear is None or not has_one_argument(inner):
@@ -133,7 +135,7 @@ class Cuts:
         return first, held
 
 
-_SIZES = ("split_size_or_sections", "split_size", "split_sizes")
+_SIZES = ("split_size_or_sections", "split_size", "split_sizes", "chunks")
 
 
 def _is(arg: cst.Arg, index: int, position: int, *names: str) -> bool:

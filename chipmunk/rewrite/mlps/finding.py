@@ -8,18 +8,19 @@ from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.layers import Mlp, activation_built, functional_activation
 from chipmunk.rewrite.mlps.cuts import Cuts
+from chipmunk.rewrite.mlps.gates import Gates
 from chipmunk.rewrite.mlps.looking import Look
 from chipmunk.rewrite.mlps.pieces import Activation, Held, Pieces, Second
-from chipmunk.rewrite.reach import Reached
+from chipmunk.rewrite.reach import Attribute, Reached
 from chipmunk.rewrite.roles import CONCATENATIONS
 from chipmunk.rewrite.syntax import argument, dotted, elements, integer, is_call
 
 
 class Finder:
-    """The MLPs in one function."""
+    """The MLPs in one function. `streams`: of which one may be that of an MLP without the attention."""
 
-    def __init__(self, context: Context, where: Reached) -> None:
-        self.look = Look(context, where)
+    def __init__(self, context: Context, where: Reached, *streams: set[str]) -> None:
+        self.look, self.streams = Look(context, where), streams
         self.seconds = 0
         self.apart = 0
         """Second linears that stand in another branch, or under another `with`, than the concatenation they take."""
@@ -28,9 +29,9 @@ class Finder:
         mlps: list[Pieces] = []
         for call, step in self.look.scope.calls:
             for second, held in self._second(call, step):
-                self.seconds += 1
+                self.seconds += not second.alone
                 mlp = self._mlp(second, held)
-                if mlp is not None:
+                if mlp is not None and (not second.alone or self._is_on_stream(mlp)):
                     mlps.append(mlp)
         return mlps
 
@@ -41,13 +42,18 @@ class Finder:
             first = any(arg.keyword is not None and arg.keyword.value == "mlp_first" for arg in call.args)
             if linear is None:
                 return []
-            second = Second(call, step, True, *linear, None, call.args[2].value, None, first)
+            second = Second(call, step, True, *linear, None, call.args[2].value, call.args[4].value, first)
             return [(second, [])]
+        if self.look.runtime(call, step) == "out_linear" and len(call.args) == 3:
+            linear = self.look.linear(call.args[1].value)
+            return [] if linear is None else [(_alone(call, step, linear, done=True), [])]
         linear = self.look.linear(call.func)
         if linear is None or len(call.args) != 1 or call.args[0].star:
             return []
         cat, at, path, held = self.look.follow(call.args[0].value, step)
-        if not is_call(cat, *CONCATENATIONS) or not cat.args or path:
+        if not is_call(cat, *CONCATENATIONS):
+            return [(_alone(call, step, linear, done=False), [])]
+        if not cat.args or path:
             return []
         parts = elements(cat.args[0].value) or []
         if len(parts) != 2 or integer(argument(cat, 1, "dim", "axis")) not in (2, -1):
@@ -62,7 +68,7 @@ class Finder:
 
     def _mlp(self, second: Second, held: list[Held]) -> Pieces | None:
         """The whole MLP, if the second linear's active part is an activation of a first linear's output."""
-        if second.done:
+        if second.done and not second.alone:
             assert isinstance(second.call, cst.Call)
             given = second.call.args[3].value
             if dotted(given) != "None":
@@ -71,17 +77,20 @@ class Finder:
                     return None
                 activation.argument = second.call.args[4].value
                 return self._with_first(second, activation, held)
-            active: cst.BaseExpression = second.call.args[4].value
-        else:
-            assert second.active is not None
-            active = second.active
-        value, step, path, passed = self.look.follow(active, second.step)
-        if not isinstance(value, cst.Call) or path:
+        assert second.active is not None
+        value, step, path, passed = self.look.follow(second.active, second.step)
+        if path:
+            return None
+        product = Gates(self.look).found(value, step)
+        if product is not None:
+            gate, (first, *others), more = product
+            return Pieces(self.look.where, second, gate, first, [*held, *passed, *more], others)
+        if not isinstance(value, cst.Call):
             return None
         activation = self._activation(value, step)
         if activation is None:
             return None
-        activation.inside = not passed and not second.done
+        activation.inside = not passed and not second.done and not second.alone
         return self._with_first(second, activation, [*held, *passed])
 
     def _activation(self, call: cst.Call, step: Step) -> Activation | None:
@@ -118,3 +127,18 @@ class Finder:
             return None
         found, more = first
         return Pieces(self.look.where, second, activation, found, [*held, *passed, *more])
+
+    def _is_on_stream(self, mlp: Pieces) -> bool:
+        """Whether an MLP beside the attention works on a stream of the block, and its result becomes part of it."""
+        assert isinstance(mlp.second.call, cst.Call)
+        where, call = self.look.where, mlp.first.linear_call
+        if where.streams_of(mlp.second.call) not in self.streams:
+            return False
+        if call is None or not where.streams:  # Chipmunk's already, or a helper that is given something else
+            return True
+        given = call.args[2 if mlp.first.done else 0].value
+        return bool(self.look.scope.roots(given, mlp.first.step) & where.streams.keys())
+
+
+def _alone(call: cst.Call, step: Step, linear: tuple[Attribute, str], *, done: bool) -> Second:
+    return Second(call, step, done, *linear, active=call.args[2 if done else 0].value, call_step=step, alone=True)

@@ -45,11 +45,17 @@ class First(Piece):
     sizes: cst.Arg | str = ""
     """The argument with the sizes, or their text where the output is cut by slices."""
     dim: cst.Arg | None = None
+    shares: int = 0
+    """How many equal parts, where `sizes` gives their number."""
     mlp_first: bool = False
     held_text: str = ""
     """The variable that the output is held in."""
     later: Step | None = None
     """The statement with the later slice, where each has its own."""
+    half: str = ""
+    """`gate` or `value`, where each has a linear of its own."""
+    inline: bool = False
+    """Whether such a linear's call stands in the product itself."""
 
 
 @dataclass
@@ -61,11 +67,14 @@ class Activation(Piece):
     argument: cst.BaseExpression | None = None
     inside: bool = True
     """Whether it stands in the concatenation itself."""
+    gate: cst.BaseExpression | None = None
+    """What the activation is applied to, where `call` is the product of that and `value`; `text` is then the callee."""
+    value: cst.BaseExpression | None = None
 
 
 @dataclass
 class Second(Piece):
-    """The second linear over cat(attention, activation(MLP))."""
+    """The second linear over cat(attention, activation(MLP)), or over the activated part alone."""
 
     cat: cst.Call | None = None
     attention: cst.BaseExpression | None = None
@@ -73,6 +82,7 @@ class Second(Piece):
     mlp_first: bool = False
     call_step: Step | None = None
     """The statement that the call stands in; `step` is that of the concatenation."""
+    alone: bool = False
 
 
 @dataclass
@@ -84,10 +94,20 @@ class Pieces:
     activation: Activation
     first: First
     held: list[Held] = field(default_factory=list)
+    others: list[First] = field(default_factory=list)
+    """The value's linear, where `first` is the gate's alone."""
 
     @property
     def all(self) -> list[Piece]:
-        return [self.first, *([] if self.activation.inside else [self.activation]), self.second]
+        return [*self.firsts, *([] if self.activation.inside else [self.activation]), self.second]
+
+    @property
+    def firsts(self) -> list[First]:
+        return [self.first, *self.others]
+
+    @property
+    def linear_in(self) -> str:
+        return ", ".join(first.linear.path for first in self.firsts if first.linear is not None)
 
 
 def why_dense(mlp: Pieces, taken: list[Pieces]) -> str:
@@ -113,8 +133,7 @@ def why_dense(mlp: Pieces, taken: list[Pieces]) -> str:
         if any(dotted(part) is None for part in parts):
             return "something is computed inside the concatenation"
     for other in taken:
-        assert other.first.linear is not None
-        if other.first.linear.path != first.linear.path or other.activation.mlp.gated != mlp.activation.mlp.gated:
+        if other.linear_in != mlp.linear_in or other.activation.mlp.gated != mlp.activation.mlp.gated:
             return "another linear makes the MLP's input in other branches"
         apart = other.first.step.excludes(first.step) or first.step.excludes(other.first.step)
         if other.where.function is mlp.where.function and not apart:

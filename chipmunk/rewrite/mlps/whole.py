@@ -40,6 +40,11 @@ def patch_whole(context: Context, block: Block, found: WholeMlp, stream: str) ->
         return
     name = "the image MLP" if stream == "image" else "the block's MLP"
     block.mlp, block.gated = found.attribute.path, found.mlp.gated
+    gate, plus, value = found.mlp.parts.partition(",")[0].partition(" + ")
+    if plus:
+        path = f"{found.attribute.path}."
+        block.linear_in, block.linear_out = f"{path}{gate}, {path}{value}", path + found.mlp.parts.rpartition(", ")[2]
+        block.mlp_alone = True
     if found.done:
         context.already(source, found.call, f"{name} is Chipmunk's")
         return
@@ -86,7 +91,7 @@ def _problem(found: WholeMlp, others: list[WholeMlp]) -> str:
         return "the MLP is called with more than its input"
     if any(isinstance(node, (cst.For, cst.While)) for node, branch in found.step.chain if branch == "body"):
         return "the MLP is called piece by piece, in a loop"
-    if _is_gathered(scope, args[0].value, found.step, set(found.where.streams)):
+    if is_gathered(scope, args[0].value, found.step, set(found.where.streams)):
         return "the MLP sees only some of the tokens"
     for other in others:
         apart = other.step.excludes(found.step) or found.step.excludes(other.step)
@@ -99,7 +104,7 @@ def _problem(found: WholeMlp, others: list[WholeMlp]) -> str:
     return ""
 
 
-def _is_gathered(scope: Scope, value: cst.CSTNode, step: Step, streams: set[str]) -> bool:
+def is_gathered(scope: Scope, value: cst.CSTNode, step: Step, streams: set[str]) -> bool:
     """Whether the input is picked out of a stream by an index or a mask."""
     for node in walk(value):
         if isinstance(node, cst.Subscript) and _selects(node) and scope.roots(node.value, step) & streams:
@@ -108,7 +113,7 @@ def _is_gathered(scope: Scope, value: cst.CSTNode, step: Step, streams: set[str]
             return True
     temporaries = [name for name in value_names(value) if name not in streams and "." not in name]
     return any(
-        _is_gathered(scope, binding.value, binding.step, streams)
+        is_gathered(scope, binding.value, binding.step, streams)
         for name in temporaries
         for binding in scope.reaching(name, step)
         if binding.value is not None and not binding.path
