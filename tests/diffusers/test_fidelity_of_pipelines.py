@@ -159,7 +159,8 @@ def script(tmp_path: Path) -> Path:
 def test_the_whole_command_on_a_script(script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "made.py").write_text(MADE)
     monkeypatch.chdir(tmp_path)
-    config = {"attn": tiny.TILES, "mlp": tiny.NEURONS}
+    every = {"full_step_every": 10}
+    config = {"attn": {**tiny.TILES, **every}, "mlp": {**tiny.NEURONS, **every}}
     variants = (Variant("sparse", config, family="sparse"), Variant("rival", method="cache-dit"))
     options = FidelityOptions(
         variants=variants,

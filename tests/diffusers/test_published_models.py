@@ -57,7 +57,8 @@ def test_what_a_release_keeps_in_float32_stays_so() -> None:
 def test_steps_are_counted_as_in_a_pipeline() -> None:
     """By the loop: times that do not change, which nothing could be told by, are steps all the same."""
     model = tiny.flux1()
-    chipmunk.enable(model, tiny.SPARSE)
+    every = {"full_step_every": 10}
+    chipmunk.enable(model, {"attn": {**tiny.TILES, **every}, "mlp": {**tiny.NEURONS, **every}, "compile": False})
     given = target.inputs(model, 1, tiny.HEIGHT, tiny.WIDTH, tiny.TEXT, torch.Generator().manual_seed(0))
     with torch.no_grad():
         target.sample(model, given, [0.5] * 13)
