@@ -58,16 +58,17 @@ def draw(report: BenchReport, path: Path) -> None:
 
     rows = report.comparisons
     configs = list(dict.fromkeys(row.config for row in rows))
+    what = _varied(rows)
     with matplotlib.rc_context(_STYLE):
         bars = (2 + sum(len(row.step_ms) + 0.4 for row in rows)) * 0.3
-        if len(configs) == 1:
+        if what is None:
             figure = Figure(figsize=(max(5.0, bars) + 4.6, 4.4), layout="constrained")
             panels = list(figure.subplots(1, 2, width_ratios=[max(5.0, bars), 4.2]))
         else:
             figure = Figure(figsize=(min(max(9.0, bars), 18.0), 8.4), layout="constrained")
             grid = figure.add_gridspec(2, 2)
             panels = [figure.add_subplot(place) for place in (grid[0, :], grid[1, 0], grid[1, 1])]
-            _over_kept(panels[2], rows)
+            _over_kept(panels[2], rows, what)
         _steps(panels[0], rows, configs)
         _over_resolution(panels[1], rows, configs)
         about = [report.environment.get("device", ""), f"{rows[0].steps} steps"]
@@ -98,8 +99,10 @@ def _steps(axes: Axes, rows: Sequence[Comparison], configs: list[str]) -> None:
             label = None if kind in labelled else kind.replace("/", " / ")
             labelled.add(kind)
             axes.bar(position, ratio, 0.86, color=colour, alpha=shade, label=label)
-            ink = "white" if shade > 0.7 and colour != _GREY else _DARK
-            axes.text(position, ratio - 0.02, _short(ms), ha="center", va="top", fontsize=8, rotation=90, color=ink)
+            inside = ratio > 0.2
+            ink = "white" if inside and shade > 0.7 and colour != _GREY else _DARK
+            place: Any = {"y": ratio - 0.02, "va": "top"} if inside else {"y": ratio + 0.02, "va": "bottom"}
+            axes.text(position, s=_short(ms), ha="center", fontsize=8, rotation=90, color=ink, **place)
             position += 1
         ticks.append((start + position - 1) / 2)
         names.append(size.replace("x", " × "))
@@ -140,17 +143,26 @@ def _over_resolution(axes: Axes, rows: Sequence[Comparison], configs: list[str])
     axes.legend(loc="lower right", fontsize=8.5)
 
 
-def _over_kept(axes: Axes, rows: Sequence[Comparison]) -> None:
-    """Lines: speed-up over the fraction that a sparse step computes: of neurons, or of keys where only those differ."""
-    fractions = {what: {row.kept[what] for row in rows if what in row.kept} for what in ("neurons", "keys")}
-    what, other = ("neurons", "keys") if len(fractions["neurons"]) > 1 else ("keys", "neurons")
+def _varied(rows: Sequence[Comparison]) -> str | None:
+    """What the configurations keep different fractions of, at one size: neurons, else keys, else None."""
+    for what in ("neurons", "keys"):
+        for size in {row.size for row in rows}:
+            if len({row.kept[what] for row in rows if row.size == size and what in row.kept}) > 1:
+                return what
+    return None
+
+
+def _over_kept(axes: Axes, rows: Sequence[Comparison], what: str) -> None:
+    """Lines: speed-up over the fraction of `what`, neurons or keys, that a sparse step computes."""
+    other = "keys" if what == "neurons" else "neurons"
+    differ = len({row.kept[other] for row in rows if other in row.kept}) > 1
     for number, size in enumerate(dict.fromkeys(row.size for row in rows)):
         points = sorted((100 * row.kept[what], row.speedup) for row in rows if row.size == size and what in row.kept)
         _line(axes, points, _COLOURS[number % len(_COLOURS)], size.replace("x", " × "))
     _speedup_axis(axes, rows)
     axes.margins(x=0.15)
     axes.set_xlabel(f"{what} computed on a sparse step, %")
-    axes.set_title(f"Speed-up over {what} kept" + ("" if len(fractions[other]) < 2 else f" ({other} differ too)"))
+    axes.set_title(f"Speed-up over {what} kept" + (f" ({other} differ too)" if differ else ""))
     axes.legend(loc="lower left", fontsize=8.5)
 
 

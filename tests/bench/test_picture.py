@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,22 @@ def test_an_svg_says_what_the_report_says(tmp_path: Path) -> None:
     assert "kept" not in text
 
 
-def test_several_configurations_get_a_third_panel(tmp_path: Path) -> None:
+def test_configurations_that_keep_the_same_need_no_third_panel(tmp_path: Path) -> None:
     picture.draw(report(("careful", "fast")), tmp_path / "bench.svg")
     text = (tmp_path / "bench.svg").read_text()
-    for part in ("careful", "fast", "1.40×", "1.60×", "kept"):
+    for part in ("careful", "fast", "1.40×", "1.60×"):
         assert part in text
+    assert "kept" not in text
+
+
+@pytest.mark.parametrize("what", ["neurons", "keys"])
+def test_a_third_panel_over_what_configurations_keep(tmp_path: Path, what: str) -> None:
+    given = report(("careful", "fast"))
+    rows = tuple(
+        replace(row, kept={**row.kept, what: 0.2} if row.config == "fast" else row.kept) for row in given.comparisons
+    )
+    picture.draw(replace(given, comparisons=rows), tmp_path / "bench.svg")
+    assert f"Speed-up over {what} kept" in (tmp_path / "bench.svg").read_text()
 
 
 def test_the_same_figures_give_the_same_file(tmp_path: Path) -> None:
