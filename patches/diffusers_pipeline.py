@@ -218,7 +218,7 @@ def _enable(context: Context, made: _Made) -> None:
     if _is_enabled(context, made.place, name):
         context.already(source, made.step.node, "Chipmunk is enabled on the pipeline")
         return
-    last = _last_of_setup(made, name)
+    last = _last_of_setup(context, made, name)
     if not isinstance(last, cst.SimpleStatementLine):
         context.left_dense(source, made.step.node, "it shares its line with other code")
         return
@@ -249,7 +249,7 @@ def _is_enabled(context: Context, place: Place, name: str) -> bool:
     return any(code == name or code.startswith(name + ".") for code in given)
 
 
-def _last_of_setup(made: _Made, name: str) -> cst.CSTNode:
+def _last_of_setup(context: Context, made: _Made, name: str) -> cst.CSTNode:
     """The last of the statements right behind the one that makes the pipeline which only set it up."""
     last = made.statement
     lines = _suite_of(made)
@@ -258,9 +258,11 @@ def _last_of_setup(made: _Made, name: str) -> cst.CSTNode:
     for statement in lines[lines.index(made.statement) + 1 :]:
         if not isinstance(statement, cst.SimpleStatementLine) or len(statement.body) != 1:
             break
-        if not _sets_up(statement.body[0], name, made):
+        later = lines[lines.index(statement) + 1 :]
+        if _sets_up(statement.body[0], name, made) or _is_given(context, statement.body[0], name, made, later):
+            last = statement
+        elif not _prepares(statement.body[0], name):
             break
-        last = statement
     return last
 
 
@@ -285,6 +287,32 @@ def _sets_up(small: cst.CSTNode, name: str, made: _Made) -> bool:
     if isinstance(small, cst.Expr) and isinstance(small.value, cst.Call):
         return code(small.value.func).startswith(name + ".") and dotted(small.value.func) is not None
     return False
+
+
+def _is_given(context: Context, small: cst.CSTNode, name: str, made: _Made, later: list[cst.CSTNode]) -> bool:
+    """Whether a statement hands the pipeline to a function that changes it, `apply_cache(pipe)`, and draws no picture.
+
+    A function of the repository that calls what it is given draws, and so may one that nothing comes after.
+    """
+    code = made.place.module.source.code
+    call = small.value if isinstance(small, cst.Expr) else None
+    if not isinstance(call, cst.Call) or dotted(call.func) in (None, "print") or not call.args:
+        return False
+    if code(call.args[0].value) not in (name, f"{name}.transformer") or not any(name in code(node) for node in later):
+        return False
+    meaning = context.repository.resolve(call.func, made.place.names, made.step)
+    if isinstance(meaning, Function):
+        given = set(meaning.scope.parameters)
+        return all(dotted(inner.func) not in given for inner, _ in meaning.scope.calls)
+    return isinstance(meaning, External)
+
+
+def _prepares(small: cst.CSTNode, name: str) -> bool:
+    """Whether a statement between them only imports or makes something that the pipeline has no part in."""
+    if isinstance(small, (cst.Import, cst.ImportFrom)):
+        return True
+    first = name.split(".")[0]
+    return isinstance(small, cst.Assign) and not any(isinstance(n, cst.Name) and n.value == first for n in walk(small))
 
 
 # Facts

@@ -315,3 +315,45 @@ def test_arguments_in_a_list_are_said_not_to_be_followed() -> None:
     )
     plan = plan_of(flow__model=variant(MODEL, change))
     assert sites(plan, "left dense")["model-forward"] == ["what PairBlock is given, *given, is not followed"]
+
+
+SETUP = """\
+import torch
+from diffusers import FluxPipeline
+from package.cache import cached
+
+
+def draw(model, prompt):
+    model(prompt).images[0].save("picture.png")
+
+
+def tune(model, value):
+    model.transformer.value = value
+
+
+pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev").to("cuda")
+from package.parallel import mesh_of, spread
+
+mesh = mesh_of("cuda")
+spread(pipe, mesh=mesh)
+MORE
+"""
+_DRAWN = '\nimage = pipe("a chipmunk").images[0]'
+
+
+@pytest.mark.parametrize(
+    ("more", "before"),
+    [
+        ("cached(pipe.transformer, 0.1)" + _DRAWN, "cached(pipe.transformer, 0.1)"),
+        ("tune(pipe, 1)" + _DRAWN, "tune(pipe, 1)"),
+        ("draw(pipe, 'one')" + _DRAWN, "spread(pipe, mesh=mesh)"),
+        ("cached(pipe)", "spread(pipe, mesh=mesh)"),
+        ("show(1)" + _DRAWN, "spread(pipe, mesh=mesh)"),
+        ("name = pipe.name\ncached(pipe)" + _DRAWN, "spread(pipe, mesh=mesh)"),
+        ("print(pipe)" + _DRAWN, "spread(pipe, mesh=mesh)"),
+    ],
+)
+def test_functions_that_change_the_pipeline_come_before_it_is_enabled(more: str, before: str) -> None:
+    plan = plan_repository({"draw.py": SETUP.replace("MORE", more).encode()}, REGISTRY)
+    lines = plan.changes[0].after.decode().splitlines()
+    assert lines[lines.index("chipmunk.enable(pipe)") - 1] == before
