@@ -311,8 +311,14 @@ def _prepares(small: cst.CSTNode, name: str) -> bool:
     """Whether a statement between them only imports or makes something that the pipeline has no part in."""
     if isinstance(small, (cst.Import, cst.ImportFrom)):
         return True
-    first = name.split(".")[0]
-    return isinstance(small, cst.Assign) and not any(isinstance(n, cst.Name) and n.value == first for n in walk(small))
+    if not isinstance(small, cst.Assign) or (dotted(small.value) or "").startswith(name.split(".")[0]):
+        return False
+    calls = [node for node in walk(small.value) if isinstance(node, cst.Call)]
+    used = [dotted(part) or "" for call in calls for part in (call.func, *(arg.value for arg in call.args))]
+    mentioned = any(isinstance(node, cst.Name) and node.value == name.split(".")[0] for node in walk(small.value))
+    reads = [part for part in used if part.startswith(name + ".")]  # mesh_of(pipe.device.type)
+    drawn = any((dotted(call.func) or "").startswith(name) for call in calls) or name in used
+    return not mentioned or (bool(reads) and not drawn)
 
 
 # Facts

@@ -334,7 +334,7 @@ def tune(model, value):
 pipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev").to("cuda")
 from package.parallel import mesh_of, spread
 
-mesh = mesh_of("cuda")
+mesh = mesh_of(pipe.device.type, size=2)
 spread(pipe, mesh=mesh)
 MORE
 """
@@ -350,6 +350,8 @@ _DRAWN = '\nimage = pipe("a chipmunk").images[0]'
         ("cached(pipe)", "spread(pipe, mesh=mesh)"),
         ("show(1)" + _DRAWN, "spread(pipe, mesh=mesh)"),
         ("name = pipe.name\ncached(pipe)" + _DRAWN, "spread(pipe, mesh=mesh)"),
+        ("seen = pipe('first')\ncached(pipe)" + _DRAWN, "spread(pipe, mesh=mesh)"),
+        ("seen = call(pipe, 2)\ncached(pipe)" + _DRAWN, "spread(pipe, mesh=mesh)"),
         ("print(pipe)" + _DRAWN, "spread(pipe, mesh=mesh)"),
     ],
 )
