@@ -3,8 +3,9 @@
 The MLP is the attribute that is built as Linear, activation, Linear (GELU, or SwiGLU: the first linear makes a gate and
 a value), be it a Sequential or a class of the repository's own, whose forward is read; and whose result flows into the
 image stream that the block returns, and not into the text stream. It may be called in the block's forward, in a method
-or helper, or in a processor object that is given the block; or the block calls the two linears itself. Only the call changes, never the arithmetic around it. The
-text MLP stays dense: it is small. An MLP that sees only some of the tokens stays dense.
+or helper, or in a processor object that is given the block; or the block calls the linears itself. Only the calls
+change, never the arithmetic around them. The text MLP stays dense: it is small. An MLP that sees only some of the
+tokens stays dense.
 """
 
 from __future__ import annotations

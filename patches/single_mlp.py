@@ -6,9 +6,9 @@ function, and the second linear takes the attention's output beside the activate
 change, as what passes between them is left uncomputed on a sparse step: so if anything else reads it, all stay as they
 are. They may stand in the block's forward, in a method, or in a processor object.
 
-A SwiGLU may also be written out, `silu(gate) * value`, of the halves of one linear's output or of two linears. A single
-block may also have an MLP beside the attention, Linear, activation, Linear, that it calls on the joint stream: then that
-call changes alone.
+A SwiGLU may also be written out, `silu(gate) * value`, of the halves of one linear's output or of two linears. A
+single block may also have an MLP beside the attention, Linear, activation, Linear, that it calls on the joint stream:
+then that call changes alone.
 """
 
 from __future__ import annotations

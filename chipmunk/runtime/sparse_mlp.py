@@ -51,6 +51,9 @@ def mlp(block: Block, module: Any, x: Tensor, *, parts: str = "", of: str = "") 
     if state is None:
         out: Tensor = module(x)
         return out
+    if state.mlp_done is not None:  # another MLP of the block has been here: its caches are not this one's
+        out = module(x)
+        return out
     form = mlp_form(module, x, parts, of)
     reason = form if isinstance(form, str) else why_dense(state, x) or why_everything(state, form.neurons)
     if isinstance(form, str) or reason is not None or state.mlp == "dense":
@@ -272,6 +275,9 @@ def out_linear(block: Block, linear: Any, mlp: Tensor) -> Tensor:
 
 def _begun(state: LayerState, linear: Any, x: Tensor) -> str:
     """What a single block's MLP is to do in this call, `dense`, `full` or `sparse`, noted for the pieces after it."""
+    if state.mlp_done is not None:  # another MLP of the block has been here: its caches are not this one's
+        state.single_mlp = "dense"
+        return "dense"
     reason = why_not_linear(linear, x, x.shape[-1])
     if reason is None:
         reason = "the input of the first linear is not (B, N, C)" if x.dim() != 3 else why_dense(state, x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -303,6 +304,28 @@ def test_off_everything_kept_and_sparse(mlp: str, single: str) -> None:
     chipmunk.enable(model, small(mlp__top_keys=1.0, attn__top_keys=1.0))
     assert error(denoise(model, 9, **given), dense) < 1e-5
     assert all(layer.mlp["main"].sparse == 8 for layer in chipmunk.statistics(model).layers[1:])
+
+
+@torch.no_grad()
+def test_a_second_mlp_of_a_block_runs_dense() -> None:
+    """A block keeps the caches of one MLP: what its code calls after that is left alone."""
+    model, given = model_of("its own class", "separate projections, MLP first"), inputs(6, 7)
+    patch(model, False)
+    for block in model.double_blocks:
+        block.more = Mlp().eval()
+        block.forward = partial(_with_more, block, block.forward)
+    dense = denoise(model, 9, **given)
+    patch(model)
+    chipmunk.enable(model, small(mlp__top_keys=1.0, attn__top_keys=1.0))
+    assert error(denoise(model, 9, **given), dense) < 1e-5
+    assert all(layer.mlp["main"].sparse == 8 for layer in chipmunk.statistics(model).layers[1:])
+
+
+def _with_more(block: Any, forward: Callable[..., Any], *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    img, txt = forward(*args, **options)
+    hidden = chipmunk.mlp_linear(block, block.more.fc1, img)
+    img = img + chipmunk.out_linear(block, block.more.fc2, chipmunk.activate(block, block.more.act, hidden))
+    return img + chipmunk.mlp(block, block.more, img, parts="fc1, act, fc2", of="Mlp"), txt
 
 
 @pytest.mark.parametrize(("mlp", "single"), [CASES[1], CASES[6], CASES[7]])

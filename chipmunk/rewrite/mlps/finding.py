@@ -132,6 +132,8 @@ class Finder:
         """Whether an MLP beside the attention works on a stream of the block, and its result becomes part of it."""
         assert isinstance(mlp.second.call, cst.Call)
         where, call = self.look.where, mlp.first.linear_call
+        if where.block_name is None:  # a module's own code, which other modules of its class run too
+            return False
         if where.streams_of(mlp.second.call) not in self.streams:
             return False
         if call is None or not where.streams:  # Chipmunk's already, or a helper that is given something else
