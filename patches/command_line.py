@@ -22,6 +22,7 @@ API = 1
 VERSION = "1"
 
 OPTION = "chipmunk_config"
+_PARSING = ("parse_args", "parse_known_args")
 HELP = "Chipmunk configuration file"
 
 
@@ -29,7 +30,7 @@ def rule(context: Context) -> None:
     commands = _commands(context)
     used: set[str] = set()
     for place in context.values.places:
-        loads = _loads(context, place)
+        loads = _loads(context, place) if context.values.is_hot(place) else []
         if not loads:
             continue
         source = place.module.source
@@ -87,9 +88,8 @@ def _commands(context: Context) -> dict[int, str]:
     for path in sorted(repository.files):
         content = repository.files[path]
         if b"Fire(" in content and b"fire" in content:
-            module = repository.module(path)
             for place in _places(context, path):
-                for call, step in place.scope.calls:
+                for call, step in place.scope.calls if "Fire" in place.words else ():
                     name = last_name(call.func)
                     if "Fire" not in (name, place.module.aliases.get(name)):
                         continue
@@ -97,10 +97,10 @@ def _commands(context: Context) -> dict[int, str]:
                     if isinstance(meaning, External) and meaning.name in ("fire.Fire", "fire.core.Fire") and call.args:
                         for function in _components(context, call.args[0].value, step, place):
                             found[id(function.node)] = "fire"
-            assert module is None or module.path == path
     for place in context.values.places:
-        for decorator in place.function.node.decorators if place.function is not None else ():
-            assert place.function is not None
+        if place.function is None or not place.function.outline.decorator_list or "command" not in place.words:
+            continue
+        for decorator in place.function.node.decorators:
             callee = decorator.decorator.func if isinstance(decorator.decorator, cst.Call) else decorator.decorator
             library = _library(context, callee, place)
             if library is not None:
@@ -140,7 +140,7 @@ def _library(context: Context, callee: cst.CSTNode, place: Place) -> str | None:
             if isinstance(made, External) and made.name == "typer.Typer":
                 return "typer"
     for function in place.module.functions.values():  # a click group is a function itself
-        if function.node.name.value == name.split(".")[0]:
+        if function.outline.name == name.split(".")[0]:
             return "click"
     return None
 
@@ -280,12 +280,9 @@ def _document(context: Context, function: Function) -> None:
 
 def _add_arguments(context: Context, used: set[str]) -> None:
     """Add the option to the parsers whose results reach a place that loads the model."""
-    for place in context.values.places:
+    for place in context.values.places_with(_PARSING) if used else ():
         for call, step in place.scope.calls:
-            if not isinstance(call.func, cst.Attribute) or call.func.attr.value not in (
-                "parse_args",
-                "parse_known_args",
-            ):
+            if not isinstance(call.func, cst.Attribute) or call.func.attr.value not in _PARSING:
                 continue
             name = dotted(call.func.value)
             if name is None or args_label(call) not in used:

@@ -13,7 +13,7 @@ another pipeline, and pipelines that are returned without having a name, which a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import libcst as cst
@@ -61,11 +61,11 @@ def rule(context: Context) -> None:
 # Finding
 
 
-def _directly_made(context: Context) -> tuple[list[_Made], dict[int, str]]:
-    """Pipelines that get a name where they are loaded, and functions (`id`) that return one without: its family."""
+def _directly_made(context: Context) -> tuple[list[_Made], dict[Function, str]]:
+    """Pipelines that get a name where they are loaded, and functions that return one without: its family."""
     found: list[_Made] = []
-    returning: dict[int, str] = {}
-    for place in _places(context, b"diffusers", *(b"Pipeline." + loader.encode() for loader in _LOADERS)):
+    returning: dict[Function, str] = {}
+    for place in _places(context, ["diffusers", *(f"Pipeline.{name}" for name in _LOADERS)], [*_LOADERS, "from_pipe"]):
         named: set[int] = set()
         for step, target, value in _values(place):
             call = _innermost(value)
@@ -80,7 +80,7 @@ def _directly_made(context: Context) -> tuple[list[_Made], dict[int, str]]:
                 continue
             named.add(id(call))
             if target is None and place.function is not None:
-                returning[id(place.function)] = family
+                returning[place.function] = family
             elif target is not None:
                 found.append(_Made(place, step, step.statement, target, call, family))
         for call, step in place.scope.calls:
@@ -91,39 +91,35 @@ def _directly_made(context: Context) -> tuple[list[_Made], dict[int, str]]:
     return found, returning
 
 
-def _made_by_functions(context: Context, returning: dict[int, str]) -> Iterator[_Made]:
+def _made_by_functions(context: Context, returning: dict[Function, str]) -> Iterator[_Made]:
     """Places that give a name to what those functions return."""
-    seen: set[int] = set()
+    seen: set[Function] = set()
     while returning:
-        names = {name.encode() for place in _places(context, b"") if (name := _returns(place, returning))}
-        more: dict[int, str] = {}
-        for place in _places(context, *names):
+        names = [function.outline.name for function in returning]
+        more: dict[Function, str] = {}
+        for place in _places(context, names, names):
             for step, target, value in _values(place):
                 call = _innermost(value)
                 meaning = None if call is None else context.repository.resolve(call.func, place.names, step)
-                if call is None or not isinstance(meaning, Function) or id(meaning) not in returning:
+                if call is None or not isinstance(meaning, Function) or meaning not in returning:
                     continue
                 if target is not None:
-                    yield _Made(place, step, step.statement, target, call, returning[id(meaning)])
-                elif place.function is not None and id(place.function) not in seen:
-                    more[id(place.function)] = returning[id(meaning)]
+                    yield _Made(place, step, step.statement, target, call, returning[meaning])
+                elif place.function is not None and place.function not in seen:
+                    more[place.function] = returning[meaning]
         seen |= returning.keys()
-        returning = {key: family for key, family in more.items() if key not in seen}
+        returning = {function: family for function, family in more.items() if function not in seen}
 
 
-def _returns(place: Place, returning: dict[int, str]) -> str | None:
-    return place.function.node.name.value if place.function is not None and id(place.function) in returning else None
-
-
-def _places(context: Context, *words: bytes) -> list[Place]:
-    """The functions, and the module's own statements, of every file that has one of the words."""
+def _places(context: Context, in_file: Sequence[str], words: Sequence[str]) -> list[Place]:
+    """The functions, and the module's own statements, that say one of the words, in files with one of those."""
     found: list[Place] = []
     for path in sorted(context.repository.files):
-        if any(word in context.repository.files[path] for word in words):
+        if any(word.encode() in context.repository.files[path] for word in in_file):
             module = context.repository.module(path)
             if module is not None:
                 found += [Place(module, None), *(Place(module, function) for function in module.all_functions())]
-    return found
+    return [place for place in found if not place.words.isdisjoint(words)]
 
 
 def _values(place: Place) -> Iterator[tuple[Step, cst.BaseExpression | None, cst.BaseExpression]]:

@@ -73,7 +73,11 @@ def plan_repository(
     parsed: dict[str, Module | SourceError] = {}
     hopeless: set[str] = set()
     while True:
-        repository, context = _run(files, registry, chosen, parsed, progress, hopeless=hopeless)
+        try:
+            repository, context = _run(files, registry, chosen, parsed, progress, hopeless=hopeless)
+        except SourceError as unread:  # Python reads the file, LibCST does not
+            parsed = {**parsed, unread.path: unread}
+            continue
         unfit = {path: error for path in context.edits if (error := _unfit(repository, path)) is not None}
         found = {_key(model) for model in context.models if _NEED_FORWARD & set(chosen) and _is_hopeless(model)}
         if not unfit and not found:
@@ -181,9 +185,9 @@ def _unfit(repository: Repository, path: str) -> SourceError | None:
     """Why a file must not be edited, though it could be parsed."""
     source = _module(repository, path).source
     if not source.survives():
-        return SourceError("parse", "it does not survive parsing and printing unchanged")
+        return SourceError(path, "parse", "it does not survive parsing and printing unchanged")
     if (error := _compile_error(path, source.content)) is not None:
-        return SourceError("parse", f"this Python does not compile it as it is ({error})")
+        return SourceError(path, "parse", f"this Python does not compile it as it is ({error})")
     return None
 
 

@@ -107,15 +107,23 @@ class _Finder:
         """By function, function inside a function, or lambda (`id` of the node)."""
         self._names: set[str] = set()
         """Names of functions with a route."""
+        self._keywords: dict[int, tuple[set[str], set[str]]] = {}
+        """By model, if there are at least three that its forward must have: these, and all that it takes."""
+        for index, model in enumerate(context.models):
+            names = parameters(model.forward.node)[1:]
+            wanted = {name.name.value for name in names if name.default is None}
+            if len(wanted) > 2:
+                self._keywords[index] = wanted, {name.name.value for name in names}
 
     def find(self) -> Loops:
         for place in self._context.values.places:
-            for call in self._direct_calls(place):
+            for call in self._direct_calls(place) if self._may_call(place) else ():
                 self._add(place, call)
         seen: set[int] = set()
         for _ in range(_DEPTH):
             # What was learnt about functions is used in the next round: routes grow by one call a round.
-            for place, call in [(p, c) for p in self._context.values.places for c in self._calls_of_helpers(p, seen)]:
+            places = [p for p in self._context.values.places if self._may_call_helper(p)]
+            for place, call in [(p, c) for p in places for c in self._calls_of_helpers(p, seen)]:
                 self._add(place, call)
         self._merge_nested()
         for found in self._loops.values():
@@ -124,6 +132,15 @@ class _Finder:
         return self._result
 
     # Calls
+
+    def _may_call(self, place: Place) -> bool:
+        """Whether the place may call a model at all; told without its tree."""
+        if self._context.values.is_hot(place):
+            return True
+        return place.loops and any(wanted <= place.words for wanted, _ in self._keywords.values())
+
+    def _may_call_helper(self, place: Place) -> bool:
+        return not self._names.isdisjoint(place.words) or (self._has_callable and place.loops)
 
     def _direct_calls(self, place: Place) -> Iterator[ModelCall]:
         values = self._context.values
@@ -147,12 +164,7 @@ class _Finder:
         given = {arg.keyword.value for arg in call.args if arg.keyword is not None}
         if len(given) != len(call.args):
             return None
-        hits = []
-        for index, model in enumerate(self._context.models):
-            names = parameters(model.forward.node)[1:]
-            wanted = {name.name.value for name in names if name.default is None}
-            if len(wanted) > 2 and wanted <= given <= {name.name.value for name in names}:
-                hits.append(index)
+        hits = [index for index, (wanted, known) in self._keywords.items() if wanted <= given <= known]
         return hits[0] if len(hits) == 1 else None
 
     def _add(self, place: Place, found: ModelCall) -> None:
@@ -313,11 +325,11 @@ class _Finder:
         self._result.found.append(found)
 
     def _is_mentioned(self, function: Function) -> bool:
-        name = function.node.name.value
+        name = function.outline.name
         if name.startswith("__"):
             return True
         places = (place for place in self._context.values.places if place.function is not function)
-        return any(name in place.scope.words for place in places)
+        return any(name in place.words and name in place.scope.words for place in places)
 
 
 def _home(place: Place, found: ModelCall) -> cst.CSTNode | None:

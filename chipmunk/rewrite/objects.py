@@ -117,7 +117,9 @@ class _Search:
         if name == "__init__":
             calls = []
             for module in dict.fromkeys((self.builder, self.owner.module)):
-                calls += [(call, f, step) for f in module.all_functions() for call, step in f.scope.calls]
+                names = (self.owner.name, *module.aliases)
+                functions = [f for f in module.all_functions() if not f.words.isdisjoint(names)]
+                calls += [(call, f, step) for f in functions for call, step in f.scope.calls]
             calls = [found for found in calls if self._builds_owner(*found)]
         found: list[Class] = []
         for call, caller, step in calls:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -16,31 +17,47 @@ from chipmunk.rewrite.source import Source, SourceError
 from chipmunk.rewrite.syntax import bind, dotted, is_call, last_name, parameters, self_attribute, walk
 
 _FOLLOW = 6  # imports of imports
+_WORD = re.compile(rb"[A-Za-z_\x80-\xff][\w\x80-\xff]*")
 
 
 @dataclass(eq=False)
 class Function:
-    """A function or method of the repository."""
+    """A function or method of the repository. Its tree is built when it is first asked for."""
 
     module: Module
-    node: cst.FunctionDef
+    outline: ast.FunctionDef | ast.AsyncFunctionDef
     owner: Class | None = None
+
+    @cached_property
+    def node(self) -> cst.FunctionDef:
+        found = self.source.definition(self.outline)
+        assert isinstance(found, cst.FunctionDef)
+        return found
 
     @cached_property
     def scope(self) -> Scope:
         return Scope(self.node, self.module.scope)
 
     @property
+    def text(self) -> bytes:
+        return self.source.text_of(self.outline)
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Every name that occurs in it, and what else looks like one."""
+        return _words(self.text)
+
+    @property
     def name(self) -> str:
-        return self.node.name.value if self.owner is None else f"{self.owner.name}.{self.node.name.value}"
+        return self.outline.name if self.owner is None else f"{self.owner.name}.{self.outline.name}"
 
     @property
     def source(self) -> Source:
         return self.module.source
 
-    @cached_property
+    @property
     def is_static(self) -> bool:
-        return any(dotted(d.decorator) == "staticmethod" for d in self.node.decorators)
+        return any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in self.outline.decorator_list)
 
     @property
     def receivers(self) -> int:
@@ -53,12 +70,19 @@ class Class:
     """A class of the repository, with its methods."""
 
     module: Module
-    node: cst.ClassDef
+    outline: ast.ClassDef
     methods: dict[str, Function] = field(default_factory=dict)
+
+    @cached_property
+    def node(self) -> cst.ClassDef:
+        """The class's own tree, beside those of its methods."""
+        found = self.source.definition(self.outline)
+        assert isinstance(found, cst.ClassDef)
+        return found
 
     @property
     def name(self) -> str:
-        return self.node.name.value
+        return self.outline.name
 
     @property
     def source(self) -> Source:
@@ -87,7 +111,7 @@ class Module:
         self.imports: dict[str, tuple[str, str | None]] = {}
         """Name → (module, name in it or None for the module itself); leading dots for relative ones."""
         self.stars: list[str] = []
-        self._read(source.module.body)
+        self._read(source.outline.body)
 
     @property
     def path(self) -> str:
@@ -96,43 +120,58 @@ class Module:
     @cached_property
     def aliases(self) -> dict[str, str]:
         """What `as` renames anywhere in the file: new name → old name."""
-        found = re.findall(rb"(\w+)\s+as\s+(\w+)", self.source.content)
+        found = re.findall(rb"\b(\w+)\s+as\s+(\w+)", self.source.content)
         return {new.decode("utf-8", "replace"): old.decode("utf-8", "replace") for old, new in found}
 
     @cached_property
     def scope(self) -> Scope:
         """The statements outside functions and classes."""
-        return Scope(self.source.module)
+        return Scope(cst.Module(body=self.source.statements))
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """Every name that occurs in them, and what else looks like one."""
+        return _words(self.source.plain_text)
 
     def all_functions(self) -> list[Function]:
         """Functions and methods, live ones only."""
         methods = [method for owner in self.classes.values() for method in owner.methods.values()]
         return [*self.functions.values(), *methods]
 
-    def _read(self, body: object) -> None:
-        for statement in body if isinstance(body, (list, tuple)) else ():
-            if isinstance(statement, cst.SimpleStatementLine):
-                for small in statement.body:
-                    self.imports.update(imported_names(small))
-                    if isinstance(small, cst.ImportFrom) and isinstance(small.names, cst.ImportStar):
-                        self.stars.append(_module_name(small))
-            elif isinstance(statement, cst.FunctionDef):
-                self.functions[statement.name.value] = Function(self, statement)
-            elif isinstance(statement, cst.ClassDef):
+    def _read(self, body: Iterable[ast.stmt]) -> None:
+        for statement in body:
+            if isinstance(statement, (ast.Import, ast.ImportFrom)):
+                self._read_import(statement)
+            elif isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                self.functions[statement.name] = Function(self, statement)
+            elif isinstance(statement, ast.ClassDef):
                 found = Class(self, statement)
-                for part in statement.body.body:
-                    if isinstance(part, cst.FunctionDef):
-                        found.methods[part.name.value] = Function(self, part, found)
+                for part in statement.body:
+                    if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                        found.methods[part.name] = Function(self, part, found)
                 if found.name in self.classes:
                     self.duplicates.append(self.classes[found.name])
                 self.classes[found.name] = found
-            elif isinstance(statement, (cst.If, cst.Try, cst.With)):
-                self._read(statement.body.body)
-                for part in (*getattr(statement, "handlers", ()), getattr(statement, "orelse", None)):
-                    if isinstance(part, cst.If):
-                        self._read([part])
-                    elif part is not None:
-                        self._read(part.body.body)
+            elif isinstance(statement, (ast.If, ast.Try, ast.With, ast.AsyncWith)):
+                self._read(statement.body)
+                for handler in getattr(statement, "handlers", ()):
+                    self._read(handler.body)
+                self._read(getattr(statement, "orelse", ()))
+
+    def _read_import(self, statement: ast.Import | ast.ImportFrom) -> None:
+        origin = "." * statement.level + (statement.module or "") if isinstance(statement, ast.ImportFrom) else None
+        for alias in statement.names:
+            if origin is None:
+                first = alias.name.split(".")[0]
+                self.imports[alias.asname or first] = (alias.name if alias.asname else first, None)
+            elif alias.name == "*":
+                self.stars.append(origin)
+            else:
+                self.imports[alias.asname or alias.name] = (origin, alias.name)
+
+
+def _words(text: bytes) -> frozenset[str]:
+    return frozenset(b"\n".join({*_WORD.findall(text)}).decode("utf-8", "replace").split("\n"))
 
 
 def imported_names(small: cst.CSTNode) -> dict[str, tuple[str, str | None]]:
@@ -160,6 +199,7 @@ class Repository:
         self._modules: dict[str, Module | SourceError] = dict(parsed or {})
         self._found_modules: dict[tuple[str, str], str | None] = {}
         self._classes_built: dict[tuple[int, str], list[Class]] = {}
+        self._bases: dict[int, list[Class]] = {}
 
     @property
     def parsed(self) -> dict[str, Module | SourceError]:
@@ -282,7 +322,8 @@ class Repository:
             return module.functions[first]
         if first in module.imports:
             return self._imported(*module.imports[first], rest, module, depth)
-        for binding in reversed(module.scope.bindings.get(first, ())):
+        bindings = module.scope.bindings.get(first, ()) if first in module.words else ()
+        for binding in reversed(bindings):
             name = dotted(binding.value)
             if name is not None and not binding.path and name.split(".")[0] != first:
                 head, *tail = name.split(".")
@@ -315,13 +356,15 @@ class Repository:
 
     def bases(self, owner: Class) -> list[Class]:
         """The class and those it inherits from, as far as they are in the repository, nearest first."""
-        found = [owner]
-        for current in found:
-            for base in current.node.bases:
-                meaning = self.resolve(base.value, current.module)
-                if isinstance(meaning, Class) and meaning not in found and len(found) < 10:
-                    found.append(meaning)
-        return found
+        if id(owner) not in self._bases:
+            found = [owner]
+            for current in found:
+                for base in current.outline.bases:
+                    meaning = self.resolve(_dotted(base), current.module)
+                    if isinstance(meaning, Class) and meaning not in found and len(found) < 10:
+                        found.append(meaning)
+            self._bases[id(owner)] = found
+        return self._bases[id(owner)]
 
     def method(self, owner: Class, name: str) -> Function | None:
         return next((c.methods[name] for c in self.bases(owner) if name in c.methods), None)
@@ -390,7 +433,7 @@ class Repository:
 
     def _is_list(self, owner: Class) -> bool:
         """Whether it is the repository's own kind of `nn.ModuleList`: what is in it are its arguments."""
-        bases = [(dotted(base.value) or "").split(".")[-1] for c in self.bases(owner) for base in c.node.bases]
+        bases = [(_dotted(base) or "").split(".")[-1] for c in self.bases(owner) for base in c.outline.bases]
         return "ModuleList" in bases
 
     def _given(self, owner: Class, method: Function, parameter: str, step: Step) -> list[Class]:
@@ -427,10 +470,17 @@ class Repository:
         for path in sorted(self.files):
             module = self.module(path) if owner.name.encode() + b"(" in self.files[path] else None
             places: list[Function | Module] = [] if module is None else [module, *module.all_functions()]
-            for place in places:
+            for place in [place for place in places if owner.name in place.words]:
                 for call, step in place.scope.calls:
                     if last_name(call.func) == owner.name and self.resolve(call.func, place, step) is owner:
                         yield call, place, step
+
+
+def _dotted(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Attribute):
+        value = _dotted(node.value)
+        return None if value is None else f"{value}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else None
 
 
 def _parts(path: str) -> list[str]:

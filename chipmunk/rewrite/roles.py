@@ -90,9 +90,12 @@ class Roles:
 
 
 def may_hold_model(content: bytes) -> bool:
-    """The cheap test before a file is parsed: loops over two attributes, one of whose elements turns two into two."""
-    if not any(name.encode() + b"(" in content for name in CONCATENATIONS):
-        return False
+    """The cheap test before a file is parsed."""
+    return any(name.encode() + b"(" in content for name in CONCATENATIONS) and _may_run_blocks(content)
+
+
+def _may_run_blocks(content: bytes) -> bool:
+    """The same for a function: loops over two attributes, one of whose elements turns two into two."""
     loops = list(_LOOP_OVER_ATTRIBUTE.finditer(content))
     lists = Counter(receiver for receiver, _ in {loop.groups() for loop in loops})
     loops = [loop for loop in loops if lists[loop.group(1)] > 1]
@@ -100,10 +103,10 @@ def may_hold_model(content: bytes) -> bool:
     elements = b"|".join(sorted({target.group(1) for target in targets if target is not None}))
     if not elements:
         return False
-    start = rb"(\w+)\s*,\s*(\w+)[\s),]*=\s*"
+    start = rb"\b(\w+)\s*,\s*(\w+)[\s),]*=\s*"
     calls = [*re.finditer(start + rb"(?:[\w.]*\(\s*)*(?:" + elements + rb")\s*[.(,]", content)]
     by_name = re.compile(rb"\b\w+\s*=\s*(?:" + elements + rb")\s*[,)]")  # run(…, block=block, …)
-    for call in re.finditer(start + rb"[\w.]+\(", content):
+    for call in re.finditer(start + rb"[\w.]+\(", content) if by_name.search(content) else ():
         if by_name.search(content, call.end(), call.end() + _CALL):
             calls.append(call)
     return any(_takes(content[call.end() : call.end() + _CALL], *call.groups()) for call in calls)
@@ -138,7 +141,7 @@ def find_roles(repository: Repository) -> Roles:
                     break
                 if isinstance(found, Lookalike):
                     roles.lookalikes.append(found)
-        for function in module.functions.values():
+        for function in [f for f in module.functions.values() if _may_run_blocks(f.text)]:
             classes = _given_first(repository, function)
             if len(classes) == 1:  # the model's work in a function that is given the model
                 found = _model(repository, classes[0], function)
@@ -196,6 +199,8 @@ def _distance(path: str, other: str) -> int:
 
 
 def _model(repository: Repository, owner: Class, method: Function) -> Model | Lookalike | None:
+    if not _may_run_blocks(method.text):
+        return None
     scope = method.scope
     found = passes(scope)
     attributes = list(dict.fromkeys(p.attribute for p in found))

@@ -1,32 +1,43 @@
-"""One Python file: parsed once, and changed by splicing text at the byte positions of its nodes.
+"""One Python file: its outline, the trees of those parts of it that are asked for, and edits spliced into its text.
 
-Nothing is printed again from the tree, so that all that is not edited stays as it was, to the byte.
+Building a LibCST tree takes seven times as long as the standard library's `ast`, and of a large repository few
+functions matter. So `ast` tells where things stand in a file, and LibCST parses single functions and statements, each
+when it is first asked for. Nothing is printed again from a tree: all that is not edited stays as it was, to the byte.
 """
 
 from __future__ import annotations
 
+import ast
+import io
+import re
 import sys
+import tokenize
+import warnings
 from bisect import bisect_right
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import libcst as cst
 
 from chipmunk.rewrite.spans import Printed
-from chipmunk.rewrite.syntax import target_names, walk
-
-_Statement = cst.SimpleStatementLine | cst.BaseCompoundStatement
 
 PACKAGE = "chipmunk"
 ALIAS = "chipmunk_runtime"
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+_Import = ast.Import | ast.ImportFrom
+_Statement = cst.SimpleStatementLine | cst.BaseCompoundStatement
+
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_NEWLINE = re.compile(rb"\r\n?|\n")
 
 
 class SourceError(Exception):
     """A file that cannot be read as Python, or would not survive being written again. `step`: `parse` or `read`."""
 
-    def __init__(self, step: str, reason: str, line: int = 1) -> None:
+    def __init__(self, path: str, step: str, reason: str, line: int = 1) -> None:
         super().__init__(reason)
+        self.path = path
         self.step = step
         self.reason = reason
         self.line = line
@@ -45,35 +56,151 @@ class Edit:
     text: str
 
 
-class Source:
-    """A file of the repository: its tree, byte spans and lines. Raises SourceError where it cannot be parsed."""
+class _Part:
+    """Whole lines of a file, parsed by themselves."""
 
-    def __init__(self, path: str, content: bytes, module: cst.Module | None = None) -> None:
-        """`module`: the tree of `content`, where it is known."""
-        self.path = path
-        self.content = content
-        self._is_edited = module is not None
-        self.module = module if module is not None else _parse(content)
+    def __init__(self, text: bytes, head: bytes) -> None:
+        """`head`: a line that makes an indented definition a file."""
+        self.text = text
+        self.head = head
+        self.module = _parse((head + text).decode("utf-8"))
+
+    @property
+    def statements(self) -> Sequence[cst.BaseStatement]:
+        if not self.head:
+            return self.module.body
+        outer = self.module.body[0]
+        assert isinstance(outer, cst.If)
+        assert isinstance(outer.body, cst.IndentedBlock)
+        return outer.body.body
 
     @cached_property
-    def text(self) -> bytes:
-        """The file's text as UTF-8 without a byte order mark: what spans count in."""
-        return self.content.decode(self.module.encoding).encode("utf-8")
+    def printed(self) -> Printed:
+        return Printed(self.module)
+
+    def survives(self) -> bool:
+        return self.printed.text.encode("utf-8") == self.head + self.text
+
+
+class Source:
+    """A file of the repository. Raises SourceError where it cannot be parsed; so does asking for a part of it."""
+
+    def __init__(self, path: str, content: bytes, before: Source | None = None) -> None:
+        """`before`: the file before an edit, whose parts serve again where their text is the same."""
+        self.path = path
+        self.content = content
+        try:
+            self._encoding = tokenize.detect_encoding(io.BytesIO(content).readline)[0]
+            text = content.decode(self._encoding)
+        except (UnicodeDecodeError, LookupError, SyntaxError) as error:
+            raise SourceError(path, "read", f"its text cannot be decoded: {error}") from error
+        self.text = text.encode("utf-8")
+        """What spans count in: the file's text as UTF-8 without a byte order mark."""
+        self.outline = self._outline(text)
+        self._parts: dict[int, _Part] = {}
+        """By the byte at which they start."""
+        self._before: dict[bytes, _Part] = {}
+        if before is not None:
+            self._before = {part.text: part for part in before._parts.values()}
+
+    def _outline(self, text: str) -> ast.Module:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the file's own, about escapes in its strings, say
+                return ast.parse(text)
+        except SyntaxError as error:
+            reason = f"it is not valid Python: {error.msg}"
+            raise SourceError(self.path, "parse", reason, error.lineno or 1) from error
+        except ValueError as error:
+            raise SourceError(self.path, "parse", f"it is not valid Python: {error}") from error
+        except (RecursionError, MemoryError) as error:
+            raise SourceError(self.path, "parse", "its expressions are nested too deeply") from error
+
+    # Parts
+
+    def definition(self, outline: Definition) -> cst.FunctionDef | cst.ClassDef:
+        """The tree of a function or class of the outline."""
+        start, end = self.lines(outline)
+        head = f"if 1:{self.newline}".encode() if self.text[start : start + 1] in (b" ", b"\t") else b""
+        found = self._part(start, end, head).statements[0]
+        assert isinstance(found, (cst.FunctionDef, cst.ClassDef))
+        return found
+
+    def text_of(self, outline: Definition) -> bytes:
+        """The lines of a function or class of the outline."""
+        start, end = self.lines(outline)
+        return self.text[start:end]
+
+    @cached_property
+    def statements(self) -> list[_Statement]:
+        """The trees of all statements at the top level but functions and classes."""
+        return [statement for start, end in self._plain for statement in self._part(start, end).module.body]
+
+    @property
+    def plain_text(self) -> bytes:
+        """The lines at the top level around functions and classes."""
+        return b"".join(self.text[start:end] for start, end in self._plain)
+
+    @cached_property
+    def _plain(self) -> list[tuple[int, int]]:
+        """From where to where there are statements that are neither functions nor classes."""
+        found: list[tuple[int, int]] = []
+        at, goes_on = 0, False
+        for statement in self.outline.body:
+            end = self.lines(statement)[1]
+            is_plain = not isinstance(statement, _DEFINITIONS)
+            if is_plain and goes_on:
+                found[-1] = (found[-1][0], end)
+            elif is_plain:
+                found.append((at, end))
+            at, goes_on = end, is_plain
+        return found
+
+    def lines(self, statement: ast.stmt) -> tuple[int, int]:
+        """Where the lines of a statement start and end."""
+        first, last = statement.lineno, statement.end_lineno or statement.lineno
+        if isinstance(statement, _DEFINITIONS):
+            first = min([first, *(decorator.lineno for decorator in statement.decorator_list)])
+        ends = self._rows
+        return ends[first - 1], ends[last] if last < len(ends) else len(self.text)
+
+    def has_comment_above(self, statement: ast.stmt) -> bool:
+        """Whether a comment stands between the statement and the one before it."""
+        start = self.lines(statement)[0]
+        before = [end for other in self.outline.body if (end := self.lines(other)[1]) <= start]
+        return bool(before) and b"#" in self.text[max(before) : start]
+
+    def _part(self, start: int, end: int, head: bytes = b"") -> _Part:
+        if start not in self._parts:
+            text = self.text[start:end]
+            try:
+                # taken out: of two functions with the same text, each has its own tree
+                self._parts[start] = self._before.pop(text) if text in self._before else _Part(text, head)
+            except cst.ParserSyntaxError as error:
+                line = bisect_right(self._rows, start) + error.raw_line - (2 if head else 1)
+                raise SourceError(self.path, "parse", f"LibCST cannot parse it: {error.message}", line) from error
+            except RecursionError as error:
+                raise SourceError(self.path, "parse", "its expressions are nested too deeply") from error
+        return self._parts[start]
+
+    def survives(self) -> bool:
+        """Whether the trees, printed again, are the file: only then do the spans hold, and may the file be edited."""
+        return all(part.survives() for part in self._parts.values())
+
+    # Places
 
     @cached_property
     def newline(self) -> str:
-        return self.module.default_newline
+        """The file's first line end."""
+        found = _NEWLINE.search(self.text)
+        return found[0].decode() if found is not None else "\n"
 
     @cached_property
-    def _printed(self) -> Printed:
-        printed = Printed(self.module)
-        if self._is_edited and printed.text.encode("utf-8") != self.text:
-            raise SourceError("parse", "the changed statements do not print as they should")
-        return printed
-
-    def survives(self) -> bool:
-        """Whether the tree, printed again, is the file: only then do the spans hold, and may the file be edited."""
-        return self._printed.text.encode("utf-8") == self.text
+    def _rows(self) -> list[int]:
+        """Where lines start, as Python counts them: a single carriage return ends one too."""
+        if b"\r" not in self.text:
+            return self._line_starts
+        return [0, *(found.end() for found in _NEWLINE.finditer(self.text))]
 
     @cached_property
     def _line_starts(self) -> list[int]:
@@ -83,15 +210,22 @@ class Source:
             at = self.text.find(b"\n", at + 1)
         return starts
 
+    def _printed_span(self, node: cst.CSTNode) -> tuple[int, int]:
+        for at, part in self._parts.items():
+            if node in part.printed:
+                start, end = part.printed.span(node)
+                return at + start - len(part.head), at + end - len(part.head)
+        raise KeyError(node)
+
     def span(self, node: cst.CSTNode) -> tuple[int, int]:
         """Where the node stands, with its parentheses, without the white space around it."""
-        start, end = self._printed.span(node)
+        start, end = self._printed_span(node)
         if isinstance(node, cst.Arg):  # LibCST counts the comma in
             end = self.span(node.value)[1]
         if isinstance(node, cst.Param):
             end = self.span(node.default or node.annotation or node.name)[1]
         if isinstance(node, cst.BaseExpression) and node.lpar:
-            start, end = self._printed.span(node.lpar[0])[0], self._printed.span(node.rpar[-1])[1]
+            start, end = self._printed_span(node.lpar[0])[0], self._printed_span(node.rpar[-1])[1]
         return start, end
 
     def line(self, node: cst.CSTNode) -> int:
@@ -126,101 +260,38 @@ class Source:
 
     def apply(self, edits: Collection[Edit]) -> bytes:
         """The file's bytes after the edits, in its own encoding. Raises OverlapError if two of them touch."""
-        return self._spliced(edits, 0, len(self.text)).decode("utf-8").encode(self.module.encoding)
+        return self._spliced(edits).decode("utf-8").encode(self._encoding)
 
     def edited(self, edits: Collection[Edit]) -> Source:
-        """The file after the edits, of which only those statements at the top level are parsed that they touch.
+        """The file after the edits; parts that they leave as they are, are not parsed again."""
+        return Source(self.path, self.apply(edits), self)
 
-        A file is its statements one after the other: text that holds whole ones, parsed by itself, gives the same
-        ones as in the file. Raises SourceError and OverlapError.
-        """
-        content = self.apply(edits)
-        old = self.module.body
-        cuts = [0, *(self._printed.span(_first_part(statement))[0] for statement in old[1:]), len(self.text)]
-        touched: dict[int, list[Edit]] = {}
-        for edit in edits:
-            place = min(bisect_right(cuts, edit.start), len(old)) - 1
-            if place < 0 or edit.end > cuts[place + 1]:
-                return Source(self.path, content)
-            touched.setdefault(place, []).append(edit)
-        body: list[_Statement] = []
-        header = self.module.header
-        above: list[cst.EmptyLine] = []
-        for place, statement in enumerate(old):
-            found = [statement]
-            lines: list[cst.EmptyLine] = []
-            below: list[cst.EmptyLine] = []
-            if place in touched:
-                try:
-                    piece = _parse(self._spliced(touched[place], cuts[place], cuts[place + 1]).decode("utf-8"))
-                except SourceError:  # the edit joins it with the next statement, say
-                    return Source(self.path, content)
-                found, below = [*piece.body], [*piece.footer]
-                if not found or not self._is_like(piece):
-                    return Source(self.path, content)
-                # LibCST takes comments above a file's first statement, and below its last, for the file's own.
-                if place == 0:
-                    header = piece.header
-                else:
-                    lines = [*piece.header]
-            if above or lines:
-                found[0] = found[0].with_changes(leading_lines=[*above, *lines, *found[0].leading_lines])
-            body += found
-            above = below
-        module = self.module.with_changes(header=header, body=body)
-        if len(old) - 1 in touched:
-            module = module.with_changes(footer=above, has_trailing_newline=piece.has_trailing_newline)
-        return Source(self.path, content, module)
-
-    def _is_like(self, piece: cst.Module) -> bool:
-        """Whether indentation and line ends that the piece's tree leaves open are the same in this file."""
-        indents = any(isinstance(statement, cst.BaseCompoundStatement) for statement in piece.body)
-        return piece.default_newline == self.newline and (
-            not indents or piece.default_indent == self.module.default_indent
-        )
-
-    def _spliced(self, edits: Collection[Edit], start: int, stop: int) -> bytes:
-        """The text from `start` to `stop` after the edits."""
+    def _spliced(self, edits: Collection[Edit]) -> bytes:
         pieces: list[bytes] = []
-        at = start
+        at = 0
         previous: Edit | None = None
         for edit in sorted(edits):
             if previous is not None and (edit.start < previous.end or edit.start == previous.start):
                 raise OverlapError(f"{self.path}: two edits at byte {edit.start}: {previous.text!r} and {edit.text!r}")
             pieces += [self.text[at : edit.start], edit.text.encode("utf-8")]
             at, previous = edit.end, edit
-        pieces.append(self.text[at:stop])
+        pieces.append(self.text[at:])
         return b"".join(pieces)
 
 
-def _first_part(statement: _Statement) -> cst.CSTNode:
-    """What of a statement comes first: a line above it, a decorator, or the statement itself."""
-    if statement.leading_lines:
-        return statement.leading_lines[0]
-    decorators = getattr(statement, "decorators", ())
-    return decorators[0] if decorators else statement
-
-
-def _parse(content: bytes | str) -> cst.Module:
-    try:
-        return cst.parse_module(content)
-    except cst.ParserSyntaxError as error:
-        raise SourceError("parse", f"it is not valid Python: {error.message}", error.raw_line) from error
-    except (UnicodeDecodeError, LookupError, SyntaxError) as error:
-        raise SourceError("read", f"its text cannot be decoded: {error}") from error
-    except RecursionError as error:
-        raise SourceError("parse", "its expressions are nested too deeply") from error
+def _parse(text: str) -> cst.Module:
+    return cst.parse_module(text)
 
 
 def runtime_name(source: Source) -> tuple[str, bool]:
     """The name by which the file calls the Chipmunk runtime, and whether it has been imported already."""
-    for statement in _import_statements(source.module.body):
-        for node in statement.body:
-            if isinstance(node, cst.Import):
-                for name in node.names:
-                    if name.evaluated_name == PACKAGE:
-                        return name.evaluated_alias or PACKAGE, True
-    taken = PACKAGE.encode() in source.text and _binds(source.module, PACKAGE)
+    if PACKAGE.encode() not in source.text:
+        return PACKAGE, False
+    for statement in _top_imports(source.outline.body):
+        for alias in statement.names:
+            if alias.name == PACKAGE:
+                return alias.asname or PACKAGE, True
+    taken = any(_bound_by(node) == PACKAGE for node in ast.walk(source.outline))
     return (ALIAS if taken else PACKAGE), False
 
 
@@ -230,129 +301,94 @@ def import_edit(source: Source, name: str, own_modules: set[str]) -> Edit:
     `own_modules`: the top-level names of the repository's own modules, which are no third party.
     """
     line = f"import {PACKAGE}" if name == PACKAGE else f"import {PACKAGE} as {name}"
-    statements = list(source.module.body)
+    statements: list[ast.stmt] = []
+    for statement in source.outline.body:
+        if not statements or statement.lineno > (statements[-1].end_lineno or 0):  # the first on its line
+            statements.append(statement)
+    if not statements:
+        return Edit(len(source.text), len(source.text), line + source.newline)
     start = 0
-    if statements and _is_docstring(statements[0]):
+    if _is_docstring(statements[0]):
         start = 1
-    while start < len(statements) and _imports_from(statements[start], "__future__"):
+    while start < len(statements) and _module_of(statements[start]) == "__future__":
         start += 1
-    region: list[cst.SimpleStatementLine] = []
+    region: list[_Import] = []
     for statement in statements[start:]:
-        if _is_import(statement):
-            assert isinstance(statement, cst.SimpleStatementLine)
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
             region.append(statement)
-        elif not isinstance(statement, (cst.Try, cst.If)):
+        elif not isinstance(statement, (ast.Try, ast.If)):
             break
 
     third_party = [s for s in region if _is_third_party(s, own_modules)]
-    plain = [s for s in third_party if isinstance(s.body[0], cst.Import)]
-    later = [s for s in plain if _module_of(s) > PACKAGE and not _comment_above(s)]
+    plain = [s for s in third_party if isinstance(s, ast.Import)]
+    later = [s for s in plain if _module_of(s) > PACKAGE and not source.has_comment_above(s)]
     earlier = [s for s in plain if _module_of(s) < PACKAGE]
     if earlier:
         return _after(source, earlier[-1], line)
     if later:
         return _before(source, later[0], line)
-    if third_party and not _comment_above(third_party[0]):
+    if third_party and not source.has_comment_above(third_party[0]):
         return _before(source, third_party[0], line)
     if third_party:
         return _after(source, third_party[-1], line)
     standard = [s for s in region if _module_of(s).split(".")[0] in sys.stdlib_module_names]
     if standard:
         return _after(source, standard[-1], line, blank=True)
-    if region and not _comment_above(region[0]):
+    if region and not source.has_comment_above(region[0]):
         return _before(source, region[0], line + source.newline)
     if region:
         return _after(source, region[-1], line)
     if start:
         return _after(source, statements[start - 1], line, blank=True)
     # A file without imports: leading `try:` blocks that only import stay first.
-    leading = [s for s in statements[:1] if isinstance(s, cst.Try)]
+    leading = [s for s in statements[:1] if isinstance(s, ast.Try)]
     if leading:
         return _after(source, leading[-1], line, blank=True)
-    if not statements:
-        return Edit(len(source.text), len(source.text), line + source.newline)
-    at = source.line_at(source.span(statements[0])[0])[0]
-    return Edit(at, at, line + 2 * source.newline)
+    return _before(source, statements[0], line + source.newline)
 
 
-def _after(source: Source, statement: cst.CSTNode, line: str, *, blank: bool = False) -> Edit:
-    at = source.line_at(max(source.span(statement)[1] - 1, 0))[1]
-    if not isinstance(statement, cst.SimpleStatementLine):
-        at = _last_code_end(source, statement)
+def _after(source: Source, statement: ast.stmt, line: str, *, blank: bool = False) -> Edit:
+    at = source.line_at(max(source.lines(statement)[1] - 1, 0))[1]
     return Edit(at, at, source.newline * (2 if blank else 1) + line)
 
 
-def _before(source: Source, statement: cst.CSTNode, line: str) -> Edit:
-    at = source.span(statement)[0]
+def _before(source: Source, statement: ast.stmt, line: str) -> Edit:
+    at = source.lines(statement)[0]
     return Edit(at, at, line + source.newline)
 
 
-def _last_code_end(source: Source, statement: cst.CSTNode) -> int:
-    last = max((source.span(n)[1] for n in walk(statement) if isinstance(n, cst.SimpleStatementLine)), default=0)
-    return source.line_at(max(last - 1, 0))[1]
+def _top_imports(body: Sequence[ast.stmt]) -> Iterator[ast.Import]:
+    """`import` statements at the top level, also those under a top-level `try:`."""
+    for statement in body:
+        if isinstance(statement, ast.Import):
+            yield statement
+        elif isinstance(statement, ast.Try):
+            yield from _top_imports(statement.body)
 
 
-def _import_statements(body: object) -> list[cst.SimpleStatementLine]:
-    """Import statements at the top level; also those under a top-level `try:`."""
-    found: list[cst.SimpleStatementLine] = []
-    for statement in body if isinstance(body, (list, tuple)) else ():
-        if _is_import(statement):
-            found.append(statement)
-        elif isinstance(statement, cst.Try):
-            found += _import_statements(statement.body.body)
-    return found
+def _is_docstring(statement: ast.stmt) -> bool:
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
 
 
-def _is_import(statement: cst.CSTNode) -> bool:
-    return isinstance(statement, cst.SimpleStatementLine) and isinstance(
-        statement.body[0] if statement.body else None, (cst.Import, cst.ImportFrom)
-    )
-
-
-def _is_docstring(statement: cst.CSTNode) -> bool:
-    return (
-        isinstance(statement, cst.SimpleStatementLine)
-        and isinstance(statement.body[0], cst.Expr)
-        and isinstance(statement.body[0].value, (cst.SimpleString, cst.ConcatenatedString))
-    )
-
-
-def _imports_from(statement: cst.CSTNode, module: str) -> bool:
-    return _is_import(statement) and _module_of(statement) == module
-
-
-def _module_of(statement: cst.CSTNode) -> str:
+def _module_of(statement: ast.stmt) -> str:
     """`torch.nn` for `import torch.nn` and `from torch.nn import functional`; empty for a relative import."""
-    first = statement.body[0] if isinstance(statement, cst.SimpleStatementLine) else None
-    if isinstance(first, cst.Import):
-        return first.names[0].evaluated_name
-    if isinstance(first, cst.ImportFrom) and first.module is not None and not first.relative:
-        return cst.Module([]).code_for_node(first.module)
-    return ""
+    if isinstance(statement, ast.Import):
+        return statement.names[0].name
+    return statement.module or "" if isinstance(statement, ast.ImportFrom) and not statement.level else ""
 
 
-def _is_third_party(statement: cst.CSTNode, own_modules: set[str]) -> bool:
+def _is_third_party(statement: _Import, own_modules: set[str]) -> bool:
     top = _module_of(statement).split(".")[0]
     return bool(top) and top not in sys.stdlib_module_names and top not in own_modules
 
 
-def _comment_above(statement: cst.SimpleStatementLine) -> bool:
-    return any(line.comment is not None for line in statement.leading_lines)
-
-
-def _binds(module: cst.Module, name: str) -> bool:
-    """Whether the file gives `name` a meaning of its own anywhere."""
-    return any(name in _bound_by(node) for node in walk(module))
-
-
-def _bound_by(node: cst.CSTNode) -> set[str]:
-    """The names that this very node binds."""
-    if isinstance(node, (cst.FunctionDef, cst.ClassDef, cst.Param)):
-        return {node.name.value}
-    if isinstance(node, (cst.AssignTarget, cst.AnnAssign, cst.AugAssign, cst.For, cst.NamedExpr)):
-        return {name for name, _ in target_names(node.target)}
-    if isinstance(node, cst.AsName):
-        return {name for name, _ in target_names(node.name)}
-    if isinstance(node, cst.ImportAlias) and node.asname is None:
-        return {node.evaluated_name.split(".")[0]}
-    return set()
+def _bound_by(node: ast.AST) -> str:
+    """The name that this very node binds; empty if none."""
+    if isinstance(node, ast.Name):
+        return node.id if isinstance(node.ctx, ast.Store) else ""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)):
+        return node.name or ""
+    if isinstance(node, ast.alias):
+        return node.asname or node.name.split(".")[0]
+    return node.arg if isinstance(node, ast.arg) else ""

@@ -24,12 +24,15 @@ class Printed:
         self._offsets = [*accumulate(lengths, initial=0)]
         self._found = state.found
 
+    def __contains__(self, node: cst.CSTNode) -> bool:
+        return id(node) in self._found
+
     def span(self, node: cst.CSTNode) -> tuple[int, int]:
         """Where the node starts and ends, as LibCST sees it: an argument's comma is counted in, parentheses are not.
 
         Raises KeyError for a node of another tree.
         """
-        start, end = self._found[id(node)]
+        start, end, _ = self._found[id(node)]
         last = len(self._offsets) - 1  # the token of the last newline is taken back in a file that has none
         return self._offsets[min(start, last)], self._offsets[min(end, last)]
 
@@ -39,7 +42,8 @@ class _State(CodegenState):
 
     def __init__(self, module: cst.Module) -> None:
         super().__init__(default_indent=module.default_indent, default_newline=module.default_newline)
-        self.found: dict[int, tuple[int, int]] = {}
+        self.found: dict[int, tuple[int, int, cst.CSTNode]] = {}
+        """The node too: as long as it lives, no other one has its `id`."""
         self._starts: list[int] = []
 
     def before_codegen(self, node: cst.CSTNode) -> None:
@@ -47,7 +51,7 @@ class _State(CodegenState):
 
     def after_codegen(self, node: cst.CSTNode) -> None:
         start = self._starts.pop()
-        self.found.setdefault(id(node), (start, len(self.tokens)))
+        self.found.setdefault(id(node), (start, len(self.tokens), node))
 
     def record_syntactic_position(  # type: ignore[override]  # not a generator: ten thousands of these are made
         self, node: cst.CSTNode, *, start_node: cst.CSTNode | None = None, end_node: cst.CSTNode | None = None
@@ -74,4 +78,4 @@ class _Recording:
         found = self._state.found
         start = self._start if self._start_node is None else found[id(self._start_node)][0]
         end = len(self._state.tokens) if self._end_node is None else found[id(self._end_node)][1]
-        found[id(self._node)] = (start, end)
+        found[id(self._node)] = (start, end, self._node)

@@ -6,8 +6,9 @@ arguments of the repository's functions, and the few calls that return the same 
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -30,6 +31,7 @@ _INSIDE = {"module", "_orig_mod"}
 """Attributes under which wrappers hold what they wrap."""
 _ANY_CLASS = {"Any", "Callable", "Module", "ModelMixin", "ConfigMixin", "TypeVar"}
 """Annotations that say nothing about a model."""
+_LOOP = re.compile(rb"^[ \t]*(?:async[ \t]+)?for\b", re.MULTILINE)
 _SETTING = {"setattr", "add_module", "register_module", "__setattr__"}
 
 Value = frozenset[str] | tuple["Value", ...]
@@ -57,14 +59,16 @@ class Place:
         return self.module.scope if self.function is None else self.function.scope
 
     @cached_property
-    def words(self) -> set[str]:
-        """Every name and attribute that occurs in it, annotations among them, and what aliases stand for."""
-        words = set(self.scope.words)
-        if self.function is not None:
-            annotations = [self.function.node.returns, *(p.annotation for p in parameters(self.function.node))]
-            nodes = [node for annotation in annotations if annotation is not None for node in walk(annotation)]
-            words.update(dotted(node) or _quoted(node) or "" for node in nodes)
+    def words(self) -> frozenset[str]:
+        """Every name that occurs in it, and what aliases stand for; told without its tree."""
+        words = self.module.words if self.function is None else self.function.words
         return words | {self.module.aliases[word] for word in words & self.module.aliases.keys()}
+
+    @cached_property
+    def loops(self) -> bool:
+        """Whether it has a `for` statement; told without its tree."""
+        text = self.module.source.plain_text if self.function is None else self.function.text
+        return _LOOP.search(text) is not None
 
     @property
     def name(self) -> str:
@@ -138,7 +142,8 @@ class Values:
                 if not all(pattern.search(content) for pattern in patterns):
                     continue
                 module = self.repository.module(path)
-                for function in module.all_functions() if module is not None else ():
+                functions = module.all_functions() if module is not None else []
+                for function in [f for f in functions if wanted <= f.words and _calls_with(f.outline, wanted)]:
                     for call, step in function.scope.calls:
                         keywords = {arg.keyword.value for arg in call.args if arg.keyword is not None}
                         name = dotted(call.func)
@@ -154,7 +159,7 @@ class Values:
             self._read.add(module.path)
             found = [Place(module, None), *(Place(module, function) for function in module.all_functions())]
             self.places += found
-            self._names.update(place.function.node.name.value for place in found if place.function is not None)
+            self._names.update(place.function.outline.name for place in found if place.function is not None)
             self._names.update(module.classes)
             self._changed = True
             for name in self._known.keys() & module.imports.keys():
@@ -190,16 +195,20 @@ class Values:
             self._unseen.add((path, name, len(stems)))
         return False
 
+    def places_with(self, words: Collection[str]) -> list[Place]:
+        """The places that say one of the words."""
+        return [place for place in self.places if not place.words.isdisjoint(words)]
+
     def _settle(self) -> None:
         settled = False
         while not settled:
             before, self._changed = self._changed, False
             for place in self.places:
-                if self._is_hot(place):
+                if self.is_hot(place):
                     self._visit(place)
             settled, self._changed = not self._changed, self._changed or before
 
-    def _is_hot(self, place: Place) -> bool:
+    def is_hot(self, place: Place) -> bool:
         """Whether the place can hold a model at all: it says one of the words, or gets a model as an argument."""
         if place.function is not None and id(place.function) in self._called:
             return True
@@ -238,9 +247,9 @@ class Values:
         if merged != self.returns.get(id(function)):
             self.returns[id(function)] = merged
             self._changed = True
-            self._hot.add(function.node.name.value)
+            self._hot.add(function.outline.name)
             if function.owner is None:
-                self._learn(function.node.name.value, function.module)
+                self._learn(function.outline.name, function.module)
 
     def _set_attribute(self, owner: Class, attribute: str, labels: frozenset[str]) -> None:
         if labels:
@@ -255,7 +264,7 @@ class Values:
             return
         named = [(arg.keyword.value, arg.value) for arg in call.args if arg.keyword is not None]
         own = self.repository.method(function.owner, method) if named else None
-        if own is None or not _SETTING.isdisjoint(own.scope.words):
+        if own is None or not (_SETTING.isdisjoint(own.words) or _SETTING.isdisjoint(own.scope.words)):
             for attribute, value in named:
                 self._set_attribute(function.owner, attribute, _labels(self.value(value, step, place)))
 
@@ -375,7 +384,8 @@ class Values:
                 return found
         if function is not None and name not in scope.bindings and "." not in name:
             # A global of the module, as it is when the module has run.
-            for binding in place.module.scope.bindings.get(name, ()):
+            bindings = place.module.scope.bindings.get(name, []) if name in place.module.words else []
+            for binding in bindings:
                 found = _merge(found, self._bound(binding, Place(place.module, None), depth + 1))
         if isinstance(node, cst.Attribute) and not _any(found):
             if node.attr.value in _INSIDE:
@@ -438,6 +448,12 @@ class Values:
     def model_of(self, labels: frozenset[str]) -> int | None:
         """The model's place in `models`; the first if there are several."""
         return min((int(label.split(":")[1]) for label in labels if label.startswith("model:")), default=None)
+
+
+def _calls_with(outline: ast.AST, keywords: set[str]) -> bool:
+    """Whether a name without dots is called with all these keywords."""
+    calls = (node for node in ast.walk(outline) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
+    return any(keywords <= {keyword.arg for keyword in call.keywords} for call in calls)
 
 
 def is_parser(node: cst.CSTNode, step: Step, place: Place, values: Values) -> bool:

@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 import libcst as cst
 
 from chipmunk.registry import load
-from chipmunk.rewrite import ModelFacts, Plan, SiteStatus, plan_repository, source
+from chipmunk.rewrite import ModelFacts, Plan, SiteStatus, plan_repository, repository, source
 
 REGISTRY = load()
 parsed = lru_cache(400)(cst.parse_module)
@@ -20,17 +20,17 @@ Files = dict[str, str]
 Body = Sequence[cst.BaseStatement]
 
 
-_shared_parse = lru_cache(400)(source._parse)
+_shared_source = lru_cache(400)(source.Source)
 
 
 @contextmanager
 def _trees_shared() -> Iterator[None]:
     """Mutants share most of their files, and parsing is most of the time. Trees are never changed."""
-    own, source._parse = source._parse, _shared_parse
+    own, repository.Source = repository.Source, _shared_source  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        source._parse = own
+        repository.Source = own  # type: ignore[misc]
 
 
 def planned(files: dict[str, bytes]) -> Plan:

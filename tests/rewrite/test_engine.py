@@ -52,10 +52,16 @@ def test_not_a_flux_repository() -> None:
         (b"# -*- coding: nonsense -*-\n" + SINGLE.encode(), "read"),
         (SINGLE.encode() + b"# \xff\xfe\n", "read"),
         (SINGLE.encode() + b"x = '\x00'\n", "parse"),
-        (SINGLE.encode().replace(b"class JointBlock", b"\\\nclass JointBlock"), "parse"),
+        (SINGLE.encode().replace(b"        mixed =", b"\\\n        mixed ="), "parse"),
+        (
+            SINGLE.encode().replace(
+                b"        mixed =", b"        if x:\n            \\\n            x += 1\n        mixed ="
+            ),
+            "parse",
+        ),
         (b"x = " + b"(" * 500 + b")" * 500 + b"\n" + SINGLE.encode(), "parse"),
     ],
-    ids=["syntax", "encoding", "not utf-8", "null", "no round trip", "too deep"],
+    ids=["syntax", "encoding", "not utf-8", "null", "no round trip", "LibCST cannot", "too deep"],
 )
 def test_a_bad_file_is_refused_and_stays(content: bytes, step: str) -> None:
     plan = plan_repository({**SOURCES, "flow/single.py": content}, REGISTRY)
