@@ -85,9 +85,8 @@ def _commands(context: Context) -> dict[int, str]:
     """Functions that a command-line library runs: function node (`id`) → `fire`, `typer` or `click`."""
     found: dict[int, str] = {}
     repository = context.repository
-    for path in sorted(repository.files):
-        content = repository.files[path]
-        if b"Fire(" in content and b"fire" in content:
+    for path in repository.files_with("Fire("):
+        if b"fire" in repository.files[path]:
             for place in _places(context, path):
                 for call, step in place.scope.calls if "Fire" in place.words else ():
                     name = last_name(call.func)

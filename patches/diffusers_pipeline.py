@@ -114,11 +114,10 @@ def _made_by_functions(context: Context, returning: dict[Function, str]) -> Iter
 def _places(context: Context, in_file: Sequence[str], words: Sequence[str]) -> list[Place]:
     """The functions, and the module's own statements, that say one of the words, in files with one of those."""
     found: list[Place] = []
-    for path in sorted(context.repository.files):
-        if any(word.encode() in context.repository.files[path] for word in in_file):
-            module = context.repository.module(path)
-            if module is not None:
-                found += [Place(module, None), *(Place(module, function) for function in module.all_functions())]
+    for path in sorted({path for word in in_file for path in context.repository.files_with(word)}):
+        module = context.repository.module(path)
+        if module is not None:
+            found += [Place(module, None), *(Place(module, function) for function in module.all_functions())]
     return [place for place in found if not place.words.isdisjoint(words)]
 
 

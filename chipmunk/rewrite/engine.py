@@ -117,10 +117,10 @@ def _run(
     parsed: Mapping[str, Module | SourceError],
     progress: Progress | None,
     *,
-    located: bool = True,
+    before: Repository | None = None,
     hopeless: Collection[str] = (),
 ) -> tuple[Repository, Context]:
-    repository = Repository(files, parsed)
+    repository = Repository(files, parsed, before)
     roles = find_roles(repository)
     for model in [model for model in roles.models if _key(model) in hopeless]:
         roles.models.remove(model)
@@ -129,7 +129,7 @@ def _run(
     total = len(chosen) + 1
     if progress is not None:
         progress("finding models", 0, total)
-    context = Context(repository, roles, located=located)
+    context = Context(repository, roles, located=before is None)
     for index, name in enumerate(chosen):
         if progress is not None:
             progress(name, index + 1, total)
@@ -157,7 +157,7 @@ def _check(
     try:
         changed = {path: Module(_module(first, path).source.edited(context.all_edits(path))) for path in after}
         parsed = {**first.parsed, **changed}
-        _, second = _run({**files, **after}, registry, chosen, parsed, None, located=False, hopeless=hopeless)
+        _, second = _run({**files, **after}, registry, chosen, parsed, None, before=first, hopeless=hopeless)
     except SourceError as error:
         return "chipmunk", f"the result cannot be read again ({error.reason})"
     for site in second.sites.values():

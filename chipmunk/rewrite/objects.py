@@ -74,9 +74,7 @@ def _set_elsewhere(
 
 def _is_general(repository: Repository, owner: Class) -> bool:
     """Whether objects of the class are made in so many files that the processors beside it are for others too."""
-    call = owner.name.encode() + b"("
-    found = (path for path, content in repository.files.items() if call in content)
-    return sum(1 for _ in zip(found, range(_FILES + 1), strict=False)) > _FILES
+    return len(repository.files_with(owner.name + "(")) > _FILES
 
 
 def _method(repository: Repository, owner: Class, name: str | None) -> Function | None:
@@ -117,8 +115,8 @@ class _Search:
         if name == "__init__":
             calls = []
             for module in dict.fromkeys((self.builder, self.owner.module)):
-                names = (self.owner.name, *module.aliases)
-                functions = [f for f in module.all_functions() if not f.words.isdisjoint(names)]
+                names = "|".join((self.owner.name, *module.aliases)).encode()
+                functions = [f for f in module.all_functions() if re.search(rb"\b(?:" + names + rb")\s*\(", f.text)]
                 calls += [(call, f, step) for f in functions for call, step in f.scope.calls]
             calls = [found for found in calls if self._builds_owner(*found)]
         found: list[Class] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -194,12 +194,23 @@ def _module_name(node: cst.ImportFrom) -> str:
 class Repository:
     """All Python files; parsed when first asked for. Files that cannot be parsed are kept in `unreadable`."""
 
-    def __init__(self, files: Mapping[str, bytes], parsed: Mapping[str, Module | SourceError] | None = None) -> None:
+    def __init__(
+        self,
+        files: Mapping[str, bytes],
+        parsed: Mapping[str, Module | SourceError] | None = None,
+        before: Repository | None = None,
+    ) -> None:
+        """`before`: the repository before some of its files were changed, of which the texts have been searched."""
         self.files = files
+        self._before = before
+        self._changed = (
+            {path for path in files if files[path] is not before.files[path]} if before is not None else set()
+        )
         self._modules: dict[str, Module | SourceError] = dict(parsed or {})
         self._found_modules: dict[tuple[str, str], str | None] = {}
         self._classes_built: dict[tuple[int, str], list[Class]] = {}
         self._bases: dict[int, list[Class]] = {}
+        self._found_files: dict[Hashable, list[str]] = {}
 
     @property
     def parsed(self) -> dict[str, Module | SourceError]:
@@ -218,6 +229,22 @@ class Repository:
                 self._modules[path] = error
         found = self._modules[path]
         return found if isinstance(found, Module) else None
+
+    def files_where(self, test: Callable[[bytes], bool], key: Hashable = None) -> list[str]:
+        """The paths, sorted, of the files whose content passes the test. `key`: what tells it from other tests."""
+        key = key or test
+        if key not in self._found_files:
+            known = self._before.files_where(test, key) if self._before is not None else []
+            asked = self._changed if self._before is not None else self.files
+            found = {path for path in known if path not in self._changed}
+            found |= {path for path in asked if test(self.files[path])}
+            self._found_files[key] = sorted(found)
+        return self._found_files[key]
+
+    def files_with(self, word: str) -> list[str]:
+        """The paths of the files that have the word somewhere, or a longer one that it is part of."""
+        part = word.encode()
+        return self.files_where(lambda content: part in content, word)
 
     @cached_property
     def own_names(self) -> set[str]:
@@ -467,8 +494,8 @@ class Repository:
 
     def _made(self, owner: Class) -> Iterator[tuple[cst.Call, Function | Module, Step]]:
         """The calls that make an object of the class, by its name."""
-        for path in sorted(self.files):
-            module = self.module(path) if owner.name.encode() + b"(" in self.files[path] else None
+        for path in self.files_with(owner.name + "("):
+            module = self.module(path)
             places: list[Function | Module] = [] if module is None else [module, *module.all_functions()]
             for place in [place for place in places if owner.name in place.words]:
                 for call, step in place.scope.calls:

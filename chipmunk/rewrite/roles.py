@@ -121,9 +121,7 @@ def _takes(arguments: bytes, *streams: bytes) -> bool:
 def find_roles(repository: Repository) -> Roles:
     """Every model of the repository, in the order of paths and lines."""
     roles = Roles()
-    for path in sorted(repository.files):
-        if not may_hold_model(repository.files[path]):
-            continue
+    for path in repository.files_where(may_hold_model):
         module = repository.module(path)
         if module is None:
             continue

@@ -10,7 +10,7 @@ import ast
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import PurePosixPath
 
 import libcst as cst
@@ -101,9 +101,14 @@ class Values:
     """Paths whose functions are among `places`."""
     _names: set[str] = field(default_factory=set)
     """Names of the functions and classes in them."""
+    _grown: bool = False
+    """Whether a name was added, or a module of one."""
     _called: set[int] = field(default_factory=set)
     """Functions (`id`) with an argument that has a label."""
-    _changed: bool = False
+    _news: set[object] = field(default_factory=set)
+    """What was learnt since the places that it may matter to were last visited: words, functions (`id`), places."""
+    _globals: dict[tuple[int, str], frozenset[str]] = field(default_factory=dict)
+    """By module (`id`) and name."""
     _unseen: set[tuple[str, str, int]] = field(default_factory=set)
     """Files that do not see a name from any of so many modules."""
 
@@ -123,8 +128,13 @@ class Values:
         stem = path.parent.name if path.stem == "__init__" else path.stem
         if stem not in self._known.setdefault(name, set()):
             self._known[name].add(stem)
-            self._hot.add(name)
-            self._changed = True
+            self._grown = True
+            self._tell(name)
+
+    def _tell(self, word: str) -> None:
+        """Something is known of what has this name."""
+        self._hot.add(word)
+        self._news.add(word)
 
     def _recognise_calls(self) -> None:
         """A parameter that a loop calls with the model's own keywords is the model, though nothing says so."""
@@ -133,14 +143,7 @@ class Values:
             known, wanted = {p.name.value for p in given}, {p.name.value for p in given if p.default is None}
             if len(wanted) < 3:
                 continue
-            words = [name.encode() for name in sorted(wanted)]
-            patterns = [re.compile(rb"\b" + word + rb"\s*=") for word in words]
-            for path in sorted(self.repository.files):
-                content = self.repository.files[path]
-                if b"for " not in content or not all(word in content for word in words):
-                    continue
-                if not all(pattern.search(content) for pattern in patterns):
-                    continue
+            for path in self.repository.files_where(partial(_gives, wanted), ("gives", *sorted(wanted))):
                 module = self.repository.module(path)
                 functions = module.all_functions() if module is not None else []
                 for function in [f for f in functions if wanted <= f.words and _calls_with(f.outline, wanted)]:
@@ -159,9 +162,9 @@ class Values:
             self._read.add(module.path)
             found = [Place(module, None), *(Place(module, function) for function in module.all_functions())]
             self.places += found
-            self._names.update(place.function.outline.name for place in found if place.function is not None)
-            self._names.update(module.classes)
-            self._changed = True
+            names = {place.function.outline.name for place in found if place.function is not None}
+            self._news |= {*found, *names, *module.classes} - self._names
+            self._names |= {*names, *module.classes}
             for name in self._known.keys() & module.imports.keys():
                 self._learn(name, module)
 
@@ -171,10 +174,11 @@ class Values:
 
     def _read_files(self) -> None:
         """Read every file that can see a known name, settle what that tells, and again while there is more."""
-        self._changed = True
-        while self._changed:
-            self._changed = False
-            for path in sorted(self.repository.files.keys() - self._read):
+        self._grown = True
+        while self._grown:
+            self._grown = False
+            paths = {path for name in self._known for path in self.repository.files_with(name)}
+            for path in sorted(paths - self._read):
                 if self._sees_known(path):
                     module = self.repository.module(path)
                     if module is not None:
@@ -185,10 +189,9 @@ class Values:
         """The cheap test before a file is parsed: it has a name, not just in prose, and a module that gives it."""
         content = self.repository.files[path]
         for name, stems in self._known.items():
-            word = name.encode()
-            if word not in content or (path, name, len(stems)) in self._unseen:
+            if name.encode() not in content or (path, name, len(stems)) in self._unseen:
                 continue
-            if re.search(rb"\b" + word + rb"(?:[ \t]*[^\w \t]|\s+as\b|\Z)", content):
+            if re.search(rb"\b" + name.encode() + rb"(?:[ \t]*[^\w \t]|\s+as\b|\Z)", content):
                 sources = "|".join([*sorted(re.escape(stem) for stem in stems), r"from\s+\.+\s+import"])
                 if re.search(rb"(?<!\w)(?:" + sources.encode() + rb")(?!\w)", content):
                     return True
@@ -200,13 +203,13 @@ class Values:
         return [place for place in self.places if not place.words.isdisjoint(words)]
 
     def _settle(self) -> None:
-        settled = False
-        while not settled:
-            before, self._changed = self._changed, False
-            for place in self.places:
-                if self.is_hot(place):
+        """Visit the places to which something new may matter, until there is nothing new."""
+        while self._news:
+            news, self._news = self._news, set()
+            for place in list(self.places):
+                is_new = place in news or id(place.function) in news or not news.isdisjoint(place.words)
+                if is_new and self.is_hot(place):
                     self._visit(place)
-            settled, self._changed = not self._changed, self._changed or before
 
     def is_hot(self, place: Place) -> bool:
         """Whether the place can hold a model at all: it says one of the words, or gets a model as an argument."""
@@ -230,8 +233,8 @@ class Values:
                     annotation = binding.step.node.annotation if isinstance(binding.step.node, cst.AnnAssign) else None
                     labels = self._bound(binding, place) | self._annotated(annotation, place)
                     self._set_attribute(function.owner, name.split(".", 1)[1], labels)
-            elif function is None and any(self._bound(binding, place) for binding in bindings):
-                self._hot.add(name)  # a global
+            elif function is None and (labels := NOTHING.union(*(self._bound(b, place) for b in bindings))):
+                self._give(self._globals, (id(place.module), name), labels)
         for step in scope.steps:
             if function is not None and isinstance(step.node, cst.Return) and step.node.value is not None:
                 value = self.value(step.node.value, step, place)
@@ -246,14 +249,12 @@ class Values:
         merged = _merge(self.returns.get(id(function), NOTHING), value)
         if merged != self.returns.get(id(function)):
             self.returns[id(function)] = merged
-            self._changed = True
-            self._hot.add(function.outline.name)
+            self._tell(function.outline.name)
             if function.owner is None:
                 self._learn(function.outline.name, function.module)
 
     def _set_attribute(self, owner: Class, attribute: str, labels: frozenset[str]) -> None:
         if labels:
-            self._hot.add(attribute)
             self._give(self.attributes, (id(owner), attribute), labels)
 
     def _register(self, call: cst.Call, step: Step, place: Place) -> None:
@@ -294,9 +295,11 @@ class Values:
     def _give(self, table: dict[tuple[int, str], frozenset[str]], key: tuple[int, str], labels: frozenset[str]) -> None:
         if not labels <= table.get(key, NOTHING):
             table[key] = table.get(key, NOTHING) | labels
-            self._changed = True
             if table is self.arguments:
                 self._called.add(key[0])
+                self._news.add(key[0])
+            else:
+                self._tell(key[1])
 
     def _annotated(self, annotation: cst.Annotation | None, place: Place) -> frozenset[str]:
         if annotation is None:
@@ -448,6 +451,14 @@ class Values:
     def model_of(self, labels: frozenset[str]) -> int | None:
         """The model's place in `models`; the first if there are several."""
         return min((int(label.split(":")[1]) for label in labels if label.startswith("model:")), default=None)
+
+
+def _gives(keywords: Collection[str], content: bytes) -> bool:
+    """Whether a file may have a loop in which something is called with all these keywords."""
+    words = [keyword.encode() for keyword in keywords]
+    if b"for " not in content or not all(word in content for word in words):
+        return False
+    return all(re.search(rb"\b" + word + rb"\s*=", content) for word in words)
 
 
 def _calls_with(outline: ast.AST, keywords: set[str]) -> bool:
