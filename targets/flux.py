@@ -342,11 +342,8 @@ def _own_cache(model: nn.Module) -> Any:
     if decide is None:
         return None
     package = importlib.import_module(decide.__module__.rpartition(".")[0])
-    kept: dict[str, Any] = dict(
-        zip(("cache_dic", "current"), package.cache_init([1.0, 0.0], {**_TAYLOR, "interval": 1}), strict=True)
-    )
-    kept["current"] |= {"step": 0, "num_steps": 1000}
-    return kept
+    cache, current = package.cache_init([1.0, 0.0], _TAYLOR)
+    return {"cache_dic": cache | {"fresh_threshold": 1}, "current": current | {"step": 0, "num_steps": 1000}}
 
 
 def call(

@@ -48,17 +48,26 @@ def why_by_token(session: Session, bound: inspect.BoundArguments) -> str | None:
     image: Tensor = bound.arguments[spec.image]
     if any(bound.arguments.get(name) is not None for name in spec.per_token):
         return " or ".join(spec.per_token) + " is given, and may belong to the image tokens one by one"
-    if image.dim() == 3 and _moves_with_tokens(bound, spec.image, spec.ids, image.shape[1]):
+    own = session.own_features
+    if image.dim() == 3 and any(not isinstance(x, Tensor) or x not in own for x in _moving(session, bound)):
         return "another input belongs to the image tokens one by one"
     return None
 
 
-def _moves_with_tokens(bound: inspect.BoundArguments, image: str, ids: str | None, tokens: int) -> bool:
-    """Whether an input other than image and ids, or an entry of one, has one row a token: residuals, a mask.
+def note_own_features(session: Session, bound: inspect.BoundArguments) -> None:
+    """After a call whose tokens were moved: what it left in dictionaries and lists is in its order, and may stay."""
+    for entry in _moving(session, bound):
+        if isinstance(entry, Tensor):
+            session.own_features[entry] = True
+
+
+def _moving(session: Session, bound: inspect.BoundArguments) -> Iterator[Any]:
+    """Inputs other than image and ids, or entries of one, that have one row a token: residuals, a mask.
 
     A function among them may see the tokens, and know their places.
     """
-    given, model = dict(bound.arguments), bound.args[0]
+    image, ids = session.spec.image, session.spec.ids
+    given, model, tokens = dict(bound.arguments), bound.args[0], bound.arguments[image].shape[1]
     for name, parameter in bound.signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             given.update(given.pop(name, {}))
@@ -67,8 +76,7 @@ def _moves_with_tokens(bound: inspect.BoundArguments, image: str, ids: str | Non
             continue
         for entry in _entries(value, 5):
             if _has_rows_for(entry, tokens) if isinstance(entry, Tensor) else callable(entry) and entry is not model:
-                return True
-    return False
+                yield entry
 
 
 def _entries(value: Any, depth: int) -> Iterator[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from chipmunk.ops import dense_results_only, record_fallbacks
 from chipmunk.runtime.block_list import blocks_of, holders
-from chipmunk.runtime.call_order import AGAIN, order_of, reordered, restored, why_by_token
+from chipmunk.runtime.call_order import AGAIN, note_own_features, order_of, reordered, restored, why_by_token
 from chipmunk.runtime.clock import CallSlot, Generation, current_generation
 from chipmunk.runtime.guards import why_dense_here
 from chipmunk.runtime.layer_state import ATTRIBUTE, DONE, AttentionRules, LayerState, MlpRules
@@ -162,6 +162,8 @@ def _attempt(
             torch.cuda.empty_cache()
         return AGAIN
     slot.last_step, slot.skipped = generation.step, skip
+    if slot.order is not None:
+        note_own_features(session, bound)
     if slot.steps is not None:
         session.recorder.step(generation, name, skip)
     if skip:

@@ -10,14 +10,15 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from chipmunk import config as configuration
 from chipmunk.config import Config
@@ -65,6 +66,8 @@ class Session:
         """The blocks that hold a state now: not empty while a sparse call runs."""
         self.keep_order: str | None = None
         """Why the order of tokens is left alone, once the model's output turned out not to be tokens."""
+        self.own_features: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+        """What the model itself left in its arguments while tokens were moved: a cache of features, say."""
         self.generations: weakref.WeakSet[Generation] = weakref.WeakSet()
         self.clock: TimestepClock | SchedulerClock | None = None if spec.timesteps is None else TimestepClock(self)
         """Counts steps where no sampling loop does."""

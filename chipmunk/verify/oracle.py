@@ -122,6 +122,7 @@ class Oracle:
         self._leaving_double: Tensor | None = None
         self._text_first = True
         self._order: list[int] | None = None
+        self._own_features: dict[int, Tensor] = {}
         self._mlp_input: Tensor | None = None
         self._hooks = ExitStack()
 
@@ -188,7 +189,11 @@ class Oracle:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             arguments = signature.bind(*args, **kwargs)
             self._before_model(arguments)
-            return self._after_model(forward(*arguments.args, **arguments.kwargs))
+            output = forward(*arguments.args, **arguments.kwargs)
+            if self._order is not None:  # what the model keeps in its arguments is in this order, and may stay
+                own = self._others_by_token(arguments, arguments.arguments[self.facts.image].shape[1])
+                self._own_features |= {id(tensor): tensor for tensor in own}
+            return self._after_model(output)
 
         if name in vars(self.model):
             self._hooks.callback(vars(self.model).__setitem__, name, forward)
@@ -263,7 +268,7 @@ class Oracle:
             x, self._mlp_input = self._mlp_input, None
             if self._layer is None or self._current is None or x is None:
                 return None
-            weight_in = torch.cat([linear.weight for linear in linears_in])[of_mlp_in]
+            weight_in = torch.cat(tuple(linear.weight for linear in linears_in))[of_mlp_in]
             biases = [linear.bias for linear in linears_in if linear.bias is not None]
             bias_in = torch.cat(biases)[of_mlp_in] if biases else None
             weight_out = linear_out.weight[:, of_mlp_out]
@@ -303,7 +308,8 @@ class Oracle:
             return
         ids = given[facts.ids]
         first_ids = ids if ids.ndim == 2 else ids[0]
-        if torch.equal(ids, first_ids.expand_as(ids)) and not self._others_by_token(arguments, image.shape[1]):
+        others = [x for x in self._others_by_token(arguments, image.shape[1]) if id(x) not in self._own_features]
+        if torch.equal(ids, first_ids.expand_as(ids)) and not others:
             self._order = self._token_order(first_ids)
         if self._order is not None:
             given[facts.image] = image[:, self._order]
@@ -319,22 +325,22 @@ class Oracle:
             restored[:, old] = first[:, new]
         return (restored, *output[1:]) if isinstance(output, tuple) else restored
 
-    def _others_by_token(self, arguments: inspect.BoundArguments, tokens: int) -> bool:
-        """Whether something else than image and ids has a row for each image token, or masks them."""
+    def _others_by_token(self, arguments: inspect.BoundArguments, tokens: int) -> list[Tensor]:
+        """What else than image and ids has a row for each image token, or masks them."""
         given = dict(arguments.arguments)
         for parameter in arguments.signature.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given.update(given.pop(parameter.name, {}))
-        for name, value in given.items():
-            entries = list(value.values()) if isinstance(value, dict) else value
-            for tensor in entries if isinstance(entries, (list, tuple)) else [entries]:
-                if name in (self.facts.image, self.facts.ids) or not isinstance(tensor, Tensor) or tensor.ndim < 2:
-                    continue
+        given.pop(self.facts.image)
+        given.pop(self.facts.ids or "", None)
+        found = []
+        for tensor in _tensors_in(list(given.values()), 6):
+            if tensor.ndim >= 2 and tokens > 1:
                 *rows, width = tensor.shape[1:]
                 is_mask = tensor.dtype == torch.bool or tensor.shape[-2] == width
-                if tokens > 1 and (tokens in rows or (not rows and width == tokens) or (is_mask and width >= tokens)):
-                    return True
-        return False
+                if tokens in rows or (not rows and width == tokens) or (is_mask and width >= tokens):
+                    found.append(tensor)
+        return found
 
     def _token_order(self, ids: Tensor) -> list[int] | None:
         """Old index of each new image token, or None where the ids (L, axes) are no grid. Reference images stay."""
@@ -641,6 +647,15 @@ def _mlp_step_is_full(config: Mlp, count: int) -> bool:
     if config.full_step_every is None:
         return count in _EVER_FURTHER and count != 1
     return count % config.full_step_every == 0
+
+
+def _tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
+    """The tensors in lists and dictionaries, so many deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)) and depth:
+        for entry in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(entry, depth - 1)
 
 
 def _groups(tokens: int, size: int) -> list[range]:

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from chipmunk import registry
 from chipmunk.apply import RepositoryStatus, State, read, status
 from chipmunk.apply.errors import quoted
 from chipmunk.rewrite import ModelFacts, Plan, plan_repository
+from chipmunk.rewrite.plan import Site, SiteStatus
 from chipmunk.verify.checks import Comparison
 from chipmunk.verify.original import rebuild
 from chipmunk.verify.process import Progress, run_workers
@@ -148,11 +149,11 @@ def verify(
         name = facts.name if names[facts.name] == 1 else f"{facts.name} of {facts.file}"
         try:
             try:
-                found = _checks(base, patched, options, progress)
+                found = _checks(base, patched, plan.sites, options, progress)
             except OtherModel:
                 if len(plan.models) == 1:
                     raise
-                found = _checks(replace(base, factory=None), patched, options, progress)
+                found = _checks(replace(base, factory=None), patched, plan.sites, options, progress)
         except VerifyError as error:
             refusals.append(error)
             unverified.append(Unverified(facts.name, facts.file, str(error).partition(HINT)[0].partition("\n")[0]))
@@ -171,7 +172,7 @@ def verify(
 
 
 def _checks(
-    base: Spec, patched: Path, options: VerifyOptions, progress: Progress | None
+    base: Spec, patched: Path, sites: Sequence[Site], options: VerifyOptions, progress: Progress | None
 ) -> list[tuple[str, list[Check], dict[str, Any]]]:
     """Of one model: with random weights, then with the user's: their file's name, checks, and what the worker says."""
     found = []
@@ -187,12 +188,12 @@ def _checks(
         )
         if weights is not None:
             ours, theirs = replace(ours, only=()), replace(theirs, only=())
-        found.append(("" if weights is None else weights.name, *_pair(theirs, ours, options, progress)))
+        found.append(("" if weights is None else weights.name, *_pair(theirs, ours, sites, options, progress)))
     return found
 
 
 def _pair(
-    theirs: Spec, ours: Spec, options: VerifyOptions, progress: Progress | None
+    theirs: Spec, ours: Spec, sites: Sequence[Site], options: VerifyOptions, progress: Progress | None
 ) -> tuple[list[Check], dict[str, Any]]:
     """Run the original and the patched side of one model; their checks, and what the patched side reports."""
     results = run_workers([theirs, ours], options.python, progress, options.timeout)
@@ -205,6 +206,11 @@ def _pair(
             raise _refusal(error, theirs, ours)
         says = f"the patched code does not run: {error['message']}"
         return [Check("runs", False, says, {"trace": error["trace"]})], {}
+    facts, notes = _less_dense_branches(theirs.facts, results[1]["coverage"], sites)
+    if facts != theirs.facts:
+        again = [replace(spec, facts=facts, out=Path(f"{spec.out}-branch")) for spec in (theirs, ours)]
+        checks, result = _pair(again[0], again[1], sites, options, progress)
+        return checks, {**result, "notes": [*result.get("notes", []), *notes]}
     comparison = Comparison(theirs.facts, theirs.out, ours.out, results)
     results[1]["notes"] += comparison.notes()
     for attempt in range(1, ATTEMPTS):
@@ -224,6 +230,33 @@ def _pair(
             break
         comparison.decide(Comparison(theirs.facts, again[0].out, again[1].out, repeated))
     return comparison.checks(), results[1]
+
+
+def _less_dense_branches(
+    facts: ModelFacts, coverage: Mapping[str, Any], sites: Sequence[Site]
+) -> tuple[ModelFacts, list[str]]:
+    """The facts without MLPs that were left dense in the branch of the block that runs, and which ones these are.
+
+    An MLP that no call reached at all is one, if the same patch left another place in the block's file dense.
+    """
+    notes = []
+    layers = [layer for scenario in coverage.values() for layer in scenario["statistics"]["layers"]]
+    for patch, prefix, block in (
+        ("double-mlp", facts.double, facts.double_block),
+        ("single-mlp", facts.single, facts.single_block),
+    ):
+        dense = [s for s in sites if s.patch == patch and s.file == block.file and s.status is SiteStatus.LEFT_DENSE]
+        of_kind = [layer for layer in layers if layer["name"].startswith(f"{prefix}.")]
+        reached = any(slot[kind] for layer in of_kind for slot in layer["mlp"].values() for kind in slot)
+        if dense and of_kind and not reached and (block.mlp or block.linear_in):
+            less = replace(block, mlp=None, linear_in=None, linear_out=None)
+            is_double = patch == "double-mlp"
+            facts = replace(facts, double_block=less) if is_double else replace(facts, single_block=less)
+            notes.append(
+                f"the MLP of {block.name} is sparse in other branches than the one that runs here, which was left "
+                f"dense ({dense[0].file}:{dense[0].line}: {dense[0].reason})"
+            )
+    return facts, notes
 
 
 def _refusal(error: dict[str, Any], theirs: Spec, ours: Spec) -> VerifyError:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from chipmunk.rewrite.plan import LoopFacts
 from chipmunk.verify.checkout import Checkout, CheckoutError
@@ -129,23 +130,10 @@ class Subject:
         if name == "channels":
             values["in_channels"] += 8
         model_class = next((c for c in getattr(self, "subclasses", ()) if c.__name__ == name), self.model_class)
-        self._refuse_large(model_class, values)
-        model = self.target.build(model_class, values)
+        with refuse_large(model_class.__name__, self.target.NAME):
+            model = self.target.build(model_class, values)
         randomise(model, self.spec.seed)
         return model
-
-    def _refuse_large(self, model_class: type[nn.Module], values: Mapping[str, Any]) -> None:
-        """Raise BuildError where the target does not know what makes a model of this class small."""
-        try:
-            with torch.device("meta"):
-                parameters = sum(p.numel() for p in self.target.build(model_class, values).parameters())
-        except Exception:  # it says so itself where it is built in earnest, or does not go by the device
-            return
-        if parameters > LARGEST:
-            raise BuildError(
-                f"{model_class.__name__} would have {parameters:,} parameters: target '{self.target.NAME}' does not "
-                f"know what makes it small"
-            )
 
     def _from_factory(self, factory: str) -> nn.Module:
         module_name, _, function = factory.partition(":")
@@ -166,7 +154,8 @@ class Subject:
         for other in vars(sys.modules[self.model_class.__module__]).values():
             if isinstance(other, type) and issubclass(other, self.model_class) and other is not self.model_class:
                 try:
-                    self.target.build(other, self.target.SMALL)
+                    with refuse_large(other.__name__, self.target.NAME):
+                        self.target.build(other, self.target.SMALL)
                 except Exception as error:
                     self.notes.append(f"{other.__name__} was not tried: {error}")
                 else:
@@ -310,6 +299,27 @@ class Subject:
         except self.target.CannotRun as error:
             raise BuildError(str(error)) from error
         return velocity
+
+
+@contextmanager
+def refuse_large(name: str, target: str) -> Iterator[None]:
+    """Raise BuildError where a model grows beyond `LARGEST`: the target does not know what makes it small."""
+    parameters = 0
+
+    def count(module: nn.Module, name_of_parameter: str, parameter: nn.Parameter | None) -> None:
+        nonlocal parameters
+        parameters += 0 if parameter is None else parameter.numel()
+        if parameters > LARGEST:
+            raise BuildError(
+                f"{name} has more than {LARGEST:,} parameters as target '{target}' builds it, which does not know "
+                f"what makes it small"
+            )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def load_file(path: Path, name: str) -> ModuleType:
