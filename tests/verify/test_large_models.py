@@ -15,10 +15,13 @@ def test_a_small_model_is_built() -> None:
 
 def test_a_large_model_is_refused_at_the_layer_that_makes_it_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chipmunk.verify.subject.LARGEST", 1000)
-    built = []
-    with pytest.raises(BuildError, match="Large has more than 1,000 parameters as target 'flux' builds it"):
+    built: list[nn.Module] = []
+
+    def build() -> None:
         with refuse_large("Large", "flux"):
-            for _ in range(100):
-                built.append(nn.Linear(20, 20))
+            built.extend(nn.Linear(20, 20) for _ in range(100))
+
+    with pytest.raises(BuildError, match="Large has more than 1,000 parameters as target 'flux' builds it"):
+        build()
     assert len(built) == 2
     nn.Linear(100, 100)  # no longer counted
