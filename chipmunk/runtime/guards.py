@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_is_exporting: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)  # since PyTorch 2.7
-
 
 def is_exporting() -> bool:
     """Whether `torch.export` runs the model to write its program down: that program is the dense one."""
-    return _is_exporting is not None and _is_exporting()
+    # Since PyTorch 2.7. Not `torch.compiler.is_exporting()`, which is true in every graph that Dynamo of 2.11 makes.
+    return bool(getattr(torch.compiler, "_is_exporting_flag", False))
 
 
 def why_dense_here(image: Any) -> str | None:
