@@ -270,7 +270,7 @@ class Oracle:
                 return None
             weight_in = torch.cat(tuple(linear.weight for linear in linears_in))[of_mlp_in]
             biases = [linear.bias for linear in linears_in if linear.bias is not None]
-            bias_in = torch.cat(biases)[of_mlp_in] if biases else None
+            bias_in = torch.cat(tuple(biases))[of_mlp_in] if biases else None
             weight_out = linear_out.weight[:, of_mlp_out]
             attended, activation = args[0][..., of_attention], args[0][..., of_mlp_out]
             if attention_width == 0:
