@@ -40,6 +40,7 @@ def tune(
     prompt: Prompts = None,
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="How many of the target's own prompts.")] = 2,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Pictures of each prompt to tune on.")] = 1,
+    first_seed: Annotated[int, typer.Option("--first-seed", min=0, help="Seed of the first one.")] = 0,
     confirm: Annotated[int, typer.Option("--confirm", min=1, help="Others of each, to confirm on.")] = 1,
     cost: Annotated[
         str | None,
@@ -83,12 +84,12 @@ def tune(
         raise Failure(f"{path} is there already; nothing was tried (--force replaces it, --output names another file)")
     options = TuneOptions(
         fidelity=fidelity_options(
-            repo, prompt=prompt, prompts=prompts, seeds=range(seeds), steps=steps, size=size, weights=weights,
+            repo, prompt=prompt, prompts=prompts, seeds=range(first_seed, first_seed + seeds), steps=steps, size=size, weights=weights,
             factory=factory, autoencoder=autoencoder, dtype=dtype, device=device, floor=False, target=target,
             plugins=plugins, python=python,
         ),
         floor=decibels,
-        confirm_seeds=tuple(range(1000, 1000 + confirm)),
+        confirm_seeds=tuple(range(first_seed + 1000, first_seed + 1000 + confirm)),
         start=config,
         trials=trials,
         cost=cost,
