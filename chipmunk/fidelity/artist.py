@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import chipmunk
+from chipmunk.config import Config
 from chipmunk.fidelity import flops, metrics
 from chipmunk.fidelity.coverage import coverage
 from chipmunk.fidelity.flops import ModelCost
@@ -146,6 +147,7 @@ class Artist:
                 self.pixels[f"{variant.name}/{index}"] = drawing.pixels
         found: Result = {"pictures": results, "steps": steps, "notes": []}
         if variant.config is not None:
+            found["settings"] = _every_value(variant.config)
             counted = statistics(self.model)
             found["statistics"] = str(counted)
             found["notes"] = _notes(results, counted)
@@ -194,6 +196,13 @@ def compare(dense: Tensor, ours: Tensor) -> dict[str, float]:
 def _math() -> Iterator[None]:
     with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+def _every_value(config: dict[str, Any]) -> Result:
+    """What ran, the defaults filled in: they are this version's, and change."""
+    filled = Config.model_validate_json(json.dumps(config))
+    values: Result = filled.model_dump(mode="json", by_alias=True)
+    return values
 
 
 def _notes(results: Sequence[Result], counted: Any) -> list[str]:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from chipmunk.config import Config
 from chipmunk.fidelity.metrics import CAP, INSTALL
 from chipmunk.fidelity.report import FidelityError, notes
 from chipmunk.fidelity.tables import psnr
@@ -256,11 +255,15 @@ def _figure(value: float | None, places: int = 3) -> str:
     return "–" if value is None else f"{value:.{places}f}"
 
 
-def _yaml(config: Mapping[str, Any]) -> str:
-    """What applies, the defaults filled in; what was set is marked."""
-    values = Config.model_validate_json(json.dumps(config)).model_dump(mode="json", include=set(_SHOWN))
+def _yaml(variant: Data) -> str:
+    """What applied, as the results say it; what was set is marked. Defaults of today are not filled in."""
+    config: Data = variant["config"]
+    values: Data | None = variant.get("settings")
     lines = []
-    for section in _SHOWN:
+    if values is None:
+        lines.append("# written by an older Chipmunk, which noted only what was set, and not its defaults")
+        values = config
+    for section in (name for name in _SHOWN if name in values):
         value = values[section]
         if not isinstance(value, dict):
             lines.append(f"{section}: {json.dumps(value)}{'  # set' if section in config else ''}")

@@ -34,8 +34,16 @@ def picture(
     }
 
 
-def variant(name: str, family: str = "sparse", config: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+def variant(
+    name: str,
+    family: str = "sparse",
+    config: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    **given: Any,
+) -> dict[str, Any]:
+    """settings: every value that ran, as results had none of at first."""
     return {
+        **({} if settings is None else {"settings": settings}),
         "name": name,
         "family": family,
         "config": config,

@@ -12,6 +12,7 @@ from PIL import Image
 
 from chipmunk import registry
 from chipmunk.apply import carry_out, plan_update
+from chipmunk.config import Config
 from chipmunk.fidelity import FidelityError, FidelityOptions, FidelityReport, run
 from chipmunk.fidelity.spec import Variant
 from chipmunk.rewrite import plan_repository
@@ -149,6 +150,19 @@ def test_json(found: FidelityReport) -> None:
     assert data["status"] == "measured"
     assert data["sites"]
     assert [picture["seed"] for picture in data["pictures"]] == [3]
+
+
+def test_results_say_every_value_that_ran(found: FidelityReport) -> None:
+    """So that they mean the same when defaults have changed."""
+    data = found.to_json()["variants"]
+    for one in data:
+        if one["config"] is None:
+            assert "settings" not in one
+            continue
+        assert json.loads(json.dumps(one["settings"])) == one["settings"]
+        assert Config.model_validate_json(json.dumps(one["settings"])) == Config.model_validate(one["config"])
+        assert set(one["settings"]) == set(Config.model_fields)
+        assert set(one["settings"]["mlp"]) == set(type(Config().mlp).model_fields)
 
 
 def test_a_repository_that_is_not_patched_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from chipmunk.config import Config
 from chipmunk.report import charts, render
 from tests.cli.command_line import chipmunk
 from tests.fidelity.results import report, variant
@@ -91,6 +92,25 @@ def test_figures_are_those_of_the_results(tmp_path: Path) -> None:
     text = render(written(tmp_path), tmp_path)
     for figure in ("32.0", "0.950", "60%", "top_keys: 0.2  # set", "skipped", "a note", "chipmunk fidelity flux"):
         assert figure in text, figure
+
+
+def test_the_configuration_is_the_one_that_ran_and_not_what_todays_defaults_make_of_it(tmp_path: Path) -> None:
+    """Results are read long after: defaults change, keys come and go."""
+    ran = Config().model_dump(mode="json", by_alias=True)
+    ran["mlp"] |= {"top_keys": 0.2, "full_step_every": 7, "gone_since": 5}
+    text = render(written(tmp_path, variant("v", config={"mlp": {"top_keys": 0.2}}, settings=ran)), tmp_path)
+    assert "top_keys: 0.2  # set\n" in text
+    assert "full_step_every: 7\n" in text
+    assert "gone_since: 5\n" in text
+    assert text.count("# set\n") == 1
+
+
+def test_results_of_before_settings_were_written_say_so(tmp_path: Path) -> None:
+    """Near miss: `{}` is a configuration too, and all of its values were defaults nobody wrote down."""
+    text = render(written(tmp_path, variant("v", config={"mlp": {"top_keys": 0.2}}), variant("w", config={})), tmp_path)
+    assert "top_keys: 0.2  # set</pre>" in text
+    assert "full_step_every" not in text
+    assert text.count("an older Chipmunk") == 2
 
 
 def test_latents_alone_make_a_page(tmp_path: Path) -> None:
