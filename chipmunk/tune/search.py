@@ -9,7 +9,7 @@ measuring means is the caller's.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -144,13 +144,6 @@ class Search:
         self.watch(what, trial, best, self.trials - len(self.tried) if left is None else left)
         return trial
 
-    def _moves(self, config: Config, direction: int) -> Iterator[tuple[str, Config]]:
-        """One notch further on each ladder: 1 towards cheap, -1 towards faithful."""
-        for name in LADDERS:
-            found = self._next(name, config, direction)
-            if found is not None:
-                yield name, found
-
     def _next(self, name: str, config: Config, direction: int) -> Config | None:
         ladder = LADDERS[name]
         notch = notch_of(ladder, config, self.defaults) + direction
@@ -159,21 +152,31 @@ class Search:
     def _repair(self, here: Trial) -> Trial:
         """From below the floor: the move that gains most for its cost, until the floor is reached."""
         while here.fidelity < self.floor and len(self.tried) < self.trials:
-            gains = []
             base = self._try("the start, on one picture", here.config, 1) if self.pictures > 1 else here
-            for name, config in self._moves(here.config, -1):
-                trial = self._try(f"{name}, more", config, 1)
-                gained = trial.fidelity - base.fidelity
-                if gained > 0.05:
-                    gains.append((gained / max(trial.cost - base.cost, NOTHING), name))
+            gains = [gain for name in LADDERS if (gain := self._gain(name, base)) is not None]
             if not gains:
                 break
             # the best half at once: a start far below the floor is far from it on several ladders
             config = here.config
-            for _, name in sorted(gains, reverse=True)[: max(len(gains) // 2, 1)]:
-                config = self._next(name, config, -1) or config
+            for _, name, notch in sorted(gains, reverse=True)[: max(len(gains) // 2, 1)]:
+                config = changed(config, LADDERS[name][notch])
             here = self._try("several, more", config, self.pictures)
         return here
+
+    def _gain(self, name: str, base: Trial) -> tuple[float, str, int] | None:
+        """The nearest notch towards faithful that gains: what it gains for its cost, the ladder and the notch.
+
+        Notches that gain nothing are passed over: counts are rounded, and where a loop is short, full steps every so
+        often can be fewer than those that are ever further apart.
+        """
+        for notch in reversed(range(notch_of(LADDERS[name], base.config, self.defaults))):
+            if len(self.tried) >= self.trials:
+                return None
+            trial = self._try(f"{name}, more", changed(base.config, LADDERS[name][notch]), 1)
+            gained = trial.fidelity - base.fidelity
+            if gained > 0.05:
+                return gained / max(trial.cost - base.cost, NOTHING), name, notch
+        return None
 
     def _descend(self, here: Trial) -> None:
         base = here if self.pictures == 1 else self._try("the start, on one picture", here.config, 1)

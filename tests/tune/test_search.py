@@ -107,6 +107,20 @@ def test_notches_that_rounding_makes_equal_are_passed_over() -> None:
     assert best.cost == pytest.approx(0.5)
 
 
+def test_on_the_way_up_they_are_passed_over_too() -> None:
+    """0.3, 0.4 and 0.5 keep the same neurons of a small model; and a rung may be worse than the one below it."""
+
+    class Rounded(Model):
+        def __call__(self, config: dict[str, Any], pictures: int) -> Trial:
+            kept, every = (value_of(config, key, DEFAULTS) for key in ("mlp.top_keys", "mlp.full_step_every"))
+            kept, often = (2.0 if kept > 0.5 else 0.0), {None: 0.0, 7: -1.0, 5: 1.5, 3: 3.0}.get(every, -2.0)
+            return Trial(config, 27.0 + kept + often, 0.5 + 0.1 * kept + 0.05 * often, pictures)
+
+    best = search(Rounded(), 30.0).run({})
+    assert best is not None
+    assert best.fidelity >= 30
+
+
 @given(
     st.fixed_dictionaries({name: st.floats(0, 3) for name in LADDERS}),
     st.fixed_dictionaries({name: st.floats(-0.01, 0.05) for name in LADDERS}),
