@@ -94,9 +94,10 @@ def rule(context: Context) -> None:
 
 def _patch_block(context: Context, model: Model, block: Block) -> None:
     forward = block.forward
-    receiver = forward.scope.receiver
     streams = {name: frozenset({stream}) for name, stream in block.streams.items()}
-    leaves = list(_Search(context, block, frozenset(block.streams.values())).leaves(forward, streams, receiver, None))
+    leaves = list(
+        _Search(context, block, frozenset(block.streams.values())).leaves(forward, streams, block.receiver, None)
+    )
     leaves = [_within_reach(_once(leaf, leaves)) for leaf in leaves]
     joint = [leaf for leaf in leaves if leaf.kind == "joint"]
     shared = _shared_with(context, model, block)

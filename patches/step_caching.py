@@ -129,11 +129,12 @@ def _loops(context: Context, model: Model, attribute: str) -> list[_Loop]:
 
 
 def _runs_blocks(scope: Scope, loop: cst.For) -> bool:
-    """Whether the loop's body calls what the loop iterates: `block(…)`, `block.run(…)`, `checkpoint(block, …)`."""
+    """Whether the loop's body calls what the loop iterates: `block(…)`, `block.run(…)`, `run(block)`, `run(x=block)`."""
     names = {name for name, _ in target_names(loop.target)}
     for call, step in scope.calls:
         if loop in step.loops:
-            parts = [call.func, *(arg.value for arg in call.args[:1])]
+            named = [arg.value for arg in call.args if arg.keyword is not None and isinstance(arg.value, cst.Name)]
+            parts = [call.func, *(arg.value for arg in call.args[:1]), *named]
             if any((dotted(part) or "").partition(".")[0] in names for part in parts):
                 return True
     return False
@@ -284,7 +285,7 @@ def _grown(scope: Scope, loops: list[cst.For], start: int, end: int) -> Iterator
 def _kept_in(block: Block) -> str | None:
     """The parameter of a block in which it leaves something for later: `info["keys"][name] = keys`."""
     scope = block.forward.scope
-    others = set(scope.parameters) - block.streams.keys() - {scope.receiver}
+    others = set(scope.parameters) - block.streams.keys() - {block.receiver, scope.receiver}
     for step in scope.steps:
         for target in step.node.targets if isinstance(step.node, cst.Assign) else ():
             holder: cst.BaseExpression = target.target

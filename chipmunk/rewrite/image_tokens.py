@@ -43,7 +43,7 @@ def ids_parameter(
     """The parameter with the image tokens' positions: concatenated with the text's on the way to the blocks."""
     for found in passes if place is not None else ():
         joined: list[tuple[int, str]] = []
-        for arg in found.call.args[found.first :]:
+        for arg in found.given:
             if dotted(arg.value) in streams:
                 continue
             for call, step in scope.calls_behind(arg.value, found.step):

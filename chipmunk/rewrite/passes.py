@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import libcst as cst
@@ -24,6 +25,11 @@ class Pass:
     """Leading arguments that are not the block's: 1 for `checkpoint(block, …)`; BY_NAME for `run(…, block=block)`."""
     step: Step
     results: list[str]
+
+    @property
+    def given(self) -> Sequence[cst.Arg]:
+        """The arguments that are the block's, or those of what does its work."""
+        return self.call.args[max(self.first, 0) :]
 
 
 def passes(scope: Scope) -> list[Pass]:
@@ -129,7 +135,7 @@ def joined_inside(scope: Scope, double: Pass, single: Pass) -> Streams | None:
     """The streams of two passes of which the second one takes two streams and gives them back."""
     if len(single.results) != 2 or any(is_call(arg.value, *CONCATENATIONS) for arg in single.call.args):
         return None
-    taken = {dotted(arg.value) for arg in single.call.args[single.first :]}
+    taken = {dotted(arg.value) for arg in single.given}
     returned = _returned(scope, single)
     if not taken.issuperset(single.results) or len(returned) != 1:
         return None

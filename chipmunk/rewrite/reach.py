@@ -103,7 +103,7 @@ class Attribute:
 
 def reached_from(repository: Repository, block: Block) -> list[Reached]:
     """The block's forward and the functions below it that have a name for the block, or a module right below it."""
-    start = Reached(block.forward, block, block.forward.scope.receiver, None, "", dict(block.streams))
+    start = Reached(block.forward, block, block.receiver, None, "", dict(block.streams))
     found: dict[tuple[int, str | None, str | None], Reached] = {}
     _follow(repository, start, found, 0)
     return list(found.values())

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import libcst as cst
 
+from chipmunk.rewrite.handed import work_of
 from chipmunk.rewrite.image_tokens import ids_parameter, image_parameter, other_spatial
 from chipmunk.rewrite.passes import BY_NAME, CONCATENATIONS, Pass, Streams, joined, joined_inside, passes
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
@@ -41,6 +42,8 @@ class Block:
     forward: Function
     streams: dict[str, str]
     """Parameters of forward that take a stream: name → `image`, `text` or `joint`."""
+    receiver: str = ""
+    """The block's name in forward: `self`, or what a function that the model hands the block to calls it."""
     attention: bool = False
     mlp: str | None = None
     linear_in: str | None = None
@@ -49,6 +52,12 @@ class Block:
     mlp_first_in: bool = False
     mlp_first_out: bool = False
     mlp_alone: bool = False
+    is_handed: bool = field(init=False)
+    """Whether the work is done outside the block, by what it is handed to."""
+
+    def __post_init__(self) -> None:
+        self.is_handed = bool(self.receiver)
+        self.receiver = self.receiver or self.forward.scope.receiver
 
 
 @dataclass(eq=False)
@@ -224,12 +233,6 @@ def _with_roles(
             method.node.name,
             "it runs both kinds of block, but slices no image stream off at the end (a ControlNet, perhaps)",
         )
-    for found in (double, single):
-        if found.first == BY_NAME:
-            reason = (
-                f"{dotted(found.call.func)} does the work of the blocks in self.{found.attribute}: it is not followed"
-            )
-            return Lookalike(owner, method.node.name, reason)
     blocks: list[Block] = []
     outside = {name: role for name, role in ((streams.image, "image"), (streams.text, "text")) if name}
     for found, roles in ((double, outside), (single, streams.inside)):
@@ -247,6 +250,15 @@ def _with_roles(
             return Lookalike(
                 owner, method.node.name, f"self.{found.attribute} may hold blocks of several classes: {names}"
             )
+        if found.first == BY_NAME:
+            work = work_of(repository, classes[0], method, found, roles)
+            if work is None:
+                does = f"{dotted(found.call.func)} does the work of the blocks in self.{found.attribute}"
+                return Lookalike(owner, method.node.name, f"{does}: it is not followed")
+            if work[0] is repository.method(classes[0], "forward"):
+                work = (*_followed(repository, classes[0], *work[:2]), "")
+            blocks.append(Block(classes[0], *work))
+            continue
         name = (
             last_name(found.call.func) if isinstance(found.call.func, cst.Attribute) and not found.first else "forward"
         )
@@ -281,6 +293,9 @@ def _with_roles(
         chosen = next((told for block in blocks if (told := _chosen_by(block)) is not None), None)
         if chosen is not None:
             why = f"token order is off: which tokens the blocks work on is told by {chosen}"
+        other = next((block.forward.name for block in blocks if block.is_handed), None)
+        if other is not None and not why:
+            why = f"token order is off: {other}, which does the blocks' work, may know where tokens lie"
     return Model(
         owner, method, double.attribute, single.attribute, blocks[0], blocks[1],
         image, None if why else ids, why, () if why else per_token,
@@ -357,7 +372,7 @@ def _stream_of(value: cst.BaseExpression, streams: dict[str, str]) -> str | None
 def _chosen_by(block: Block) -> str | None:
     """The parameter of a block, no stream, that says where tokens lie: `keys[:, :, info["places"]] = image_keys`."""
     scope = block.forward.scope
-    others = set(scope.parameters) - block.streams.keys() - {scope.receiver}
+    others = set(scope.parameters) - block.streams.keys() - {block.receiver, scope.receiver}
     for step in scope.steps:
         for expression in step.expressions:
             for node in walk(expression):

@@ -289,21 +289,86 @@ def test_a_pipeline_that_inherits_from_one_of_diffusers() -> None:
     ]
 
 
-RUNNER = """
+_BODY = DOUBLE[DOUBLE.index("        image_q, image_k") :]
+_OUTSIDE = _BODY.replace("self.", "it.").replace("return image, text", "return image, text, image_q")
+HANDED = (
+    "import torch\n\nfrom flow.attention import attend\n"
+    + f"""
+
+class Runner:
+    @staticmethod
+    def pair(number, it, image, text, rotation, more):
+        image, text, query = Runner._pair(it, image, text, rotation)
+        for each in more:
+            image = each.add(number, image, query)
+        return image, text
+
+    @staticmethod
+    def _pair(it, image, text, rotation):
+{_OUTSIDE}
+"""
+)
+"""A function that is handed the block does its work."""
+
+_CALLS = (
+    ("import JointBlock\n", "import JointBlock\nfrom flow.runner import Runner\n"),
+    ("text_ids, time):", "text_ids, time, more=()):"),
+    ("for block in self.pairs:", "for number, block in enumerate(self.pairs):"),
+    ("block(image, text, rotation)", "Runner.pair(0, image=image, text=text, it=block, more=more, rotation=rotation)"),
+)
+BY_NAME = variant(MODEL, *_CALLS)
+
+
+def test_what_a_block_is_handed_to_by_name_is_where_its_work_is() -> None:
+    plan = plan_of(flow__model=BY_NAME, flow__runner=HANDED)
+    assert is_whole(plan), sites(plan, "left dense")
+    changed = next(change.after.decode() for change in plan.changes if change.path == "flow/runner.py")
+    assert "attend(q, k, v, rotation, **chipmunk.layer(it))" in changed
+    assert "chipmunk.mlp(it, it.image_mlp, it.image_norm(image))" in changed
+    assert not any(change.path == "flow/double.py" for change in plan.changes)
+    reason = sites(plan, "patched")["model-forward"][0]
+    assert "token order is off: Runner.pair, which does the blocks' work, may know where tokens lie" in reason
+
+
+LEAVING = """\
+from torch.utils.checkpoint import checkpoint
 
 
 class Runner:
     @staticmethod
-    def pair(number, block, image, text, rotation):
-        return block(image, text, rotation)
-"""
+    def pair(number, it, image, text, rotation, more):
+        return """
 
 
-def test_blocks_that_something_else_does_the_work_of_are_named() -> None:
-    call = "Runner.pair(number=0, block=block, image=image, text=text, rotation=rotation)"
-    plan = plan_of(flow__model=variant(MODEL, ("block(image, text, rotation)", call)) + RUNNER)
+def test_what_leaves_the_work_to_the_block_is_no_place_of_it() -> None:
+    for call in ("it(image, text, rotation)", "checkpoint(it, image, text, rotation)"):
+        plan = plan_of(flow__model=BY_NAME, flow__runner=LEAVING + call + "\n")
+        assert is_whole(plan), sites(plan, "left dense")
+        assert "token order is off" not in sites(plan, "patched")["model-forward"][0]
+
+
+@pytest.mark.parametrize(
+    ("model", "runner"),
+    [
+        (BY_NAME.replace("it=block", "it=number, other=block"), HANDED),  # another one's name
+        (BY_NAME.replace("text=text, ", "text=image, "), HANDED),  # one stream twice
+        (BY_NAME.replace("more=more", "**more"), HANDED),
+        (
+            BY_NAME,
+            HANDED.replace("        image, text, query =", "        it = it.inner\n        image, text, query ="),
+        ),
+        (BY_NAME, HANDED.replace("@staticmethod", "@rewritten\n    @staticmethod", 1)),
+        (BY_NAME, "from somewhere import Runner\n"),
+    ],
+)
+def test_what_a_block_is_handed_to_is_not_followed_where_it_is_not_understood(model: str, runner: str) -> None:
+    plan = plan_of(flow__model=model, flow__runner=runner)
     reason = "Runner.pair does the work of the blocks in self.pairs: it is not followed"
     assert sites(plan, "left dense")["model-forward"] == [reason]
+    assert not plan.changes
+
+
+def test_a_call_that_gets_the_block_by_name_beside_its_own_changes_nothing() -> None:
     beside = "block(image, text, rotation)\n            seen, how = note(block=block, image=image, text=text)"
     assert is_whole(plan_of(flow__model=variant(MODEL, ("block(image, text, rotation)", beside))))
 
