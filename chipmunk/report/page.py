@@ -261,7 +261,7 @@ def _yaml(variant: Data) -> str:
     values: Data | None = variant.get("settings")
     lines = []
     if values is None:
-        lines.append("# written by an older Chipmunk, which noted only what was set, and not its defaults")
+        lines += ["# written by an older Chipmunk:", "# what was set; its defaults are", "# not known"]
         values = config
     for section in (name for name in _SHOWN if name in values):
         value = values[section]
