@@ -110,8 +110,27 @@ def _patch_block(context: Context, model: Model, block: Block) -> None:
             hop = leaf.path[knows[-1] if leaf.at is None else leaf.at]
             context.left_dense(hop.function.source, hop.call, leaf.kind)
     if not joint:
-        reason = f"no attention function that is known was found on the joint stream, up to {DEPTH} calls down"
+        reason = _outside(context, block, streams)
+        reason = (
+            reason or f"no attention function that is known was found on the joint stream, up to {DEPTH} calls down"
+        )
         context.left_dense(forward.source, forward.node.name, reason, matched=forward.name)
+
+
+def _outside(context: Context, block: Block, streams: dict[str, Streams]) -> str | None:
+    """Where the attention is if a module of another package gets all streams, and its class is called after it."""
+    scope, wanted = block.forward.scope, frozenset(block.streams.values())
+    for call, step in scope.calls:
+        attribute = self_attribute(call.func, block.receiver)
+        if attribute is None or _streams_of(block.forward, call, step, streams) != wanted:
+            continue
+        for value, method, at in context.repository.values_of(block.owner, attribute):
+            made = context.repository.resolve(value.func, method, at) if isinstance(value, cst.Call) else None
+            package, _, name = made.name.partition(".") if isinstance(made, External) else ("", "", "")
+            if "atten" in name.rpartition(".")[2].lower():
+                last = name.rpartition(".")[2]
+                return f"it lies in {last} of {package}, outside this repository, or in what processor that is given"
+    return None
 
 
 def _shared_with(context: Context, model: Model, block: Block) -> str:

@@ -129,7 +129,7 @@ def _loops(context: Context, model: Model, attribute: str) -> list[_Loop]:
 
 
 def _runs_blocks(scope: Scope, loop: cst.For) -> bool:
-    """Whether the loop's body calls what the loop iterates: `block(…)`, `block.run(…)`, `run(block)`, `run(x=block)`."""
+    """Whether its body calls what the loop iterates: `block(…)`, `block.run(…)`, `run(block, …)`, `run(x=block)`."""
     names = {name for name, _ in target_names(loop.target)}
     for call, step in scope.calls:
         if loop in step.loops:

@@ -373,6 +373,27 @@ def test_a_call_that_gets_the_block_by_name_beside_its_own_changes_nothing() -> 
     assert is_whole(plan_of(flow__model=variant(MODEL, ("block(image, text, rotation)", beside))))
 
 
+ELSEWHERE = variant(
+    SINGLE,
+    ("from flow.attention import attend\n", "from diffusers.models.attention_processor import Attention, JointNorm\n"),
+    (
+        "self.width, self.heads = width, heads\n",
+        "self.width, self.heads = width, heads\n        self.norm = JointNorm()\n",
+    ),
+    ("        self.act =", "        self.mix = Attention(width, heads)\n        self.act ="),
+    ("        qkv, hidden =", "        x = self.norm(x)\n        qkv, hidden ="),
+    ("attend(q, k, v, rotation)", "self.mix(x, rotation)"),
+)
+
+
+def test_attention_in_another_package_is_said_to_be_there() -> None:
+    reason = "it lies in Attention of diffusers, outside this repository, or in what processor that is given"
+    assert sites(plan_of(flow__single=ELSEWHERE), "left dense")["attention"] == [reason]
+    unknown = ELSEWHERE.replace("self.mix = Attention(", "self.mix = JointNorm(")
+    (reason,) = sites(plan_of(flow__single=unknown), "left dense")["attention"]
+    assert reason.startswith("no attention function that is known")
+
+
 def test_arguments_in_a_list_are_said_not_to_be_followed() -> None:
     change = (
         "image, text = block(image, text, rotation)",
