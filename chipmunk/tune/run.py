@@ -170,16 +170,20 @@ def _about(found: TuneReport, result: Mapping[str, Any], options: TuneOptions) -
         f"Found by: {found.command}",
         f"On {date.today().isoformat()}: {about['model']}, weights: {about['weights']}, {about['dtype']},",
         f"{about['device']}; {width_height}, {options.fidelity.steps} steps.",
-        f"Tuned on {found.tuned['pictures']} pictures: {found.tuned['cost']:.1%} of the dense {found.cost}, "
+        f"Tuned on {_pictures(found.tuned['pictures'])}: {found.tuned['cost']:.1%} of the dense {found.cost}, "
         f"{what} {found.tuned['fidelity']:.1f} dB (floor {found.floor:g} dB).",
     ]
     if found.confirmed is None:
         return [*lines, "Interrupted: the best so far, not confirmed on other seeds."]
     return [
         *lines,
-        f"Confirmed on {found.confirmed['pictures']} others: {found.confirmed['cost']:.1%}, "
+        f"Confirmed on {_pictures(found.confirmed['pictures'])} of other seeds: {found.confirmed['cost']:.1%}, "
         f"{found.confirmed['fidelity']:.1f} dB.",
     ]
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"
 
 
 def _says(text: str, config: Mapping[str, Any]) -> bool:

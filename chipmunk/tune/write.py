@@ -7,6 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+THE_DEFAULTS = "These are the defaults: a key that you delete keeps the value given here."
+"""What the commented defaults say of themselves, which is not so once a value has changed."""
+
 
 def rendered(base: str, config: Mapping[str, Any], about: Sequence[str]) -> str:
     """`base`, the text of a commented configuration, with the values of `config` in it and `about` as its first lines.
@@ -39,6 +42,7 @@ def rendered(base: str, config: Mapping[str, Any], about: Sequence[str]) -> str:
             lines.append(f"{section}:")
         lines.insert(starts[section] + 1, f"  {key}: {_yaml(value)}")
         starts = {name: at + (at > starts[section]) for name, at in starts.items()}
+    lines = [line.replace(THE_DEFAULTS, "A key that you delete goes back to its default.") for line in lines]
     header = [f"# {line}".rstrip() for line in about]
     return "\n".join([*header, "#" if header else "", *lines]).lstrip("\n") + "\n"
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from chipmunk.config import FILE_NAME, Config, load
 from chipmunk.registry import data_path
 from chipmunk.tune.search import LADDERS, changed
-from chipmunk.tune.write import rendered
+from chipmunk.tune.write import THE_DEFAULTS, rendered
 
 BASE = data_path(FILE_NAME).read_text()
 
@@ -28,10 +28,11 @@ def test_values_are_replaced_where_they_stand_and_comments_stay(tmp_path: Path) 
     text = rendered(BASE, {"mlp": {"top_keys": 0.15}, "attn": {"recompute_mask": False}}, ["Found today."])
     assert text.startswith("# Found today.\n#\n")
     changed_lines = [(a, b) for a, b in zip(BASE.splitlines(), text.splitlines()[2:], strict=True) if a != b]
-    assert changed_lines == [
+    assert changed_lines[1:] == [
         ("  top_keys: 0.3", "  top_keys: 0.15"),
         ("  recompute_mask: true", "  recompute_mask: false"),
     ]
+    assert changed_lines[0][0].endswith(THE_DEFAULTS), "the one comment that is no longer true"
     config = read(text, tmp_path)
     assert (config.mlp.top_keys, config.attn.top_keys, config.attn.recompute_mask) == (0.15, 0.165, False)
 
@@ -64,3 +65,10 @@ def test_what_is_written_is_what_was_found(
     wanted = Config.model_validate_json(json.dumps(config))
     for part in ("mlp", "attn", "patchify", "step_caching"):
         assert getattr(found, part) == getattr(wanted, part)
+
+
+def test_what_was_found_is_not_said_to_be_the_defaults() -> None:
+    """A key that is deleted from a tuned file goes back to its default, not to the value that was found."""
+    assert THE_DEFAULTS in BASE
+    assert "These are the defaults" not in rendered(BASE, {"mlp": {"top_keys": 0.2}}, ["Found by: x"])
+    assert rendered("# mine\n", {}, []) == "# mine\n"
