@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from chipmunk.verify.placeholders import Placeholders, PlaceholderUsed
+from chipmunk.verify.placeholders import Placeholders, PlaceholderUsed, to_install
 
 
 class CheckoutError(Exception):
@@ -94,7 +94,7 @@ class Checkout:
         package = error.name if isinstance(error, ImportError) else None
         hint = None
         if isinstance(error, (ModuleNotFoundError, PlaceholderUsed)) and package:
-            hint = f"{sys.executable} -m pip install {package.partition('.')[0]}"
+            hint = to_install(package)
         message = f"{file} cannot be imported: {self.place_of(error)}{type(error).__name__}: {error}"
         return CheckoutError(message, hint)
 

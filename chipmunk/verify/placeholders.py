@@ -18,6 +18,17 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+APPLICATIONS = {"comfy": "ComfyUI", "comfy_extras": "ComfyUI", "comfy_api": "ComfyUI", "folder_paths": "ComfyUI"}
+"""Packages that only an application's folder holds: those that the package index has by their names are others."""
+
+
+def to_install(package: str) -> str:
+    """The command after which a missing package can be imported."""
+    name = package.partition(".")[0]
+    if name in APPLICATIONS:
+        return f"export PYTHONPATH=/path/to/{APPLICATIONS[name]}  # its folder holds the package {name!r}"
+    return f"{sys.executable} -m pip install {name}"
+
 
 class PlaceholderUsed(ImportError):
     """Code that runs needs a package that is not installed."""

@@ -261,7 +261,10 @@ def _less_dense_branches(
 
 def _refusal(error: dict[str, Any], theirs: Spec, ours: Spec) -> VerifyError:
     message = error["message"].replace(str(theirs.root), str(ours.root))
-    if error["kind"] == "build":
+    uncalled = theirs.factory is None and bool(error.get("place"))
+    if uncalled:  # raised by the repository's own code, called as FLUX.1 is called
+        message = f"the original code fails {error['place']}{message}: verify may not know what its forward needs"
+    if error["kind"] == "build" or uncalled:
         return VerifyError(
             f"{message}{HINT}, `verify_factory.py` say, and name it (a model that is called in "
             f"another way than FLUX.1 needs a target of its own: docs/adding-a-target.md):\n\n"

@@ -29,7 +29,7 @@ from chipmunk.ops import dispatch
 from chipmunk.runtime.session import statistics
 from chipmunk.verify.checkout import CheckoutError
 from chipmunk.verify.operators import as_json, hold_against_reference
-from chipmunk.verify.placeholders import PlaceholderUsed
+from chipmunk.verify.placeholders import PlaceholderUsed, to_install
 from chipmunk.verify.spec import CONFIGS, PROGRESS, Scenario, Spec
 from chipmunk.verify.subject import BuildError, Drawn, OtherModelError, Subject, load_file
 
@@ -275,15 +275,17 @@ def main(path: str) -> None:
     os.chdir(spec.out)
     if spec.weights is None:
         torch.set_num_threads(1)  # the model is too small to share
+    worker: Worker | None = None
     try:
         require_device(spec.device)
         if spec.preload is not None:
             load_file(spec.preload, "chipmunk_verify_preload")
-        result = Worker(spec).run()
+        worker = Worker(spec)
+        result = worker.run()
     except CheckoutError as error:
         result = failure("import", error, error.next_command)
     except PlaceholderUsed as error:
-        result = failure("import", error, f"{sys.executable} -m pip install {error.name}")
+        result = failure("import", error, to_install(error.name or ""))
     except BuildError as error:
         result = failure("build", error)
     except OtherModelError as error:
@@ -292,6 +294,7 @@ def main(path: str) -> None:
         result = failure("memory", error)
     except Exception as error:
         result = failure("crash", error)
+        result["error"]["place"] = worker.subject.checkout.place_of(error) if worker is not None else ""
     (spec.out / "result.json").write_text(json.dumps(result, indent=1))
 
 

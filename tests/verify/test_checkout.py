@@ -11,7 +11,7 @@ import pytest
 
 from chipmunk.verify.checkout import Checkout, CheckoutError, import_root
 from chipmunk.verify.original import rebuild
-from chipmunk.verify.placeholders import PlaceholderUsed
+from chipmunk.verify.placeholders import PlaceholderUsed, to_install
 from chipmunk.verify.worker import require_device
 
 
@@ -133,6 +133,11 @@ def reads(): return other.thing
         module.uses()
     with pytest.raises(PlaceholderUsed, match=r"nowhere\.other\.thing"):
         module.reads()
+
+
+def test_what_only_an_application_holds_is_not_to_be_installed() -> None:
+    assert to_install("comfy.utils") == "export PYTHONPATH=/path/to/ComfyUI  # its folder holds the package 'comfy'"
+    assert to_install("comfyui_frontend.x").endswith(" -m pip install comfyui_frontend")
 
 
 def test_what_is_only_tried_stays_missing(tmp_path: Path) -> None:

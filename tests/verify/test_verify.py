@@ -186,6 +186,19 @@ def build():
 
 
 @pytest.mark.slow
+def test_a_forward_that_needs_what_verify_does_not_know_needs_a_factory(tmp_path: Path) -> None:
+    line = "        img = self.img_in(img)\n"
+    root = edited(starter(tmp_path), "flux/model.py", line, '        places = {}["where"]\n' + line)
+    patch(root)
+    with pytest.raises(
+        VerifyError, match=r"the original code fails at flux/model.py:\d+: KeyError: 'where'"
+    ) as refused:
+        run(root)
+    assert "Traceback" not in refused.value.message
+    assert refused.value.next_command == f"chipmunk verify {root} --factory verify_factory:build"
+
+
+@pytest.mark.slow
 def test_patched_code_that_does_not_run_fails(tmp_path: Path) -> None:
     root = starter(tmp_path)
     patch(root)
