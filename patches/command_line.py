@@ -30,7 +30,7 @@ def rule(context: Context) -> None:
     commands = _commands(context)
     used: set[str] = set()
     for place in context.values.places:
-        loads = _loads(context, place) if context.values.is_hot(place) else []
+        loads = _loads(context, place) if context.values.may_hold(place) else []
         if not loads:
             continue
         source = place.module.source

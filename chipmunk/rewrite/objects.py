@@ -190,8 +190,9 @@ def _importers(repository: Repository, module: Module, first: str) -> list[Modul
     parts = [part for part in module.path.removesuffix(".py").split("/") if part != "__init__"]
     called = re.compile(rb"\bdef (?:forward|__call__)\s*\(\s*\w+\s*,\s*" + re.escape(first.encode()) + rb"\b")
     found: list[Module] = []
-    for path, content in sorted(repository.files.items()):
-        if path == module.path or parts[-1].encode() not in content or not called.search(content):
+    word = parts[-1].encode()
+    for path in repository.files_where(lambda text: word in text and called.search(text) is not None, (word, called)):
+        if path == module.path:
             continue
         other = repository.module(path)
         imports = other.imports.values() if other is not None else ()

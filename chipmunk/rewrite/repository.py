@@ -13,10 +13,13 @@ from pathlib import PurePosixPath
 import libcst as cst
 
 from chipmunk.rewrite.flow import Scope, Step
+from chipmunk.rewrite.outlines import Outline
+from chipmunk.rewrite.outlines import dotted as _dotted
 from chipmunk.rewrite.source import Source, SourceError
 from chipmunk.rewrite.syntax import bind, dotted, is_call, last_name, parameters, self_attribute, walk
 
 _FOLLOW = 6  # imports of imports
+_ADDING = {"append", "extend", "insert"}
 _WORD = re.compile(rb"[A-Za-z_\x80-\xff][\w\x80-\xff]*")
 
 
@@ -46,6 +49,10 @@ class Function:
     def words(self) -> frozenset[str]:
         """Every name that occurs in it, and what else looks like one."""
         return _words(self.text)
+
+    @cached_property
+    def values(self) -> Outline:
+        return Outline.of(self.outline)
 
     @property
     def name(self) -> str:
@@ -132,6 +139,10 @@ class Module:
     def words(self) -> frozenset[str]:
         """Every name that occurs in them, and what else looks like one."""
         return _words(self.source.plain_text)
+
+    @cached_property
+    def values(self) -> Outline:
+        return Outline.of_module(self.source.outline.body)
 
     def all_functions(self) -> list[Function]:
         """Functions and methods, live ones only."""
@@ -400,7 +411,7 @@ class Repository:
         """The expressions that any method assigns to `self.attribute`, or appends to it."""
         found: list[tuple[cst.BaseExpression, Function, Step]] = []
         for current in self.bases(owner):
-            for method in current.methods.values():
+            for method in [method for method in current.methods.values() if attribute in method.words]:
                 scope = method.scope
                 for binding in scope.bindings.get(f"{scope.receiver}.{attribute}", ()):
                     if binding.value is not None and not binding.path:
@@ -416,13 +427,11 @@ class Repository:
                 self._built(owner, value, method, step, found, 0)
             for current in self.bases(owner):
                 for method in current.methods.values():
+                    if attribute not in method.words or _ADDING.isdisjoint(method.words):
+                        continue
                     for call, step in method.scope.calls:
                         function = call.func
-                        if not isinstance(function, cst.Attribute) or function.attr.value not in (
-                            "append",
-                            "extend",
-                            "insert",
-                        ):
+                        if not isinstance(function, cst.Attribute) or function.attr.value not in _ADDING:
                             continue
                         if self_attribute(function.value, method.scope.receiver) == attribute:
                             for arg in call.args:
@@ -501,13 +510,6 @@ class Repository:
                 for call, step in place.scope.calls:
                     if last_name(call.func) == owner.name and self.resolve(call.func, place, step) is owner:
                         yield call, place, step
-
-
-def _dotted(node: ast.expr) -> str | None:
-    if isinstance(node, ast.Attribute):
-        value = _dotted(node.value)
-        return None if value is None else f"{value}.{node.attr}"
-    return node.id if isinstance(node, ast.Name) else None
 
 
 def _parts(path: str) -> list[str]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import PurePosixPath
 
 import libcst as cst
 
+from chipmunk.rewrite import outlines
 from chipmunk.rewrite.flow import Binding, Scope, Step
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
 from chipmunk.rewrite.roles import Model
@@ -71,6 +72,10 @@ class Place:
         return _LOOP.search(text) is not None
 
     @property
+    def outline(self) -> outlines.Outline:
+        return self.module.values if self.function is None else self.function.values
+
+    @property
     def name(self) -> str:
         return "<module>" if self.function is None else self.function.name
 
@@ -109,6 +114,10 @@ class Values:
     """What was learnt since the places that it may matter to were last visited: words, functions (`id`), places."""
     _globals: dict[tuple[int, str], frozenset[str]] = field(default_factory=dict)
     """By module (`id`) and name."""
+    _attribute_names: set[str] = field(default_factory=set)
+    """The attributes of any class that have a label."""
+    _holding: dict[Place, bool] = field(default_factory=dict)
+    """What was answered about places when all was known."""
     _unseen: set[tuple[str, str, int]] = field(default_factory=set)
     """Files that do not see a name from any of so many modules."""
 
@@ -208,7 +217,7 @@ class Values:
             news, self._news = self._news, set()
             for place in list(self.places):
                 is_new = place in news or id(place.function) in news or not news.isdisjoint(place.words)
-                if is_new and self.is_hot(place):
+                if is_new and self.is_hot(place) and self._may_matter(place):
                     self._visit(place)
 
     def is_hot(self, place: Place) -> bool:
@@ -216,6 +225,61 @@ class Values:
         if place.function is not None and id(place.function) in self._called:
             return True
         return not self._hot.isdisjoint(place.words)
+
+    def _may_matter(self, place: Place) -> bool:
+        """Whether a visit may tell anything: what has no label goes nowhere. Told without the place's tree."""
+        aliases = place.module.aliases
+        if any(aliases.get(name, name) in self._known for name in place.outline.annotations):
+            return True
+        return place.outline.lets_out(self._source(place), self._given(place))
+
+    def may_hold(self, place: Place) -> bool:
+        """Whether a name of the place may get a model from a call, or a model be called; told without its tree."""
+        if place not in self._holding:
+            hot = self.is_hot(place)
+            self._holding[place] = hot and place.outline.holds(self._source(place), self._given(place))
+        return self._holding[place]
+
+    def _given(self, place: Place) -> list[str]:
+        """The parameters that have a label."""
+        return [name for name in place.outline.parameters if (id(place.function), name) in self.arguments]
+
+    def _source(self, place: Place) -> outlines.Source:
+        """What is known of the expressions of a place, but for its own names."""
+        aliases, outline, function = place.module.aliases, place.outline, place.function
+        owners = self.repository.bases(function.owner) if function is not None and function.owner is not None else []
+        receiver = outline.parameters[0] if outline.parameters else "self"
+
+        def source(node: ast.expr) -> Iterable[ast.expr] | bool:
+            if isinstance(node, ast.Name):
+                return (id(place.module), node.id) in self._globals
+            if isinstance(node, ast.Attribute):
+                inner = node.value.id if isinstance(node.value, ast.Name) else None
+                if owners and inner == receiver:
+                    return any((id(owner), node.attr) in self.attributes for owner in owners)
+                if inner is not None and node.attr in self._attribute_names and outline.may_be_object(inner):
+                    return True
+                return [node.value] if node.attr in _INSIDE else False
+            if isinstance(node, ast.Call):
+                return self._call_source(node, aliases)
+            if isinstance(node, (ast.Tuple, ast.List)):
+                return node.elts
+            if isinstance(node, ast.IfExp):
+                return [node.body, node.orelse]
+            return [node.value] if isinstance(node, ast.NamedExpr) else False
+
+        return source
+
+    def _call_source(self, node: ast.Call, aliases: Mapping[str, str]) -> Iterable[ast.expr] | bool:
+        """Whether the call's value may have a label; else the expressions that it would have it from."""
+        attribute = node.func.attr if isinstance(node.func, ast.Attribute) else None
+        name = node.func.id if isinstance(node.func, ast.Name) else attribute or ""
+        if aliases.get(name, name) in self._known or attribute in _PARSING:
+            return True
+        found = [node.func.value] if isinstance(node.func, ast.Attribute) and attribute in _SAME_OBJECT else []
+        if name in _WRAPPERS:
+            found += [*node.args, *(keyword.value for keyword in node.keywords)]
+        return found
 
     def _visit(self, place: Place) -> None:
         scope, function = place.scope, place.function
@@ -299,6 +363,8 @@ class Values:
                 self._called.add(key[0])
                 self._news.add(key[0])
             else:
+                if table is self.attributes:
+                    self._attribute_names.add(key[1])
                 self._tell(key[1])
 
     def _annotated(self, annotation: cst.Annotation | None, place: Place) -> frozenset[str]:
