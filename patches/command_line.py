@@ -68,12 +68,20 @@ def _loads(context: Context, place: Place) -> list[Binding]:
         and binding.name != "_"
         and context.values.model_of(context.values.bound(binding, place)) is not None
         and not _same_name(binding)
+        and not _is_given_it(context, binding, place)
     ]
 
 
 def _same_name(binding: Binding) -> bool:
     """`model = model.to(device)` loads nothing."""
     return binding.value is not None and any(dotted(node) == binding.name for node in walk(binding.value))
+
+
+def _is_given_it(context: Context, binding: Binding, place: Place) -> bool:
+    """`model = unwrap(self.model)` loads nothing either: what is called is given the model."""
+    given = binding.value.args if isinstance(binding.value, cst.Call) else ()
+    found = (context.values.labels(arg.value, binding.step, place) for arg in given)
+    return any(context.values.model_of(labels) is not None for labels in found)
 
 
 def _hands_on(context: Context, place: Place) -> bool:

@@ -445,3 +445,25 @@ def test_functions_that_change_the_pipeline_come_before_it_is_enabled(more: str,
     plan = plan_repository({"draw.py": SETUP.replace("MORE", more).encode()}, REGISTRY)
     lines = plan.changes[0].after.decode().splitlines()
     assert lines[lines.index("chipmunk.enable(pipe)") - 1] == before
+
+
+@pytest.mark.parametrize(("given", "counted"), [("self.model", False), ("3", True)])
+def test_what_is_given_the_model_does_not_load_it(given: str, counted: bool) -> None:
+    trainer = f"""\
+from flow.model import Painter
+
+
+def bare(model):
+    return Painter(4, 32, 4, 3, 3) if model == 3 else model
+
+
+class Trainer:
+    def __init__(self):
+        self.model = Painter(4, 32, 4, 3, 3)
+
+    def look(self):
+        inner = bare({given})
+        print(inner.out)
+"""
+    dense = [site for site in plan_of(flow__trainer=trainer).sites if site.patch == "command-line"]
+    assert any("bare" in site.matched for site in dense if site.status.value == "left dense") is counted
