@@ -41,6 +41,8 @@ def rule(context: Context) -> None:
             continue
         if not any(left.model == index and left.denoises for left in loops.uncounted):
             reason, source = "no loop that calls the model was found", model.forward.source
+            if any(context.models[call.model].owner is model.owner for found in loops.found for call in found.calls):
+                reason = f"no loop of those that call {model.name} is known to run {model.forward.name}"
             _count_otherwise(context, index, source, model.forward.node.name, reason, f"class {model.name}")
 
 
