@@ -84,9 +84,9 @@ def tune(
         raise Failure(f"{path} is there already; nothing was tried (--force replaces it, --output names another file)")
     options = TuneOptions(
         fidelity=fidelity_options(
-            repo, prompt=prompt, prompts=prompts, seeds=range(first_seed, first_seed + seeds), steps=steps, size=size, weights=weights,
-            factory=factory, autoencoder=autoencoder, dtype=dtype, device=device, floor=False, target=target,
-            plugins=plugins, python=python,
+            repo, prompt=prompt, prompts=prompts, seeds=range(first_seed, first_seed + seeds), steps=steps, size=size,
+            weights=weights, factory=factory, autoencoder=autoencoder, dtype=dtype, device=device, floor=False,
+            target=target, plugins=plugins, python=python,
         ),
         floor=decibels,
         confirm_seeds=tuple(range(first_seed + 1000, first_seed + 1000 + confirm)),
