@@ -82,16 +82,16 @@ class Outline:
 
     def lets_out(self, source: Source, given: Iterable[str]) -> bool:
         """Whether a model may leave the function, if the names `given` are models."""
-        warm = self._warm(source, given)
+        warm = self.warm(source, given)
         return any(_is_warm(value, source, warm) for value in self.out)
 
     def holds(self, source: Source, given: Iterable[str]) -> bool:
         """Whether a name may get a model from a call, or a model may be called, if the names `given` are models."""
-        warm = self._warm(source, given)
+        warm = self.warm(source, given)
         made = (value for _, value in self.bound if isinstance(value, ast.Call))
         return any(_is_warm(value, source, warm) for value in (*made, *self.called))
 
-    def _warm(self, source: Source, given: Iterable[str]) -> set[str]:
+    def warm(self, source: Source, given: Iterable[str]) -> set[str]:
         """The names that may be models."""
         warm, pending, before = set(given), self.bound, -1
         while pending and len(warm) > before:

@@ -35,6 +35,8 @@ _ANY_CLASS = {"Any", "Callable", "Module", "ModelMixin", "ConfigMixin", "TypeVar
 _LOOP = re.compile(rb"^[ \t]*(?:async[ \t]+)?for\b", re.MULTILINE)
 _SETTING = {"setattr", "add_module", "register_module", "__setattr__"}
 
+_VALUES = (cst.Attribute, cst.Call, cst.Tuple, cst.List, cst.IfExp, cst.NamedExpr)
+
 Value = frozenset[str] | tuple["Value", ...]
 NOTHING: frozenset[str] = frozenset()
 
@@ -283,6 +285,7 @@ class Values:
 
     def _visit(self, place: Place) -> None:
         scope, function = place.scope, place.function
+        warm = place.outline.warm(self._source(place), self._given(place))
         if function is not None:
             for parameter in parameters(function.node):
                 label = self._annotated(parameter.annotation, place)
@@ -305,9 +308,15 @@ class Values:
                 if _any(value):
                     self._returns(function, value)
         for call, step in scope.calls:
-            if call.args:
+            if any(self._may_be_warm(arg.value, place, warm) for arg in call.args):
                 self._pass(call, step, place)
                 self._register(call, step, place)
+
+    def _may_be_warm(self, node: cst.BaseExpression, place: Place, warm: Collection[str]) -> bool:
+        """The cheap test before an expression is valued. `warm`: the place's own names that may have a label."""
+        if isinstance(node, cst.Name):
+            return node.value in warm or (id(place.module), node.value) in self._globals
+        return isinstance(node, _VALUES)
 
     def _returns(self, function: Function, value: Value) -> None:
         merged = _merge(self.returns.get(id(function), NOTHING), value)
