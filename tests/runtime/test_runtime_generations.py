@@ -381,7 +381,7 @@ def test_out_of_memory_runs_the_rest_dense(message: str | None, monkeypatch: pyt
 
     model, given = enabled(), inputs()
     dense = [call(build(), step, given) for step in range(STEPS)]
-    original, calls = sparse_mlp._means_through, []
+    original, calls = sparse_mlp.means_through, []
 
     def full_memory(*args: Any) -> Tensor:
         calls.append(args)
@@ -389,7 +389,7 @@ def test_out_of_memory_runs_the_rest_dense(message: str | None, monkeypatch: pyt
             raise torch.OutOfMemoryError("out of memory") if message is None else RuntimeError(message)
         return original(*args)
 
-    monkeypatch.setattr(sparse_mlp, "_means_through", full_memory)
+    monkeypatch.setattr(sparse_mlp, "means_through", full_memory)
     with pytest.warns(RuntimeWarning, match="did not fit into memory"):
         got = [call(model, step, given) for step in chipmunk.steps(model, range(STEPS))]
     assert same(got, dense)
