@@ -103,7 +103,7 @@ class ModelFacts:
     step_caching: bool = False
     """Whether the blocks can be left out on a step."""
     forward: str = "forward"
-    """The function that does the model's work, and is marked: a method of the model, or a function of `forward_file`."""
+    """The function that does the model's work, and is marked: a method of the model, or one of `forward_file`."""
     forward_file: str | None = None
     """Where that function is, if it is no method; the model is then its argument `receiver`."""
     receiver: str | None = None
