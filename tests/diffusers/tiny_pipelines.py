@@ -11,8 +11,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-TILES = {"mbm": 16, "counts_multiple_of": 8}
-NEURONS = {"bm": 16, "mbm": 16, "counts_multiple_of": 8}
+TILES = {"mbm": 16, "counts_multiple_of": 8, "full_step_every": 10}
+NEURONS = {"bm": 16, "mbm": 16, "counts_multiple_of": 8, "full_step_every": 10}
 SPARSE = {"attn": TILES, "mlp": NEURONS, "compile": False}
 KEPT = {
     "attn": {**TILES, "top_keys": 1.0},
