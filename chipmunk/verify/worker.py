@@ -73,8 +73,7 @@ class Worker:
         model = self.subject.model(scenario.model)
         with torch.no_grad(), Oracle(model, self.spec.facts, load_config(scenario.config)) as oracle:
             for index, image in enumerate(scenario.images):
-                oracle.steps = image.steps
-                oracle.end_generation()
+                oracle.begin_generation(image.steps)
                 oracle.follow(self.labels[f"{scenario.name}/{index}"])
                 self.draw("oracle", scenario, index)
             calls = dict(oracle.calls)

@@ -1,10 +1,13 @@
-"""A FLUX-like model of two kinds of blocks, as small as the oracle's own tests need."""
+"""A FLUX-like model of two kinds of blocks, as small as the oracle's own tests need, and a configuration for it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from chipmunk.config import Config
 from chipmunk.rewrite.plan import BlockFacts, ModelFacts
 
 HIDDEN, HEADS, FEATURES = 16, 2, 48
@@ -72,6 +75,18 @@ class TinyFlux(nn.Module):
         return self.out(x[:, txt.shape[1] :])
 
 
+class Identity(nn.Module):
+    """A model whose output at a token is its own position, and which remembers the order in which it saw them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.double_blocks, self.single_blocks = nn.ModuleList(), nn.ModuleList()
+
+    def forward(self, img: Tensor, img_ids: Tensor) -> tuple[Tensor, str]:
+        self.seen = img_ids[0, :, 1:].int().tolist()
+        return img + img_ids, "more"
+
+
 FACTS = ModelFacts(
     file="tiny_flux.py",
     name="TinyFlux",
@@ -100,3 +115,33 @@ def inputs(height: int = 5, width: int = 7, text: int = 3, batch: int = 1, seed:
         "txt": torch.randn(batch, text, HIDDEN, generator=generator),
         "txt_ids": torch.zeros(batch, text, 3),
     }
+
+
+def config(attn: dict[str, Any] | None = None, mlp: dict[str, Any] | None = None, **others: Any) -> Config:
+    """Small tiles, so that small models have several groups; first layers sparse too unless the test says otherwise."""
+    settings = {
+        "attn": {
+            "is_enabled": True,
+            "top_keys": 0.3,
+            "full_step_every": 4,
+            "counts_multiple_of": 2,
+            "mbm": 8,
+            "first_n_dense_layers": 0,
+        }
+        | (attn or {}),
+        "mlp": {
+            "is_enabled": True,
+            "top_keys": 0.3,
+            "random_keys": 0.05,
+            "full_step_every": 4,
+            "block_mask_cache": 1,
+            "bm": 8,
+            "mbm": 8,
+            "counts_multiple_of": 4,
+            "first_n_dense_layers": 0,
+        }
+        | (mlp or {}),
+        "patchify": {"is_enabled": True, "chunk_size_1": 4, "chunk_size_2": 2},
+        "min_steps": 1,
+    }
+    return Config.model_validate(settings | others)

@@ -1,15 +1,17 @@
 """Step caching, stated plainly: which steps are skipped, and what takes the place of the hidden state.
 
-A part of the oracle (`chipmunk.verify.oracle`), which lets the model compute skipped steps too and then puts this in
-the place of the image tokens that leave the last block. Written from docs/architecture.md, without the runtime's code.
+The model computes skipped steps too; then this is put into the place of the image tokens that leave the last block.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from chipmunk.config import Config
@@ -119,3 +121,45 @@ class Steps:
         self.hidden.append(hidden.clone())
         self.residuals.append(hidden - before)
         self.expected = 0.0
+
+
+class StepOfModel:
+    """One call of the model: which rows of its streams are the image, and what these become on a skipped step."""
+
+    def __init__(self, steps: Steps, index: int, image_tokens: int, double_layers: int, layers: int) -> None:
+        self.steps = steps
+        self.index = index
+        self.is_skipped = steps.skips(index)
+        self._image_tokens = image_tokens
+        self._double_layers = double_layers
+        self._layers = layers
+        self._entering: Tensor | None = None
+        self._leaving_double: Tensor | None = None
+        self._text_first = True
+
+    def enter(self, layer: int, streams: Sequence[Tensor]) -> None:
+        """Know what enters the blocks, and on which side of the joint stream the image is."""
+        images = [stream for stream in streams if stream.shape[1] == self._image_tokens]
+        if layer == 0:
+            self._entering = images[0].clone()
+        elif layer == self._double_layers and self._leaving_double is not None and not images:
+            head = streams[0][:, : self._image_tokens]
+            self._text_first = not torch.equal(head, self._leaving_double)
+
+    def leave(self, layer: int, output: Any) -> Any:
+        """Of the last block, the output with the image tokens that step caching puts into their place; else None."""
+        parts = list(output) if isinstance(output, (tuple, list)) else [output]
+        index = next((i for i, part in enumerate(parts) if part.shape[1] == self._image_tokens), 0)
+        if layer == self._double_layers - 1:
+            self._leaving_double = parts[index].clone()
+        if layer != self._layers - 1:
+            return None
+        assert self._entering is not None
+        tokens = parts[index].shape[1]
+        rows = slice(tokens - self._image_tokens, None) if self._text_first else slice(self._image_tokens)
+        if not self.is_skipped:
+            self.steps.compute(self.index, self._entering, parts[index][:, rows])
+            return None
+        parts[index] = parts[index].clone()
+        parts[index][:, rows] = self.steps.skip(self.index, self._entering)
+        return type(output)(parts) if isinstance(output, (tuple, list)) else parts[0]
