@@ -33,6 +33,10 @@ class Image:
     sdpa: str = ""
     """The SDPA backend that was the fastest for this size."""
 
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Image:
+        return Image(**{**data, "step_ms": tuple(data["step_ms"]), "kinds": tuple(data["kinds"])})
+
     @property
     def size(self) -> str:
         return f"{self.width}x{self.height}"
@@ -56,10 +60,7 @@ class Run:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Run:
-        images = tuple(
-            Image(**{**image, "step_ms": tuple(image["step_ms"]), "kinds": tuple(image["kinds"])})
-            for image in data["images"]
-        )
+        images = tuple(map(Image.from_json, data["images"]))
         return Run(**{**data, "images": images, "notes": tuple(data.get("notes", ()))})
 
     def to_json(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def run_worker(
     order, errors = folder / "spec.json", folder / "stderr.txt"
     spec.write(order)
     failure: Event | None = None
+    progress({"event": "start", "side": spec.side, "config": label})
     with errors.open("w") as stderr:
         try:
             worker = subprocess.Popen(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from chipmunk import config as configuration
 from chipmunk import registry
 from chipmunk.bench.measurement import Comparison, Run, compare, steady
 from chipmunk.bench.process import BenchError, Progress, run_worker
-from chipmunk.bench.spec import Spec
+from chipmunk.bench.record import Record
+from chipmunk.bench.spec import Event, Spec
 from chipmunk.rewrite.plan import ModelFacts, Site
 from chipmunk.verify.original import rebuild
 from chipmunk.verify.process import environment
@@ -74,6 +76,8 @@ class BenchReport:
     operators: tuple[dict[str, Any], ...] = ()
     sites: tuple[Site, ...] = ()
     seconds: float = 0.0
+    interrupted: bool = False
+    """Not everything was measured: the runs hold what there is, the comparisons the sizes that both sides finished."""
 
     @property
     def below(self) -> tuple[Comparison, ...]:
@@ -82,11 +86,11 @@ class BenchReport:
 
     @property
     def exit_code(self) -> int:
-        return 1 if self.below else 0
+        return 130 if self.interrupted else 1 if self.below else 0
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "status": "below" if self.below else "measured",
+            "status": "interrupted" if self.interrupted else "below" if self.below else "measured",
             "target": self.target,
             "root": str(self.root),
             "files": sorted({site.file for site in self.sites}),
@@ -102,12 +106,18 @@ class BenchReport:
         }
 
 
-def run(root: Path, options: BenchOptions, progress: Progress = lambda event: None) -> BenchReport:
+def run(
+    root: Path,
+    options: BenchOptions,
+    progress: Progress = lambda event: None,
+    keep: Callable[[BenchReport], None] = lambda report: None,
+) -> BenchReport:
     """Time the patched repository at `root` and its original.
 
     The patched side runs first: the original's process can then also draw with as many dense steps as fit into
-    Chipmunk's time. Raises BenchError or VerifyError (exit code 2) where nothing can be measured, ConfigError for a
-    wrong configuration.
+    Chipmunk's time. keep: is given what there is, marked as interrupted, after each picture. An interruption (Ctrl-C) once
+    there is one is no error: what there is is returned. Raises BenchError or VerifyError (exit code 2) where nothing can
+    be measured, ConfigError for a wrong configuration.
     """
     started = time.perf_counter()
     state = patched_repository(root)
@@ -118,62 +128,107 @@ def run(root: Path, options: BenchOptions, progress: Progress = lambda event: No
     plan = original_plan(state, originals, target=options.target, plugins=options.plugins)
     facts = _model(plan.models)
     assert state.journal is not None
-    with tempfile.TemporaryDirectory(prefix="chipmunk-bench-") as folder:
-        work = Path(folder).resolve()
-        base = Spec(
-            side="patched",
-            root=state.root,
-            facts=facts,
-            target=target_of(facts, plan.target, registry.load(options.plugins).targets),
-            out=work / "runs.jsonl",
-            sizes=options.sizes,
-            steps=options.steps,
-            batch=options.batch,
-            images=options.images,
-            text_tokens=options.text_tokens,
-            dtype=options.dtype,
-            device=options.device,
-            compile=options.compile,
-            weights=None if options.weights is None else options.weights.resolve(),
-            model=options.model,
-            overrides=options.overrides,
-        )
-        worker = partial(
-            run_worker, root=state.root, python=options.python, progress=progress, keep_caches=options.keep_caches
-        )
-        ours: list[Run] = []
-        for number, (name, config) in enumerate(configs.items()):
-            spec = replace(base, config=config, out=work / f"patched-{number}" / "runs.jsonl")
-            found = worker(spec, label=name)
-            ours += [replace(run, config=name) for run in found]
-        to_match = {size: [steady(run.of_size(size)).seconds for run in ours] for size in ours[0].sizes}
-        original = rebuild(state.root, originals, work / "original-repository")
-        spec = replace(
-            base, side="original", root=original, match_seconds=to_match, out=work / "original" / "runs.jsonl"
-        )
-        theirs = {run.variant: run for run in worker(spec)}
-        operators: tuple[dict[str, Any], ...] = ()
-        if options.operators:
-            progress({"event": "operators", "side": "patched", "config": ""})
-            operators = time_operators(options.python, work)
-    notes = [f"{run.config}: {note}" if len(ours) > 1 else note for run in ours for note in run.notes]
-    if options.images < 3:
-        notes.append(f"the last of {options.images} pictures stands for the steady ones; --images 4 is better")
-    if options.device == "cpu":
-        notes.append("a small model on a CPU, which shows that the command runs: its times say nothing about FLUX")
-    return BenchReport(
+    empty = BenchReport(
         root=state.root,
         target=plan.target,
+        comparisons=(),
+        runs=(),
+        environment={},
+        command=options.command,
+        require=options.require,
+        sites=state.journal.sites,
+    )
+    record = Record(options.images)
+
+    def so_far() -> BenchReport:
+        return replace(
+            empty,
+            comparisons=record.comparisons,
+            runs=record.runs,
+            environment=record.environment,
+            notes=tuple(_notes(options, ())),
+            seconds=time.perf_counter() - started,
+            interrupted=True,
+        )
+
+    def follow(event: Event) -> None:
+        record(event)
+        progress(event)
+        if event["event"] == "image":
+            keep(so_far())
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="chipmunk-bench-") as folder:
+            work = Path(folder).resolve()
+            base = Spec(
+                side="patched",
+                root=state.root,
+                facts=facts,
+                target=target_of(facts, plan.target, registry.load(options.plugins).targets),
+                out=work / "runs.jsonl",
+                sizes=options.sizes,
+                steps=options.steps,
+                batch=options.batch,
+                images=options.images,
+                text_tokens=options.text_tokens,
+                dtype=options.dtype,
+                device=options.device,
+                compile=options.compile,
+                weights=None if options.weights is None else options.weights.resolve(),
+                model=options.model,
+                overrides=options.overrides,
+            )
+            theirs, ours = _both_sides(
+                base, rebuild(state.root, originals, work / "original-repository"), configs, options, follow
+            )
+            operators: tuple[dict[str, Any], ...] = ()
+            if options.operators:
+                progress({"event": "operators", "side": "patched", "config": ""})
+                operators = time_operators(options.python, work)
+    except KeyboardInterrupt:
+        if not record.runs:
+            raise
+        return so_far()
+    return replace(
+        empty,
         comparisons=tuple(row for run in ours for row in compare(theirs["dense"], run, theirs.get("fewer steps"))),
         runs=(*theirs.values(), *ours),
         environment=theirs["dense"].environment,
-        command=options.command,
-        require=options.require,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(dict.fromkeys(_notes(options, ours))),
         operators=operators,
-        sites=state.journal.sites,
         seconds=time.perf_counter() - started,
     )
+
+
+def _both_sides(
+    base: Spec, original: Path, configs: Mapping[str, Path | None], options: BenchOptions, progress: Progress
+) -> tuple[dict[str, Run], list[Run]]:
+    """Run the patched code with each configuration, then the original, in processes of their own.
+
+    The original's runs by variant, and the patched code's.
+    """
+    work = base.out.parent
+    worker = partial(
+        run_worker, root=base.root, python=options.python, progress=progress, keep_caches=options.keep_caches
+    )
+    ours: list[Run] = []
+    for number, (name, config) in enumerate(configs.items()):
+        spec = replace(base, config=config, out=work / f"patched-{number}" / "runs.jsonl")
+        ours += [replace(run, config=name) for run in worker(spec, label=name)]
+    to_match = {size: [steady(run.of_size(size)).seconds for run in ours] for size in ours[0].sizes}
+    spec = replace(base, side="original", root=original, match_seconds=to_match, out=work / "original" / "runs.jsonl")
+    return {run.variant: run for run in worker(spec)}, ours
+
+
+def _notes(options: BenchOptions, ours: Sequence[Run]) -> Iterator[str]:
+    """What a reader of the report should know."""
+    for run in ours:
+        for note in run.notes:
+            yield f"{run.config}: {note}" if len(ours) > 1 else note
+    if options.images < 3:
+        yield f"the last of {options.images} pictures stands for the steady ones; --images 4 is better"
+    if options.device == "cpu":
+        yield "a small model on a CPU, which shows that the command runs: its times say nothing about FLUX"
 
 
 def time_operators(python: str, work: Path) -> tuple[dict[str, Any], ...]:

@@ -13,12 +13,14 @@ from chipmunk.verify.spec import PROGRESS, facts_from_json
 Event = dict[str, Any]
 """A line of a worker's output that starts with `PROGRESS`, as an object. Its `event` is one of
 
-    build                                            the model is being built
-    begin    variant, size, steps, index             a picture begins
-    image    variant, size, steps, index, seconds    it is drawn
-    error    kind, message, next, trace              why the worker ends without a result
+    build                                                   the model is being built
+    about    environment                                    it is: what it is, and what it runs on
+    begin    variant, size, steps, index                    a picture begins
+    image    variant, size, steps, index, seconds, image    it is drawn; `image` is an `Image`
+    error    kind, message, next, trace                     why the worker ends without a result
 
-and `side` and `config` are added to each by the parent, which also says `operators` when it begins to time those.
+and `side` and `config` are added to each by the parent, which also says `start` when a worker does, and `operators` when
+it begins to time those.
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chipmunk.bench.worker import kind
+from chipmunk.bench.model_calls import kind
 from chipmunk.config import Config
 from chipmunk.runtime.layer_state import DONE, AttentionRules, LayerState, MlpRules
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from chipmunk.bench import worker
+from chipmunk.bench.device import CannotTime, attention_heads, need_memory
+from chipmunk.bench.model import size_of
 from chipmunk.bench.spec import Spec
-from chipmunk.bench.worker import CannotTime, attention_heads, size_of
 from chipmunk.rewrite.plan import BlockFacts, ModelFacts
 from targets import flux
 
@@ -68,10 +68,10 @@ def test_weights_that_do_not_fit_are_told_before_anything_is_made(monkeypatch: p
     torch.set_default_dtype(torch.bfloat16)
     try:
         with pytest.raises(CannotTime, match=r"its 1\.0 million parameters take 0\.0 GB, 0\.0 GB are free") as refused:
-            worker.need_memory(spec(), Model)
+            need_memory(spec(), Model)
         assert refused.value.kind == "weights"
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2_000_000, 80_000_000))
-        worker.need_memory(spec(), Model)
+        need_memory(spec(), Model)
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import chipmunk
-from chipmunk.bench.worker import model_calls
+from chipmunk.bench.model_calls import model_calls
 from chipmunk.config import StepCaching
 from chipmunk.runtime.step_caching import NO_PLACE, UPSTREAM_SCHEDULE, StepCache, scaled
 
