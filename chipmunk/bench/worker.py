@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
 
@@ -54,6 +54,7 @@ def work(spec: Spec) -> list[Run]:
     if session is None and spec.compile:
         compile_blocks(model, spec)
     environment = describe(spec, model)
+    say(event="about", environment=environment)
     return [replace(run, environment=environment) for run in Side(spec, model, loop, session).measure()]
 
 
@@ -139,8 +140,7 @@ class Side:
             seconds = time.perf_counter() - start
         if not torch.isfinite(result).all():
             raise CannotTime("result", f"the picture {width}x{height} is not finite: its time means nothing")
-        say(event="image", seconds=seconds, **about)
-        return Image(
+        image = Image(
             width=width,
             height=height,
             steps=steps,
@@ -153,6 +153,10 @@ class Side:
             kept=calls.kept,
             sdpa=backend,
         )
+        say(event="image", seconds=seconds, image=asdict(image), **about)
+        return image
+        say(event="image", seconds=seconds, image=asdict(image), **about)
+        return image
 
 
 def notes(counted: Statistics, images: Sequence[Image]) -> Iterator[str]:
