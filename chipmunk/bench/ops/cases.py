@@ -1,29 +1,10 @@
-"""Operators on a GPU: `python -m chipmunk.bench.ops` checks each against float64, then times it against PyTorch.
-
-    python -m chipmunk.bench.ops                        # check and time
-    python -m chipmunk.bench.ops --only check
-    python -m chipmunk.bench.ops --only time --variants all --json result.json
-    python -m chipmunk.bench.ops --match swiglu         # only those
-
-Errors are ‖out − exact‖ / ‖exact‖; the bound is twice that of PyTorch's own operators in the same dtype on the
-same numbers. Uninitialised memory, outputs and workspaces alike, is filled with NaN first; each call is repeated and
-must give the same bits. Times are medians of graph replays over several sets of inputs, so that none stays in L2.
-"""
+"""What is timed: each operator in the sizes of FLUX models, beside the dense PyTorch that it stands in for."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing
-import os
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -31,49 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from chipmunk import ops
-from chipmunk.bench.op_checks import (
-    HEADS,
-    HIDDEN,
-    NEURONS,
-    WIDTH,
-    Mlp,
-    checks,
-    projection,
-    random_lists,
-    random_mlp,
-)
+from chipmunk.bench.ops.inputs import HEADS, HIDDEN, NEURONS, WIDTH, Mlp, projection, random_lists, random_mlp
 from chipmunk.ops import tuning
 
 Run = Callable[[], Any]
 INPUT_SETS = 3
-
-
-# --------------------------------------------------------------------------------------------------------- timing
-def milliseconds(runs: Sequence[Run], budget: float = 0.12) -> float:
-    """Milliseconds a run: median of replays of a graph that holds each of `runs`, for about `budget` seconds."""
-    torch.cuda.synchronize()  # the inputs were made on another stream
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        for run in runs:
-            run()
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
-    times: list[float] = []
-    graph.replay()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    while len(times) < 5 or (time.perf_counter() - started < budget and len(times) < 400):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / len(runs))
-    return median(times)
+"""So many runs a case, each with inputs of its own, so that none stays in L2."""
 
 
 @dataclass
@@ -317,113 +261,3 @@ def cases(variants: str) -> Iterator[Case]:
             yield Case(f"swiglu fc1 {share}{variant}", partial(build, "in"), "", 2 * flops, "sparse_swiglu_in", p)
         yield Case(f"swiglu fc2 {share}", partial(build, "out"), "", flops)
         yield Case(f"sparse swiglu MLP {share}", partial(build, "both"), dense, 3 * flops)
-
-
-def _prepare(wanted: tuple[str, str]) -> None:
-    """In a process of its own: compile what one case needs into Triton's cache on disk."""
-    name, variants = wanted
-    case = next(c for c in cases(variants) if c.name == name)
-    with _using(case):
-        try:
-            case.build()[0]()
-            torch.cuda.synchronize()
-        except Exception as failure:
-            print(f"{name}: {type(failure).__name__}: {str(failure)[:300]}", flush=True)
-
-
-@contextmanager
-def _using(case: Case) -> Iterator[None]:
-    tuning.override.clear()
-    if case.parameters is not None:
-        tuning.override[case.operator] = case.parameters
-    yield
-    tuning.override.clear()
-
-
-def _listed(variants: str, pattern: str) -> list[Case]:
-    return [case for case in cases(variants) if not pattern or any(p in case.name for p in pattern.split(","))]
-
-
-def prepare(variants: str, pattern: str, workers: int) -> None:
-    """Compile what the cases need, `workers` at a time."""
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_prepare, [(case.name, variants) for case in _listed(variants, pattern)]))
-
-
-def time_cases(variants: str, pattern: str, repeats: int) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = []
-    times: dict[str, float] = {}
-    for case in _listed(variants, pattern):
-        try:
-            with _using(case):
-                runs = case.build()
-                measured = [milliseconds(runs) for _ in range(repeats)]
-        except Exception as failure:  # one variant that this GPU cannot build must not cost the others
-            print(f"{case.name}: {type(failure).__name__}: {str(failure)[:300]}", flush=True)
-            continue
-        finally:
-            runs = []
-            torch.cuda.empty_cache()
-        times[case.name] = median(measured)
-        line = {"name": case.name, "ms": median(measured), "spread_ms": max(measured) - min(measured)}
-        if case.flops:
-            line["tflops"] = case.flops / median(measured) / 1e9
-        if case.dense in times:
-            line["ratio"] = times[case.dense] / median(measured)
-        results.append(line)
-        print(_show(line), flush=True)
-    return results
-
-
-def _show(line: dict[str, Any]) -> str:
-    ratio = f"{line['ratio']:5.2f}×" if "ratio" in line else "      "
-    rate = f"{line['tflops']:4.0f}" if "tflops" in line else "    "
-    return f"{line['ms']:8.4f} ±{line['spread_ms']:.4f} ms {rate} TFLOP/s {ratio} {line['name']}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m chipmunk.bench.ops", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("check", "prepare", "time"))
-    parser.add_argument(
-        "--variants", choices=("tuned", "all"), default="tuned", help="all: every design that was tried"
-    )
-    parser.add_argument(
-        "--match", default="", help="only checks and cases whose name contains one of these, comma-separated"
-    )
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=8, help="processes of `--only prepare`, which compiles ahead")
-    parser.add_argument("--json", default=os.path.join(os.environ["OUT"], "ops.json") if "OUT" in os.environ else "")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print(
-            "chipmunk.bench.ops needs a CUDA GPU (compute capability 8.0 or newer); none is visible.", file=sys.stderr
-        )
-        return 2
-    if options.only == "prepare":
-        prepare(options.variants, options.match, options.workers)
-        return 0
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "capability": torch.cuda.get_device_capability(),
-        "torch": torch.__version__,
-    }
-    failed = 0
-    if options.only != "time":
-        report["checks"] = []
-        for check in checks(options.match):
-            report["checks"].append(asdict(check) | {"ok": check.ok})
-            failed += not check.ok
-            mark = "ok  " if check.ok else "FAIL"
-            repeated = "" if check.repeatable else ", NOT REPEATABLE"
-            print(f"{mark} {check.error:.2e} (≤ {check.bound:.2e}{repeated}) {check.name}", flush=True)
-        print(f"{len(report['checks']) - failed} of {len(report['checks'])} checks passed", flush=True)
-    if options.only != "check":
-        report["times"] = time_cases(options.variants, options.match, options.repeats)
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The operators by themselves, on a GPU: `python -m chipmunk.bench.ops`."""
