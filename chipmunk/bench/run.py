@@ -115,9 +115,9 @@ def run(
     """Time the patched repository at `root` and its original.
 
     The patched side runs first: the original's process can then also draw with as many dense steps as fit into
-    Chipmunk's time. keep: is given what there is, marked as interrupted, after each picture. An interruption (Ctrl-C) once
-    there is one is no error: what there is is returned. Raises BenchError or VerifyError (exit code 2) where nothing can
-    be measured, ConfigError for a wrong configuration.
+    Chipmunk's time. keep: is given what there is, marked as interrupted, after each picture. An interruption (Ctrl-C)
+    once there is one is no error: what there is is returned. Raises BenchError or VerifyError (exit code 2) where
+    nothing can be measured, ConfigError for a wrong configuration.
     """
     started = time.perf_counter()
     state = patched_repository(root)
@@ -157,31 +157,14 @@ def run(
         if event["event"] == "image":
             keep(so_far())
 
+    operators: tuple[dict[str, Any], ...] = ()
     try:
         with tempfile.TemporaryDirectory(prefix="chipmunk-bench-") as folder:
             work = Path(folder).resolve()
-            base = Spec(
-                side="patched",
-                root=state.root,
-                facts=facts,
-                target=target_of(facts, plan.target, registry.load(options.plugins).targets),
-                out=work / "runs.jsonl",
-                sizes=options.sizes,
-                steps=options.steps,
-                batch=options.batch,
-                images=options.images,
-                text_tokens=options.text_tokens,
-                dtype=options.dtype,
-                device=options.device,
-                compile=options.compile,
-                weights=None if options.weights is None else options.weights.resolve(),
-                model=options.model,
-                overrides=options.overrides,
-            )
-            theirs, ours = _both_sides(
-                base, rebuild(state.root, originals, work / "original-repository"), configs, options, follow
-            )
-            operators: tuple[dict[str, Any], ...] = ()
+            target = target_of(facts, plan.target, registry.load(options.plugins).targets)
+            base = _spec(options, state.root, facts, target, work)
+            original = rebuild(state.root, originals, work / "original-repository")
+            theirs, ours = _both_sides(base, original, configs, options, follow)
             if options.operators:
                 progress({"event": "operators", "side": "patched", "config": ""})
                 operators = time_operators(options.python, work)
@@ -197,6 +180,28 @@ def run(
         notes=tuple(dict.fromkeys(_notes(options, ours))),
         operators=operators,
         seconds=time.perf_counter() - started,
+    )
+
+
+def _spec(options: BenchOptions, root: Path, facts: ModelFacts, target: Path, work: Path) -> Spec:
+    """What all workers are told; `out` is a file of the folder `work`."""
+    return Spec(
+        side="patched",
+        root=root,
+        facts=facts,
+        target=target,
+        out=work / "runs.jsonl",
+        sizes=options.sizes,
+        steps=options.steps,
+        batch=options.batch,
+        images=options.images,
+        text_tokens=options.text_tokens,
+        dtype=options.dtype,
+        device=options.device,
+        compile=options.compile,
+        weights=None if options.weights is None else options.weights.resolve(),
+        model=options.model,
+        overrides=options.overrides,
     )
 
 

@@ -19,8 +19,8 @@ Event = dict[str, Any]
     image    variant, size, steps, index, seconds, image    it is drawn; `image` is an `Image`
     error    kind, message, next, trace                     why the worker ends without a result
 
-and `side` and `config` are added to each by the parent, which also says `start` when a worker does, and `operators` when
-it begins to time those.
+and `side` and `config` are added to each by the parent, which also says `start` when it starts a worker, and
+`operators` when it begins to time those.
 """
 
 

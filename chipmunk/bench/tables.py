@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -11,12 +11,47 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from chipmunk.bench.measurement import Comparison
+from chipmunk.bench.measurement import Comparison, Run
 from chipmunk.bench.run import BenchReport
 from chipmunk.bench.spec import Event
 
 _SHOWN = 5
 """Pictures of one size that a line of the live table shows."""
+
+_SIDES = {"original": "the original", "patched": "the patched code"}
+
+
+def said(event: Event, images: int) -> str:
+    """What an event tells, in words; `images` pictures of a size are drawn."""
+    side = _SIDES[event["side"]] + (f" ({event['config']})" if event["config"] else "")
+    if event["event"] == "start":
+        return f"starting the process of {side}"
+    if event["event"] == "build":
+        return f"building the model of {side}"
+    if event["event"] == "about":
+        return f"built {event['environment']['model']}"
+    if event["event"] == "operators":
+        return "timing the operators"
+    if event["event"] == "error":
+        return f"{side}: {event['message']}"
+    name = _named(event) + (f" ({event['config']})" if event["config"] else "")
+    of = "" if event["variant"] == "fewer steps" else f" of {images}"
+    return f"{name} at {event['size']}: picture {event['index'] + 1}{of}"
+
+
+class PlainLines:
+    """The same in a pipe or a log: a line as soon as a picture is drawn or a phase begins."""
+
+    def __init__(self, images: int, say: Callable[[str], None]) -> None:
+        self._images = images
+        self._say = say
+
+    def __call__(self, event: Event) -> None:
+        """Take in one event of a worker."""
+        if event["event"] == "image":
+            self._say(f"{said(event, self._images)}: {event['seconds']:.2f} s")
+        elif event["event"] not in ("begin", "error"):  # the error itself is told at the end
+            self._say(said(event, self._images))
 
 
 class LiveTable:
@@ -25,47 +60,65 @@ class LiveTable:
     def __init__(self, images: int) -> None:
         self._images = images
         self._rows: dict[tuple[str, str, str], list[float]] = {}
-        self._now = "starting the process of the patched code"
+        self._now = "reading the repository"
         self._since = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         """Take in one event of a worker."""
         self._since = time.monotonic()
-        side = "the original" if event["side"] == "original" else "the patched code"
-        if event["event"] == "build":
-            self._now = f"building the model of {side}"
-        elif event["event"] == "begin":
-            of = "" if event["variant"] == "fewer steps" else f" of {self._images}"
-            self._now = f"{_named(event)} at {event['size']}: picture {event['index'] + 1}{of}"
-        elif event["event"] == "image":
+        if event["event"] == "image":
             row = self._rows.setdefault((_named(event), event["config"], event["size"]), [])
             row.append(event["seconds"])
             self._now = "waiting for the next one"
-        elif event["event"] == "operators":
-            self._now = "timing the operators"
+        else:
+            self._now = said(event, self._images)
 
     def render(self) -> RenderableType:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("")
-        table.add_column("size")
-        table.add_column("seconds of each picture")
-        for (name, config, size), seconds in self._rows.items():
-            shown = "  ".join(f"{value:.2f}" for value in seconds[-_SHOWN:])
-            table.add_row(f"{name} {config}".strip(), size, ("…  " if len(seconds) > _SHOWN else "") + shown)
         running = Text(f"{self._now}, {time.monotonic() - self._since:.0f} s", style="dim", overflow="ellipsis")
         running.no_wrap = True
-        return Group(table, running) if self._rows else running
+        return Group(drawn(self._rows, _SHOWN), running) if self._rows else running
+
+
+def drawn(rows: Mapping[tuple[str, str, str], Sequence[float]], shown: int) -> Table:
+    """Seconds of each picture by side, configuration and size; of long rows the last `shown`."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    table.add_column("size")
+    table.add_column("seconds of each picture")
+    for (name, config, size), seconds in rows.items():
+        last = "  ".join(f"{value:.2f}" for value in seconds[-shown:])
+        table.add_row(f"{name} {config}".strip(), size, ("…  " if len(seconds) > shown else "") + last)
+    return table
+
+
+def drawn_by(runs: Sequence[Run]) -> Table:
+    """All that was drawn before a benchmark was stopped."""
+    rows: dict[tuple[str, str, str], list[float]] = {}
+    for run in runs:
+        for image in run.images:
+            name = _variant(run.variant, image.steps)
+            rows.setdefault((name, run.config, image.size), []).append(image.seconds)
+    return drawn(rows, max(map(len, rows.values()), default=0))
 
 
 def _named(event: Event) -> str:
     """The side that drew a picture, in words."""
-    return f"{event['steps']} dense steps" if event["variant"] == "fewer steps" else str(event["variant"])
+    return _variant(event["variant"], event["steps"])
+
+
+def _variant(variant: str, steps: int) -> str:
+    return f"{steps} dense steps" if variant == "fewer steps" else variant
 
 
 def report_tables(report: BenchReport) -> Iterable[RenderableType]:
     """The final tables, one after the other; each fits into 80 columns."""
     several = len({row.config for row in report.comparisons}) > 1
-    count = report.comparisons[0].steps if report.comparisons else 0
+    if report.interrupted:
+        yield Text("What was drawn before it was stopped", style="bold")
+        yield drawn_by(report.runs)
+    if not report.comparisons:
+        return
+    count = report.comparisons[0].steps
     yield Text(f"Pictures of {count} steps: seconds, and × the steady dense picture", style="bold")
     yield pictures(report.comparisons, several)
     yield Text("Steps, attention/MLP: milliseconds on the device, and × a dense step", style="bold")

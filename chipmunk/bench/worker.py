@@ -155,8 +155,6 @@ class Side:
         )
         say(event="image", seconds=seconds, image=asdict(image), **about)
         return image
-        say(event="image", seconds=seconds, image=asdict(image), **about)
-        return image
 
 
 def notes(counted: Statistics, images: Sequence[Image]) -> Iterator[str]:

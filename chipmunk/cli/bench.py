@@ -73,7 +73,7 @@ def bench(
     import sys
 
     from chipmunk.bench import picture as drawing
-    from chipmunk.bench.run import BenchOptions, run
+    from chipmunk.bench.run import BenchOptions
     from chipmunk.cli.terminal import print_json, screen
     from chipmunk.cli.verify import python_of
 
@@ -109,15 +109,19 @@ def bench(
         require=require,
         command=shlex.join(["chipmunk", *sys.argv[1:]]),
     )
-    report = _with_live_table(repo, options) if sys.stderr.isatty() else run(repo, options)
+    report = _watched(repo, options, output)
     if as_json:
         print_json(report.to_json())
     else:
         show_report(screen(), report)
-    if picture is not None:
+    if picture is not None and report.comparisons:
         drawing.draw(report, picture)
     if output is not None:
         _write(report, output)
+    if report.interrupted:
+        kept = "" if output is None else f"; what there is was written to {output}"
+        screen(stderr=True).print(f"Interrupted{kept}.", style="bold yellow", soft_wrap=True)
+        raise typer.Exit(report.exit_code)
     if report.exit_code:
         below = ", ".join(f"{row.size} ({row.config}) {row.speedup:.2f}×" for row in report.below)
         screen(stderr=True).print(f"Below the required {require:.2f}×: {below}", style="bold red", soft_wrap=True)
@@ -131,9 +135,10 @@ def show_report(out: Console, report: BenchReport) -> None:
 
     found = report.environment
     versions = ", ".join(f"{name} {found[key]}" for key, name in _VERSIONS.items() if key in found)
-    backends = ", ".join(dict.fromkeys(image.sdpa for image in report.runs[0].images))
-    configs = ", ".join(dict.fromkeys(row.config for row in report.comparisons))
-    out.print(clean(f"Measured {report.root} in {report.seconds:.0f} s"), soft_wrap=True)
+    backends = ", ".join(dict.fromkeys(image.sdpa for run in report.runs for image in run.images))
+    configs = ", ".join(dict.fromkeys(run.config for run in report.runs if run.config))
+    stopped = ", then stopped" if report.interrupted else ""
+    out.print(clean(f"Measured {report.root} in {report.seconds:.0f} s{stopped}"), soft_wrap=True)
     about = (
         f"{found['model']}, {found['weights']} weights, {found['dtype']}, batch {found['batch']}, "
         f"{found['text tokens']} text tokens"
@@ -163,31 +168,62 @@ _VERSIONS = {
 }
 
 
-def _with_live_table(repo: Path, options: BenchOptions) -> BenchReport:
+def _watched(repo: Path, options: BenchOptions, output: Path | None) -> BenchReport:
+    """Run it and say how far it is: a table that fills in a terminal, plain lines elsewhere.
+
+    After each picture what there is goes to `bench.json` in the folder `output`; where the run fails, it is shown.
+    """
+    from contextlib import suppress
+
     from rich.live import Live
 
+    from chipmunk.bench.process import BenchError
     from chipmunk.bench.run import run
-    from chipmunk.bench.tables import LiveTable
-    from chipmunk.cli.terminal import screen
+    from chipmunk.bench.tables import LiveTable, PlainLines
+    from chipmunk.cli.terminal import Lines, draws, screen
 
-    table = LiveTable(options.images)
-    with Live(get_renderable=table.render, console=screen(stderr=True), transient=True, refresh_per_second=4):
-        return run(repo, options, table)
+    so_far: list[BenchReport] = []
+
+    def keep(report: BenchReport) -> None:
+        so_far[:] = [report]
+        if output is not None:
+            with suppress(OSError):  # the last one is written in any case, or says why not
+                _write_json(report, output)
+
+    try:
+        if not draws():
+            return run(repo, options, PlainLines(options.images, Lines()), keep)
+        table = LiveTable(options.images)
+        with Live(get_renderable=table.render, console=screen(stderr=True), transient=True, refresh_per_second=4):
+            return run(repo, options, table, keep)
+    except BenchError:
+        for report in so_far:
+            show_report(screen(stderr=True), report)
+            if output is not None:
+                _write(report, output)
+        raise
+
+
+def _write_json(report: BenchReport, folder: Path) -> None:
+    import json
+
+    from chipmunk.cli.terminal import write_file
+
+    write_file(folder / "bench.json", (json.dumps(report.to_json(), indent=1) + "\n").encode())
 
 
 def _write(report: BenchReport, folder: Path) -> None:
     """The report as `bench.txt`, `bench.json` and, where matplotlib is installed, `bench.svg`."""
     import importlib.util
-    import json
 
     from rich.console import Console
 
     from chipmunk.bench import picture
 
-    (folder / "bench.json").write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    _write_json(report, folder)
     with (folder / "bench.txt").open("w", encoding="utf-8") as file:
         show_report(Console(file=file, width=100, markup=False, highlight=False, emoji=False), report)
-    if importlib.util.find_spec("matplotlib") is not None:
+    if report.comparisons and importlib.util.find_spec("matplotlib") is not None:
         picture.draw(report, folder / "bench.svg")
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -53,7 +56,8 @@ def command(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
     @wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         try:
-            function(*args, **kwargs)
+            with stoppable():
+                function(*args, **kwargs)
         except typer.Exit:
             raise
         except BrokenPipeError:  # whoever was reading has seen enough
@@ -65,6 +69,28 @@ def command(function: Callable[Parameters, None]) -> Callable[Parameters, None]:
             raise typer.Exit(failure.exit_code) from error
 
     return run
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: what it started is stopped, and what it has is kept.
+
+    A signal that is ignored (`nohup`), or that somebody else handles, is left as it is.
+    """
+    mine = [
+        number
+        for name in ("SIGTERM", "SIGHUP")
+        if (number := getattr(signal, name, None)) is not None
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in mine:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in mine:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def explain(error: BaseException) -> Failure:

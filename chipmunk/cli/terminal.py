@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ _ENDLESS = 100_000
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 _PATIENCE = 1.0
 """Seconds before a progress bar appears."""
+_PACE = 3.0
+"""Seconds between plain lines that say how far a command is."""
 LABEL = 7
 """Columns of the label in front of a sentence."""
 
@@ -109,10 +112,36 @@ def write_bytes(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
-class Waiting:
-    """A progress bar on stderr, once a second has passed; none where stderr is no terminal."""
+def draws() -> bool:
+    """Whether what stands on stderr can be drawn over: a terminal that moves its cursor."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
-    def __init__(self, *, time_left: bool = False) -> None:
+
+class Lines:
+    """How far a command is, in plain lines on stderr, each with the time since the start: for logs and pipes."""
+
+    def __init__(self, pace: float = 0.0) -> None:
+        """pace: seconds that have to pass between two lines; what comes sooner is left out."""
+        self._pace = pace
+        self._began = time.monotonic()
+        self._last = -pace
+
+    def __call__(self, text: str) -> None:
+        """Say that something is done, or begins."""
+        passed = time.monotonic() - self._began
+        if passed - self._last < self._pace:
+            return
+        self._last = passed
+        minutes, seconds = divmod(int(passed), 60)
+        with suppress(OSError):  # nobody reads it any more
+            sys.stderr.write(f"{minutes:3}:{seconds:02}  {clean(text)}\n")
+            sys.stderr.flush()
+
+
+class Waiting:
+    """How far a command is, on stderr: in a terminal a bar, once a second has passed; elsewhere nothing, or `lines`."""
+
+    def __init__(self, *, time_left: bool = False, lines: bool = False) -> None:
         text = TextColumn("{task.description}", markup=False)
         left = (TextColumn("left"), TimeRemainingColumn()) if time_left else ()
         self._columns: tuple[ProgressColumn, ...] = (text, BarColumn(), TimeElapsedColumn(), *left)
@@ -121,16 +150,21 @@ class Waiting:
         self._bar: Progress | None = None
         self._timer = threading.Timer(_PATIENCE, self._begin)
         self._timer.daemon = True
+        self._lines = Lines(_PACE) if lines and not draws() else None
 
     def __call__(self, step: str, done: int, total: int) -> None:
-        """Say that `done` of `total` is done, and `step` comes next."""
+        """Say that `done` of `total` is done, and `step` comes next or was the last."""
         with self._lock:
             self._state = (clean(step), done, total)
             self._update()
+            if self._lines is not None:
+                self._lines(f"{done} of {total}: {step}")
 
     def __enter__(self) -> Waiting:
-        if sys.stderr.isatty():
+        if draws():
             self._timer.start()
+        elif self._lines is not None:
+            self._lines("starting")
         return self
 
     def __exit__(

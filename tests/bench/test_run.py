@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -256,6 +257,45 @@ def test_ctrl_c_ends_the_worker_and_what_it_started(starter: Path, tmp_path: Pat
     assert "interrupted" in errors
     for number in marker.read_text().split()[:2]:
         assert not alive(int(number))
+
+
+@pytest.fixture
+def running(starter: Path, tmp_path: Path) -> subprocess.Popen[str]:
+    """`chipmunk bench` in a pipe, with more pictures to draw than anybody waits for; its output folder is `out`."""
+    config = tmp_path / "few.yml"
+    config.write_text(f"attn: {ATTENTION}\nmlp: {MLP % 0.2}\n")
+    words = ["--device", "cpu", "--size", "64x64", "--steps", 8, "--images", 5000, "--output", tmp_path / "out"]
+    return chipmunk("bench", starter, *words, "--config", config)
+
+
+def wait_for(process: subprocess.Popen[str], picture: int) -> list[str]:
+    """The lines on stderr up to the one that tells of a picture."""
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if f"picture {picture} of 5000" in line:
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def test_sigterm_leaves_the_table_of_what_there_is(running: subprocess.Popen[str], tmp_path: Path) -> None:
+    lines = wait_for(running, 3)
+    assert all(re.fullmatch(r" {0,2}\d+:\d\d  [^\x1b\r]+\n", line) for line in lines), lines
+    before = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert before["status"] == "interrupted", "what a reader finds if the process is killed now"
+    assert len(before["runs"][0]["images"]) >= 2
+    os.kill(running.pid, signal.SIGTERM)
+    out, errors = running.communicate(timeout=60)
+    assert running.returncode == 130, errors
+    kept = json.loads((tmp_path / "out" / "bench.json").read_text())
+    times = [one["seconds"] for one in kept["runs"][0]["images"]]
+    assert len(times) >= 3
+    assert all(f"{seconds:.2f}" in out for seconds in times)
+    assert "What was drawn before it was stopped" in (tmp_path / "out" / "bench.txt").read_text()
+    assert "Interrupted" in errors
+    assert str(tmp_path / "out") in errors
+    assert "\x1b" not in out + errors
 
 
 def alive(process: int) -> bool:
