@@ -103,6 +103,7 @@ def fidelity(
         write(report, output)
         if not as_json:
             _say_where(output, report)
+    end_if_stopped(report)
     if report.exit_code:
         from chipmunk.fidelity.tables import verdict
 
@@ -177,12 +178,22 @@ def fidelity_options(
 
 
 def run_with_bar(repo: Path, options: FidelityOptions) -> FidelityReport:
-    """Run it with a progress bar on stderr."""
+    """Run it, and say on stderr how far it is."""
     from chipmunk.cli.terminal import Waiting
     from chipmunk.fidelity import run
 
-    with Waiting(time_left=True) as waiting:
+    with Waiting(time_left=True, lines=True) as waiting:
         return run(repo, options, waiting)
+
+
+def end_if_stopped(report: FidelityReport) -> None:
+    """Say why not everything was measured, where it was not, and end with that error's code."""
+    from chipmunk.cli import failure
+
+    if report.stopped is not None:
+        why = failure.explain(report.stopped)
+        failure.report(why, as_json=False)
+        raise typer.Exit(why.exit_code)
 
 
 def show_report(out: Console, report: FidelityReport) -> None:
@@ -192,7 +203,8 @@ def show_report(out: Console, report: FidelityReport) -> None:
     from chipmunk.fidelity.tables import report_tables
 
     found: dict[str, Any] = report.results["environment"]
-    out.print(clean(f"Measured {report.root} in {report.seconds:.0f} s"), soft_wrap=True)
+    stopped = ", then stopped" if report.stopped else ""
+    out.print(clean(f"Measured {report.root} in {report.seconds:.0f} s{stopped}"), soft_wrap=True)
     for label, text in (
         ("Model", f"{found['model']}, weights: {found['weights']}, {found['dtype']}"),
         ("Device", f"{found['device']}, Python {found['python']}, PyTorch {found['torch']}"),

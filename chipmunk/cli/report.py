@@ -50,11 +50,12 @@ def report(
         raise Failure(f"there is no folder {output.absolute().parent} for the page")
     if source.is_dir() and (source / "results.json").is_file() and not (source / ".chipmunk").is_dir():
         source = source / "results.json"
+    measured = None
     if source.is_file():
         results = _read(source)
         page = _page(results, source.absolute().parent)
     else:
-        from chipmunk.cli.fidelity import fidelity_options, run_with_bar
+        from chipmunk.cli.fidelity import end_if_stopped, fidelity_options, run_with_bar
 
         with tempfile.TemporaryDirectory(prefix="chipmunk-report-") as folder:
             options = fidelity_options(
@@ -62,13 +63,16 @@ def report(
                 weights=weights, factory=factory, autoencoder=autoencoder, dtype=dtype, device=device,
                 output=Path(folder), target=target, python=python, compare=compare,
             )  # fmt: skip
-            results = run_with_bar(source, options).to_json()
+            measured = run_with_bar(source, options)
+            results = measured.to_json()
             page = _page(results, Path(folder))
     write_file(output, page.encode())
     if as_json:
         print_json({"status": "written", "target": results["target"], "files": [str(output)], "sites": []})
     else:
         say(screen(), f"Wrote {output} ({len(page) / 1e6:.1f} MB): open it in a browser.")
+    if measured is not None:
+        end_if_stopped(measured)
 
 
 def _page(results: dict[str, Any], folder: Path) -> str:

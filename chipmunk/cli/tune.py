@@ -94,7 +94,7 @@ def tune(
         trials=trials,
         cost=cost,
     )  # fmt: skip
-    with Waiting(time_left=True) as waiting:
+    with Waiting(time_left=True, lines=True) as waiting:
         report = run(repo, options, waiting)
     if report.text:
         write_file(path, report.text.encode())

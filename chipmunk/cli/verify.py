@@ -72,7 +72,7 @@ def verify_repository(
         factory=factory,
         seed=seed,
     )
-    with Waiting() as waiting:
+    with Waiting(lines=True) as waiting:
         report = run(repo, options, waiting)
     if as_json:
         print_json(report.to_json())

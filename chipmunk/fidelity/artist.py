@@ -27,6 +27,9 @@ from chipmunk.verify.spec import PROGRESS
 
 Result = dict[str, Any]
 
+PICTURES = "pictures"
+"""A worker's folder of decoded pictures, a file each."""
+
 
 @dataclass(frozen=True)
 class Dense:
@@ -50,8 +53,10 @@ class Artist:
         self.blocks: list[nn.Module] = [*attrgetter(facts.double)(self.model), *attrgetter(facts.single)(self.model)]
         self.pictures = self.studio.pictures()
         self.done, self.total = 0, total
-        self.pixels: dict[str, Tensor] = {}
-        """Decoded pictures by `variant/picture`, for the parent."""
+        self.variants: dict[str, Result] = {}
+        """What was measured, by variant; the one that is being drawn has its first pictures."""
+        self.keep: Callable[[], object] = lambda: None
+        """Called after each picture that was measured."""
         self._dense: dict[int, Dense] = {}
         self.cuda = torch.device(spec.device).type == "cuda"
 
@@ -79,6 +84,15 @@ class Artist:
             tensors["pixels"] = drawing.pixels
         self.spec.dense.mkdir(parents=True, exist_ok=True)
         save_file(tensors, self.spec.dense / f"{index}.safetensors")
+
+    def save_pixels(self, name: str, pixels: Tensor | None) -> None:
+        """Leave a decoded picture, `variant/picture`, to the parent; None: it cannot be decoded."""
+        if pixels is not None:
+            folder = self.spec.out / PICTURES
+            folder.mkdir(exist_ok=True)
+            file = folder / f"{len(list(folder.iterdir()))}.safetensors"
+            save_file({name: pixels.contiguous()}, file.with_suffix(".new"))
+            file.with_suffix(".new").rename(file)  # whole or not at all
 
     def dense(self, index: int) -> Dense:
         """The dense picture of that number."""
@@ -137,17 +151,19 @@ class Artist:
             chipmunk.enable(self.model, variant.config)
         if self.cuda and variant.config is not None:
             self.draw(self.pictures[0], steps, f"{variant.name}: compiling")
-        results = []
+        results: list[Result] = []
+        found: Result = {"pictures": results, "steps": steps, "notes": []}
+        if variant.config is not None:
+            found["settings"] = _every_value(variant.config)
+        self.variants[variant.name] = found
         for index, picture in enumerate(self.pictures):
             prepare()
             what = f"{variant.name}: picture {index + 1}"
             drawing, recorded = self.draw(picture, steps, what, watched=variant.method == "cache-dit")
             results.append(self.measure(index, drawing, recorded, cost))
-            if drawing.pixels is not None:
-                self.pixels[f"{variant.name}/{index}"] = drawing.pixels
-        found: Result = {"pictures": results, "steps": steps, "notes": []}
+            self.save_pixels(f"{variant.name}/{index}", drawing.pixels)
+            self.keep()
         if variant.config is not None:
-            found["settings"] = _every_value(variant.config)
             counted = statistics(self.model)
             found["statistics"] = str(counted)
             found["notes"] = _notes(results, counted)
@@ -183,8 +199,7 @@ class Artist:
             with context():
                 drawing, recorded = self.draw(self.pictures[index], self.spec.steps, f"floor, {name}")
             results.append(self.measure(index, drawing, recorded, None))
-            if drawing.pixels is not None:
-                self.pixels[f"{name}/{index}"] = drawing.pixels
+            self.save_pixels(f"{name}/{index}", drawing.pixels)
         return results
 
 

@@ -122,6 +122,8 @@ class FidelityReport:
     seconds: float = 0.0
     images: dict[str, str] = field(default_factory=dict)
     """PNG files by `variant/picture`, relative to the folder of `results.json`."""
+    stopped: BaseException | None = None
+    """Why this is not all that was to be measured: an interruption, or an error of the patched side's."""
 
     @property
     def summaries(self) -> dict[str, Summary]:
@@ -145,7 +147,7 @@ class FidelityReport:
             for variant in self.results["variants"]
         ]
         return {
-            "status": "below" if self.below else "measured",
+            "status": "interrupted" if self.stopped else "below" if self.below else "measured",
             "target": self.target,
             "root": str(self.root),
             "files": sorted({site.file for site in self.sites}),

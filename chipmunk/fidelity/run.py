@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 import time
@@ -117,8 +118,8 @@ def prepare(root: Path, options: FidelityOptions, work: Path) -> Prepared:
 def run(root: Path, options: FidelityOptions, progress: Progress | None = None) -> FidelityReport:
     """Draw the pictures of the patched repository at `root` beside its original's.
 
-    Raises FidelityError or VerifyError (exit code 2) where nothing can be measured, ConfigError for a wrong
-    configuration.
+    Where it is interrupted (Ctrl-C) or fails once something is measured, the report holds that, and why. Raises
+    FidelityError or VerifyError (exit code 2) where nothing can be measured, ConfigError for a wrong configuration.
     """
     metrics.need_ssim()
     started = time.perf_counter()
@@ -134,7 +135,14 @@ def run(root: Path, options: FidelityOptions, progress: Progress | None = None) 
         dense = tuple(variant for variant in variants if variant.config is None)
         sparse = tuple(variant for variant in variants if variant.config is not None)
         theirs = work_on(replace(prepared.original, variants=dense), prepared, options, progress)
-        ours = work_on(replace(prepared.patched, variants=sparse), prepared, options, progress)
+        stopped: BaseException | None = None
+        try:
+            ours = work_on(replace(prepared.patched, variants=sparse), prepared, options, progress)
+        except (KeyboardInterrupt, FidelityError, VerifyError) as error:
+            so_far = prepared.patched.out / "so-far.json"
+            if not so_far.exists():
+                raise
+            ours, stopped = json.loads(so_far.read_text()), error
         results = _joined(theirs, ours, variants, options, prepared.original.facts.installed)
         results["notes"] += left_out
         images = _pictures(results, work, options.output)
@@ -147,6 +155,7 @@ def run(root: Path, options: FidelityOptions, progress: Progress | None = None) 
         sites=prepared.sites,
         seconds=time.perf_counter() - started,
         images=images,
+        stopped=stopped,
     )
 
 
@@ -212,7 +221,12 @@ def _joined(
     whole = ModelCost(tuple(LayerShape(**layer) for layer in cost["layers"]), tuple(cost["blocks"]), cost["outside"])
     found = []
     for variant in variants:
-        result = {**theirs["variants"], **ours["variants"]}[variant.name]
+        result = {**theirs["variants"], **ours["variants"]}.get(variant.name)
+        if result is None:  # stopped before it was its turn
+            continue
+        drawn, wanted = len(result["pictures"]), len(dense["pictures"])
+        if drawn < wanted:
+            result["notes"] = [*result["notes"], f"stopped after {drawn} of {wanted} pictures"]
         for picture in result["pictures"]:
             if "ran" in picture:  # drawn by the original's process, which does not know what a block costs
                 calls = [dict.fromkeys(layers, DENSE) for layers in picture.pop("ran")]
@@ -251,8 +265,7 @@ def _pictures(results: dict[str, Any], work: Path, output: Path | None) -> dict[
     """Add SSIM to the results, and write the pictures as PNG files where there is a folder for them."""
     pixels: dict[str, Any] = {}
     for side in ("original", "patched"):
-        path = work / side / "pictures.safetensors"
-        if path.exists():
+        for path in (work / side / "pictures").glob("*.safetensors"):
             from safetensors.numpy import load_file
 
             pixels |= load_file(path)

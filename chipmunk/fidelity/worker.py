@@ -1,7 +1,8 @@
 """One side of a fidelity run, in a process of its own: `python -m chipmunk.fidelity.worker SPEC.json`.
 
 The original's process draws all pictures densely, and measures how far the dense model is from itself; the patched one
-draws them with each configuration. Figures go to `result.json`, pictures to `pictures.safetensors`.
+draws them with each configuration. Figures go to `result.json`, pictures to a folder; what there is of the patched
+side's figures stands in `so-far.json` at every moment.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from chipmunk.fidelity.artist import Artist
@@ -24,6 +24,8 @@ from chipmunk.fidelity.spec import Spec
 from chipmunk.fidelity.studio import BuildError, CheckoutError, OtherModelError
 from chipmunk.verify.placeholders import PlaceholderUsed
 from chipmunk.verify.worker import environment, failure, require_device
+
+SO_FAR = "so-far.json"
 
 
 def original(spec: Spec) -> dict[str, Any]:
@@ -39,12 +41,13 @@ def original(spec: Spec) -> dict[str, Any]:
     for index, picture in enumerate(artist.pictures):
         drawing, recorded = artist.draw(picture, spec.steps, f"dense: picture {index + 1}")
         artist.save_dense(index, drawing, recorded)
-        if drawing.pixels is not None:
-            artist.pixels[f"dense/{index}"] = drawing.pixels
-    found: dict[str, Any] = {"variants": {}}
+        artist.save_pixels(f"dense/{index}", drawing.pixels)
     for variant in spec.variants:
-        draw = artist.rival(variant) if variant.method == "cache-dit" else artist.variant(variant, None)
-        found["variants"][variant.name] = draw
+        if variant.method == "cache-dit":
+            artist.rival(variant)
+        else:
+            artist.variant(variant, None)
+    found: dict[str, Any] = {"variants": artist.variants}
     found["dense"] = {
         "pictures": [
             {
@@ -66,7 +69,7 @@ def patched(spec: Spec) -> dict[str, Any]:
     artist.total = len(spec.variants) * (len(artist.pictures) + spec.coverage + artist.cuda)
     cost = artist.cost()
     found: dict[str, Any] = {
-        "variants": {variant.name: artist.variant(variant, cost) for variant in spec.variants},
+        "variants": artist.variants,
         "cost": {
             "dense_call": cost.dense,
             "dense_sparsifiable_call": cost.dense_sparsifiable,
@@ -75,16 +78,15 @@ def patched(spec: Spec) -> dict[str, Any]:
             "layers": [asdict(layer) for layer in cost.layers],
         },
     }
+    artist.keep = lambda: _write(spec.out / SO_FAR, finish(artist, found))
+    for variant in spec.variants:
+        artist.variant(variant, cost)
     return finish(artist, found)
 
 
 def finish(artist: Artist, found: dict[str, Any]) -> dict[str, Any]:
-    """Write the pictures, and add what a reader has to know about the run."""
+    """Add what a reader has to know about the run."""
     spec, studio = artist.spec, artist.studio
-    if artist.pixels:
-        save_file(
-            {name: pixels.contiguous() for name, pixels in artist.pixels.items()}, spec.out / "pictures.safetensors"
-        )
     return {
         **found,
         "notes": [*studio.notes, *studio.checkout.notes],
@@ -146,7 +148,14 @@ def main(path: str) -> None:
     except Exception as error:
         kind = "build" if type(error).__name__ == "CannotRun" else "crash"  # the target's own
         result = failure(kind, error)
-    (spec.out / "result.json").write_text(json.dumps(result, indent=1))
+    _write(spec.out / "result.json", result)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all: the process may be killed meanwhile."""
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(result, indent=1))
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

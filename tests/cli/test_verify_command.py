@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command_line import chipmunk, in_terminal, process
+from command_line import chipmunk, environment, in_terminal, process
 
 from chipmunk.apply import revert
 from chipmunk.cli import verify as command
@@ -98,6 +99,22 @@ def test_a_progress_bar_comes_after_a_second_and_only_in_a_terminal(tmp_path: Pa
         assert shown.code == 0, shown.out
         assert ("first [str]" in shown.out) is expected
         assert ("second" in shown.out) is expected
+
+
+def test_where_nothing_can_be_drawn_plain_lines_say_how_far_it_is(tmp_path: Path) -> None:
+    code = "import sys, time; from chipmunk.cli import terminal; terminal._PACE = 0.2\n"
+    code += "with terminal.Waiting(lines='lines' in sys.argv) as waiting:\n"
+    code += "    time.sleep(0.3); waiting('first [str]', 1, 3); waiting('too soon', 2, 3)\n"
+    code += "    time.sleep(0.3); waiting('\\x1b[31mlast', 3, 3)\n"
+    program = [sys.executable, "-c", code]
+    piped = subprocess.run([*program, "lines"], capture_output=True, text=True, env=environment(), check=True)
+    assert piped.stdout == ""
+    expected = ["  0:00  starting", "  0:00  1 of 3: first [str]", "  0:00  3 of 3: \\x1b[31mlast"]
+    assert piped.stderr.splitlines() == expected
+    silent = subprocess.run(program, capture_output=True, text=True, env=environment(), check=True)
+    assert (silent.stdout, silent.stderr) == ("", "")
+    dumb = ["env", "TERM=dumb", *program]
+    assert in_terminal("lines", columns=80, program=dumb).out.splitlines() == expected
 
 
 def test_a_python_without_torch_is_passed_over(starter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

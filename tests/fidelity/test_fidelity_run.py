@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import signal
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from PIL import Image
+from rich.console import Console
 
 from chipmunk import registry
 from chipmunk.apply import carry_out, plan_update
+from chipmunk.cli.fidelity import end_if_stopped, show_report
 from chipmunk.config import Config
 from chipmunk.fidelity import FidelityError, FidelityOptions, FidelityReport, run
 from chipmunk.fidelity.spec import Variant
@@ -163,6 +172,43 @@ def test_results_say_every_value_that_ran(found: FidelityReport) -> None:
         assert Config.model_validate_json(json.dumps(one["settings"])) == Config.model_validate(one["config"])
         assert set(one["settings"]) == set(Config.model_fields)
         assert set(one["settings"]["mlp"]) == set(type(Config().mlp).model_fields)
+
+
+def test_what_was_measured_is_left_when_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C, SIGTERM and SIGHUP come as one; here while the second of three configurations is drawn."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    some, few, kept = VARIANTS[1], VARIANTS[2], VARIANTS[0]
+
+    def interrupt() -> None:
+        while not any(
+            few.name in file.read_text() for file in tmp_path.glob("chipmunk-fidelity-*/patched/so-far.json")
+        ):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    watcher = threading.Thread(target=interrupt, daemon=True)
+    watcher.start()
+    options = FidelityOptions(
+        variants=(VARIANTS[4], some, few, kept), count=1, seeds=(3, 4), steps=STEPS, size=(64, 64), floor=0,
+        coverage=False, output=tmp_path / "out",
+    )  # fmt: skip
+    found = run(patched_starter(tmp_path), options)
+    watcher.join()
+    assert isinstance(found.stopped, KeyboardInterrupt)
+    assert found.to_json()["status"] == "interrupted"
+    assert list(found.summaries) == ["5 steps", "some kept", "few kept"]
+    assert len(variant(found, "some kept")["pictures"]) == 2
+    assert found.summaries["some kept"].ssim is not None, "the pictures themselves are there too"
+    assert variant(found, "few kept")["notes"] == ["stopped after 1 of 2 pictures"]
+    show_report(Console(file=(out := io.StringIO()), width=80), found)
+    assert "few kept: stopped after 1 of 2 pictures" in out.getvalue()
+    assert "kept/0" in " ".join(found.images)
+    with pytest.raises(typer.Exit) as ended:
+        end_if_stopped(found)
+    assert ended.value.exit_code == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_a_repository_that_is_not_patched_is_refused(tmp_path: Path) -> None:
