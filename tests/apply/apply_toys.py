@@ -9,6 +9,8 @@ import shutil
 import stat
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+
 from chipmunk.apply import Update, carry_out, plan_update
 from chipmunk.rewrite.plan import FileChange, Plan, Site, SiteStatus
 
@@ -45,6 +47,9 @@ FILES = {
     "setup.py": b"# nothing to do here: caf\xe9\n",
     "README.md": b"# Flux\n",
 }
+
+few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+"""Each example makes a folder of its own in `tmp_path`."""
 
 _CALL = re.compile(rb"(?<!chipmunk\.)\bsdpa\(")
 
@@ -83,6 +88,13 @@ def patch(root: Path) -> Update:
     update = plan_update(root, rules)
     carry_out(update)
     return update
+
+
+def edit(path: Path, old: bytes, new: bytes) -> None:
+    """Replace the first `old` in a file."""
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new, 1))
 
 
 def snapshot(root: Path) -> dict[str, tuple[str, int, str]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from apply_toys import make, patch
 
 
 @pytest.fixture
@@ -18,3 +19,13 @@ def tmp_path(tmp_path: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         yield Path(folder).resolve()
+
+
+@pytest.fixture
+def patched(tmp_path: Path) -> Path:
+    """The small repository, patched, with files of different modes."""
+    make(tmp_path)
+    (tmp_path / "src/flux/math.py").chmod(0o755)
+    (tmp_path / "src/flux/layers.py").chmod(0o600)
+    patch(tmp_path)
+    return tmp_path
