@@ -30,7 +30,6 @@ class Made:
 
     place: Place
     step: Step
-    statement: cst.CSTNode
     target: cst.BaseExpression
     family: str
     """`Flux`, `Flux2` or `Flux3`."""
@@ -63,7 +62,7 @@ def _directly_made(context: Context) -> tuple[list[Made], dict[Function, str]]:
             if target is None and place.function is not None:
                 returning[place.function] = family
             elif target is not None:
-                found.append(Made(place, step, step.statement, target, family))
+                found.append(Made(place, step, target, family))
         for call, step in place.scope.calls:
             loads = isinstance(call.func, cst.Attribute) and call.func.attr.value in _LOADERS
             if loads and id(call) not in named and _family(context, call, step, place) is not None:
@@ -85,7 +84,7 @@ def _made_by_functions(context: Context, returning: dict[Function, str]) -> Iter
                 if call is None or not isinstance(meaning, Function) or meaning not in returning:
                     continue
                 if target is not None:
-                    yield Made(place, step, step.statement, target, returning[meaning])
+                    yield Made(place, step, target, returning[meaning])
                 elif place.function is not None and place.function not in seen:
                     more[place.function] = returning[meaning]
         seen |= returning.keys()
@@ -185,11 +184,11 @@ def _text(node: cst.CSTNode | None, step: Step, place: Place) -> str | None:
 
 def last_of_setup(context: Context, made: Made, name: str) -> cst.CSTNode:
     """The last of the statements right behind the one that makes the pipeline which only set it up."""
-    last = made.statement
+    last = made.step.statement
     lines = _suite_of(made)
-    if made.statement not in lines:
+    if made.step.statement not in lines:
         return last
-    for statement in lines[lines.index(made.statement) + 1 :]:
+    for statement in lines[lines.index(made.step.statement) + 1 :]:
         if not isinstance(statement, cst.SimpleStatementLine) or len(statement.body) != 1:
             break
         later = lines[lines.index(statement) + 1 :]
@@ -207,7 +206,7 @@ def _suite_of(made: Made) -> list[cst.CSTNode]:
     suites: list[list[cst.CSTNode]] = [list(body)]
     for node, _ in made.step.chain:
         suites += [list(part.body) for part in walk(node) if isinstance(part, cst.IndentedBlock)]
-    return next((suite for suite in suites if made.statement in suite), [])
+    return next((suite for suite in suites if made.step.statement in suite), [])
 
 
 def _sets_up(small: cst.CSTNode, name: str, made: Made) -> bool:
