@@ -16,11 +16,12 @@ SPARSE = [
     {"rows": 64, "keys": 32, "warps": 4, "stages": 1},  # rows do not divide some groups, keys not the lists
 ]
 SUMS = [
-    {"queries": 32, "tile": 32, "warps": 4, "stages": 1, "splits": 2},
-    {"queries": 16, "tile": 64, "warps": 4, "stages": 1, "splits": 1},  # a group in several parts
-    {"queries": 128, "tile": 16, "warps": 4, "stages": 1, "splits": 3},  # several groups in a block
+    {"queries": 32, "tile": 32, "warps": 4, "stages": 1, "splits": 2, "programs": 2},
+    {"queries": 16, "tile": 64, "warps": 4, "stages": 1, "splits": 1, "programs": 1},  # a group in several parts
+    {"queries": 128, "tile": 16, "warps": 4, "stages": 1, "splits": 3, "programs": 2},  # several groups in a block
 ]
 SHAPES = [(1, 2, 70, 32, 32), (2, 1, 68, 64, 48), (1, 1, 33, 16, 64), (1, 1, 96, 16, 32)]  # batch, heads, N, D, group
+LEFT_OVER = (1, 1, 200, 16, 32)  # one block more than programs that run at once: it is cut along its 13 tiles of keys
 
 CASES = [*((shape, torch.float32) for shape in SHAPES), (SHAPES[1], torch.float16)]
 
@@ -60,7 +61,7 @@ def test_sparse(
         assert out.stride() == wanted.stride()
 
 
-@pytest.mark.parametrize(("shape", "dtype"), CASES)
+@pytest.mark.parametrize(("shape", "dtype"), [*CASES, (LEFT_OVER, torch.float32)])
 @pytest.mark.parametrize("parameters", SUMS)
 def test_column_sums(
     shape: tuple[int, ...], parameters: tuning.Parameters, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -2,8 +2,11 @@
 
 The column sums need one more product of queries and keys, but no online softmax: with the log-sum-exp known, each
 probability is one exponential. Scores are computed transposed, keys × queries, so that the sum over a group's rows runs
-within a thread. A program owns `queries` query rows (whole groups, or a part of one) and walks all keys, or one of
-`splits` parts of them; several programs share a multiprocessor: one's exponentials run beside another's products.
+within a thread. A program owns `queries` query rows (whole groups, or a part of one) and walks a part of the keys;
+several programs share a multiprocessor: one's exponentials run beside another's products. A product reads both of its
+operands from shared memory, which is the limit: 256 queries need a quarter less of it than 128. Blocks of queries left
+over after the full rounds of programs are cut along the keys until they fill a round, which costs nothing but a further
+load of the queries.
 Every row is looked at: sums over some of the rows keep too little of the mass (docs/kernels.md).
 """
 
@@ -24,10 +27,12 @@ from chipmunk.ops.dispatch import groups_of
 from chipmunk.ops.launch import is_ahead, launch
 
 _CANDIDATES = [
-    ({"queries": 128, "tile": 128, "warps": 8, "stages": 3, "splits": 2}, 132 << 10),
-    ({"queries": 128, "tile": 64, "warps": 4, "stages": 3, "splits": 2}, 82 << 10),
-    ({"queries": 64, "tile": 64, "warps": 4, "stages": 2, "splits": 2}, 50 << 10),
+    ({"queries": 256, "tile": 64, "warps": 4, "stages": 3, "splits": 2, "programs": 2}, 113 << 10),
+    ({"queries": 128, "tile": 128, "warps": 8, "stages": 3, "splits": 2, "programs": 1}, 132 << 10),
+    ({"queries": 128, "tile": 64, "warps": 4, "stages": 3, "splits": 2, "programs": 2}, 82 << 10),
+    ({"queries": 64, "tile": 64, "warps": 4, "stages": 2, "splits": 2, "programs": 2}, 50 << 10),
 ]
+_FEWEST_TILES = 3  # of keys in a part: fewer do not pay for loading the queries
 
 
 def unsupported(q: Tensor, k: Tensor, v: Tensor, group: int, scale: float) -> str | None:
@@ -107,11 +112,15 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, group: int, scale: float, par
     while queries < group and group % queries:
         queries //= 2  # or a part of one
     together, parts = max(queries // group, 1), max(group // queries, 1)
-    tiles = triton.cdiv(tokens, tile)
-    splits = min(parameters["splits"], tiles)
+    blocks, tiles = triton.cdiv(tokens, together * group), triton.cdiv(tokens, tile)
+    total = blocks * batch * heads
+    slots = tuning.multiprocessors(q.device) * parameters["programs"]
+    run, splits = _cut(tiles, min(parameters["splits"], tiles))
+    whole = total * splits // slots * slots // splits  # blocks in full rounds of programs; the others are cut further
+    cut_run, cut = _cut(tiles, max(min(slots // max(total - whole, 1), tiles // _FEWEST_TILES), 1))
     launch(
         _kernel,
-        (triton.cdiv(groups, together), splits, batch * heads),
+        (whole * splits + (total - whole) * cut,),
         q,
         k,
         lse,
@@ -119,7 +128,12 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, group: int, scale: float, par
         heads,
         tokens,
         groups,
-        triton.cdiv(tiles, splits),
+        blocks,
+        whole,
+        splits,
+        run,
+        cut,
+        cut_run,
         scale * 1.4426950408889634,  # for powers of two
         *q.stride()[:3],
         *k.stride()[:3],
@@ -133,6 +147,12 @@ def column_sums(q: Tensor, k: Tensor, lse: Tensor, group: int, scale: float, par
         num_stages=parameters["stages"],
     )
     return sums
+
+
+def _cut(tiles: int, parts: int) -> tuple[int, int]:
+    """The length of a part, and how many there are, when `tiles` are cut into `parts` equal parts at most."""
+    run = triton.cdiv(tiles, parts)
+    return run, triton.cdiv(tiles, run)
 
 
 @triton.jit
@@ -162,7 +182,12 @@ def _kernel(
     heads,
     tokens,
     groups,
-    tiles,
+    blocks,
+    whole,
+    splits,
+    run,
+    cut,
+    cut_run,
     scale,
     stride_qb,
     stride_qh,
@@ -177,8 +202,14 @@ def _kernel(
     tile: tl.constexpr,
     width: tl.constexpr,
 ):
-    first_group = tl.program_id(0) * together
-    head = tl.program_id(2)
+    program = tl.program_id(0)
+    rest = program - whole * splits
+    block = tl.where(rest < 0, program // splits, whole + rest // cut)
+    run = tl.where(rest < 0, run, cut_run)
+    first_key = tl.where(rest < 0, program % splits, rest % cut) * run * tile
+    end_key = tl.minimum(first_key + run * tile, tokens)
+    head = block // blocks
+    first_group = block % blocks * together
     lse += head.to(tl.int64) * tokens
     sums += (head.to(tl.int64) * groups + first_group) * tokens
     batch = (head // heads).to(tl.int64)
@@ -187,8 +218,6 @@ def _kernel(
     k += batch * stride_kb + head * stride_kh
     channel = tl.arange(0, width)
     lane = tl.arange(0, tile)
-    first_key = tl.program_id(1) * tiles * tile
-    end_key = tl.minimum(first_key + tiles * tile, tokens)
     last_key = first_key + (end_key - first_key) // tile * tile  # where the tile that is not full begins
     for part in tl.static_range(parts):
         row = first_group * group + part * queries + tl.arange(0, queries)
