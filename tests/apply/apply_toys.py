@@ -51,6 +51,9 @@ FILES = {
 few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 """Each example makes a folder of its own in `tmp_path`."""
 
+SMALL = {path: FILES[path] for path in ("src/flux/math.py", "src/flux/layers.py")}
+"""Where every byte that is written costs a run of its own."""
+
 _CALL = re.compile(rb"(?<!chipmunk\.)\bsdpa\(")
 
 
@@ -112,6 +115,11 @@ def snapshot(root: Path) -> dict[str, tuple[str, int, str]]:
                 entry = ("file", mode, hashlib.sha256(path.read_bytes()).hexdigest())
             found[str(path.relative_to(root))] = entry
     return found
+
+
+def user_files(root: Path) -> dict[str, tuple[str, int, str]]:
+    """The same, without Chipmunk's own folder."""
+    return {path: entry for path, entry in snapshot(root).items() if not path.startswith(".chipmunk")}
 
 
 def copy(source: Path, target: Path) -> Path:

@@ -12,15 +12,7 @@ from apply_toys import FILES, LAYERS, MATH, edit, few, make, patch, rules, rules
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chipmunk.apply import (
-    Conflict,
-    FileState,
-    State,
-    carry_out,
-    plan_update,
-    revert,
-    status,
-)
+from chipmunk.apply import Conflict, FileState, State, carry_out, plan_update, revert, status
 from chipmunk.rewrite.plan import SiteStatus
 
 

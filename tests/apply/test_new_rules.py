@@ -8,16 +8,7 @@ from pathlib import Path
 import pytest
 from apply_toys import FILES, LAYERS, MATH, edit, make, rules, rules_2, snapshot
 
-from chipmunk.apply import (
-    Conflict,
-    Refused,
-    State,
-    Store,
-    carry_out,
-    plan_update,
-    revert,
-    status,
-)
+from chipmunk.apply import Conflict, Refused, State, Store, carry_out, plan_update, revert, status
 from chipmunk.rewrite.plan import FileChange, Plan, SiteStatus
 
 

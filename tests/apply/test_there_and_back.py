@@ -15,17 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chipmunk import __version__
-from chipmunk.apply import (
-    Recovery,
-    State,
-    carry_out,
-    plan_revert,
-    plan_update,
-    recover,
-    revert,
-    status,
-    unified,
-)
+from chipmunk.apply import Recovery, State, carry_out, plan_revert, plan_update, recover, revert, status, unified
 from chipmunk.rewrite.plan import FileChange, Plan, SiteStatus
 
 
