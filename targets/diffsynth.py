@@ -11,12 +11,14 @@ loop of their own.
 from __future__ import annotations
 
 import inspect
-import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from chipmunk import target as shared
 from chipmunk.rewrite.plan import ModelFacts
+from chipmunk.target import CannotRun, flux1
+from chipmunk.target import run_loop as run_loop
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,39 +26,14 @@ if TYPE_CHECKING:
 NAME = "diffsynth"
 API = 1
 
-SMALL: dict[str, Any] = {
-    "in_channels": 16,
-    "out_channels": 16,
-    "vec_in_dim": 24,
-    "context_in_dim": 32,
-    "hidden_size": 128,
-    "num_heads": 2,
-    "depth": 5,
-    "depth_single_blocks": 3,
-    "axes_dim": [8, 28, 28],
-    "guidance_embed": True,
-}
-"""Sizes of a model that a CPU runs in milliseconds: three blocks of each kind after two dense ones."""
+_SIZES = ["in_channels", "out_channels", "vec_in_dim", "context_in_dim", "hidden_size", "num_heads", "depth"]
+_SIZES += ["depth_single_blocks", "axes_dim", "guidance_embed"]
 
-FULL: dict[str, Any] = {
-    **SMALL,
-    "in_channels": 64,
-    "out_channels": 64,
-    "vec_in_dim": 768,
-    "context_in_dim": 4096,
-    "hidden_size": 3072,
-    "num_heads": 24,
-    "depth": 19,
-    "depth_single_blocks": 38,
-    "axes_dim": [16, 56, 56],
-}
+SMALL: dict[str, Any] = {name: flux1.SMALL[name] for name in _SIZES}
+FULL: dict[str, Any] = {name: flux1.FULL[name] for name in _SIZES}
 """FLUX.1-dev."""
 
 _CALLED = ("latents", "timestep", "prompt_emb", "pooled_prompt_emb", "guidance", "text_ids")
-
-
-class CannotRun(Exception):
-    """This target does not know how to build or call what it found; the message says what and why."""
 
 
 def recognise(models: Sequence[ModelFacts], files: Mapping[str, bytes]) -> bool:
@@ -106,9 +83,6 @@ def values_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     Raises CannotRun where the names are not those of this FLUX.
     """
 
-    def depth(blocks: str) -> int:
-        return 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith(blocks + ".")), default=-1)
-
     try:
         width, channels = shapes["x_embedder.weight"]
         head = shapes["single_blocks.0.norm_q_a.weight"][0]
@@ -119,9 +93,9 @@ def values_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
             "context_in_dim": shapes["context_embedder.weight"][1],
             "hidden_size": width,
             "num_heads": width // head,
-            "depth": depth("blocks"),
-            "depth_single_blocks": depth("single_blocks"),
-            "axes_dim": [head - 2 * (head * 7 // 16), head * 7 // 16, head * 7 // 16],
+            "depth": shared.depth(shapes, "blocks"),
+            "depth_single_blocks": shared.depth(shapes, "single_blocks"),
+            "axes_dim": flux1.axes_of(head),
             "guidance_embed": any(name.startswith("guidance_embedder.") for name in shapes),
         }
     except KeyError as missing:
@@ -139,14 +113,8 @@ def inputs(
     Returns `img`, latents (batch, channels, 2 · height, 2 · width), `txt` (batch, tokens, channels) and `vec`, on the
     model's device in its dtype.
     """
-    import torch
-
-    found = values_of({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
-    weight = model.get_parameter("x_embedder.weight")
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
-
+    found = values_of(shared.shapes_of(model))
+    noise = shared.random_tensors(model.get_parameter("x_embedder.weight"), generator)
     return {
         "img": noise(batch, found["out_channels"] // 4, 2 * height, 2 * width),
         "txt": noise(batch, text_tokens, found["context_in_dim"]),
@@ -190,22 +158,6 @@ def loop_variants(function: Callable[..., Any], model_parameter: str) -> tuple[s
     raise CannotRun("a pipeline of DiffSynth-Studio runs with its encoders and VAE alone")
 
 
-def run_loop(
-    function: Callable[..., Any],
-    model_parameter: str,
-    model: nn.Module,
-    given: Mapping[str, Tensor],
-    timesteps: Sequence[float],
-    variant: str = "plain",
-) -> Tensor:
-    """Euler steps from noise (`timesteps` fall from 1 to 0) through `function`, which is `sample`; the last latents."""
-    result: Tensor = function(**{model_parameter: model}, given=given, timesteps=timesteps)
-    return result
-
-
 def sample(model: nn.Module, given: Mapping[str, Tensor], timesteps: Sequence[float]) -> Tensor:
     """What the pipeline does between noise and VAE, without guidance by a second call."""
-    image = given["img"]
-    for now, after in itertools.pairwise(timesteps):
-        image = image + (after - now) * call(model, model, {**given, "img": image}, now)
-    return image
+    return shared.sample(call, model, given, timesteps)

@@ -1,8 +1,9 @@
 """FLUX.1, FLUX.2 and FLUX.3 as diffusers has them: installed, checked out, or a copy in the user's repository.
 
 A model is known by what it calls its inputs, and its generation by the parts that it is built from, so forks and copies
-under other names are covered. Its sampling loops are pipelines' `__call__`, which need encoders and a VAE: verify and
-bench use a loop of their own.
+under other names are covered. Relatives (Bria, Chroma, LongCat, Ovis) are built and called by the names in their
+signatures. Sampling loops are pipelines' `__call__`, which need encoders and a VAE: verify and bench use one of their
+own.
 
 `recognise` is called while a repository is being patched, where nothing of it is imported. The rest is called by
 `chipmunk verify` and `chipmunk bench` in processes of their own.
@@ -11,11 +12,13 @@ bench use a loop of their own.
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from chipmunk import target as shared
 from chipmunk.rewrite.plan import ModelFacts
+from chipmunk.target import SHRINK, CannotRun, flux1
+from chipmunk.target import run_loop as run_loop
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +27,7 @@ NAME = "diffusers"
 API = 1
 
 SMALL: dict[str, Any] = {
+    SHRINK: True,
     "in_channels": 16,
     "out_channels": 16,
     "cond_in_channels": 16,
@@ -36,9 +40,11 @@ SMALL: dict[str, Any] = {
     "timestep_guidance_channels": 32,
     "timestep_channels": 32,
     "mlp_ratio": 2.0,
-    "guidance_embeds": True,
 }
-"""Constructor arguments of a model that a CPU runs in milliseconds: three blocks of each kind after two dense ones."""
+"""Constructor arguments of a model that a CPU runs in milliseconds: three blocks of each kind after two dense ones.
+
+Others are made smaller too, where they are sizes; flags keep the class's own defaults.
+"""
 
 FULL: dict[str, Any] = {"guidance_embeds": True}
 """The classes' own defaults are FLUX.1-dev, FLUX.2-dev and FLUX.3."""
@@ -61,10 +67,6 @@ _IMAGE = "hidden_states"
 _CALLED = {_IMAGE, "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance"}
 
 
-class CannotRun(Exception):
-    """This target does not know how to build or call what it found; the message says what and why."""
-
-
 def recognise(models: Sequence[ModelFacts], files: Mapping[str, bytes]) -> bool:
     """A model whose image tokens and positions have the names that diffusers gives them.
 
@@ -84,20 +86,11 @@ def build(model_class: type[nn.Module], values: Mapping[str, Any]) -> nn.Module:
     CannotRun where a required parameter is unknown.
     """
     parameters = inspect.signature(model_class).parameters
-    given = {name: values[name] for name in parameters if name in values}
-    for name, parameter in parameters.items():
-        required = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
-        if required and name not in given:
-            raise CannotRun(f"{model_class.__name__}() needs '{name}', which target '{NAME}' does not know")
-    head = given.get("attention_head_dim")
-    axes = parameters.get("axes_dims_rope")
+    given = dict(values)
+    head, axes = given.get("attention_head_dim"), parameters.get("axes_dims_rope")
     if isinstance(head, int) and axes is not None and "axes_dims_rope" not in given:
-        side = head * 7 // 16
-        given["axes_dims_rope"] = (head - 2 * side, side, side) if len(axes.default) == 3 else (head // 4,) * 4
-    model = model_class(**given)
+        given["axes_dims_rope"] = tuple(flux1.axes_of(head)) if len(axes.default) == 3 else (head // 4,) * 4
+    model = shared.construct(model_class, given, NAME)
     for name, module in model.named_modules():
         if any(part in name.split(".") for part in getattr(model, "_keep_in_fp32_modules", None) or ()):
             module.float()  # as `from_pretrained` does
@@ -124,10 +117,6 @@ def values_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     Raises CannotRun where the names are not those of diffusers.
     """
 
-    def depth(blocks: str) -> int:
-        numbers = [int(name.removeprefix(blocks).split(".")[0]) for name in shapes if name.startswith(blocks)]
-        return 1 + max(numbers, default=-1)
-
     is_flux3 = "x_embedders.image.weight" in shapes
     try:
         hidden, channels = shapes["x_embedders.image.weight" if is_flux3 else "x_embedder.weight"]
@@ -135,8 +124,8 @@ def values_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
         found: dict[str, Any] = {
             "in_channels": channels,
             "out_channels": shapes["proj_out.weight"][0],
-            "num_layers": depth("mode_blocks.image." if is_flux3 else "transformer_blocks."),
-            "num_single_layers": depth("single_transformer_blocks."),
+            "num_layers": shared.depth(shapes, "mode_blocks.image" if is_flux3 else "transformer_blocks"),
+            "num_single_layers": shared.depth(shapes, "single_transformer_blocks"),
             "attention_head_dim": head,
             "num_attention_heads": hidden // head,
             "joint_attention_dim": shapes["context_embedder.weight"][1],
@@ -172,17 +161,15 @@ def inputs(
     """
     import torch
 
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    found = values_of(shapes)
+    if not _is_flux(model):
+        return shared.inputs(model, batch, height, width, text_tokens, generator)
+    found = values_of(shared.shapes_of(model))
     weight = model.get_parameter("proj_out.weight")
     axes = 3 if "pooled_projection_dim" in found else 4
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
-
+    noise = shared.random_tensors(weight, generator)
     given = {
         "img": noise(batch, height * width, found["out_channels"]),
-        "img_ids": _grid(height, width, 0, axes).to(weight.device),
+        "img_ids": shared.grid(height, width, 0, axes).to(weight.device),
         "txt": noise(batch, text_tokens, found["joint_attention_dim"]),
         "txt_ids": torch.zeros(text_tokens, axes, device=weight.device),
     }
@@ -194,16 +181,14 @@ def inputs(
         given["img_cond"] = noise(batch, height * width, found["in_channels"] - found["out_channels"])
     if reference:
         given["ref"] = noise(batch, (height - 2) * (width - 1), found.get("cond_in_channels", found["in_channels"]))
-        given["ref_ids"] = _grid(height - 2, width - 1, 1, axes).to(weight.device)
+        given["ref_ids"] = shared.grid(height - 2, width - 1, 1, axes).to(weight.device)
     return given
 
 
-def _grid(height: int, width: int, image: int, axes: int) -> Tensor:
-    """Ids (height · width, axes): number of the image, row, column, and 0 where there is a fourth."""
-    import torch
-
-    ids = torch.cartesian_prod(torch.tensor([float(image)]), torch.arange(float(height)), torch.arange(float(width)))
-    return ids if axes == 3 else torch.cat((ids, torch.zeros(len(ids), 1)), dim=1)
+def _is_flux(model: nn.Module) -> bool:
+    """Whether it is one of the three generations, by its parts; a relative of them is asked for what it needs."""
+    embeds_pooled = hasattr(getattr(model, "time_text_embed", None), "text_embedder")
+    return embeds_pooled or hasattr(model, "time_guidance_embed") or hasattr(model, "x_embedders")
 
 
 def call(
@@ -219,8 +204,10 @@ def call(
     """
     import torch
 
+    if not _is_flux(model):
+        return shared.call(call_model, model, given, time, extra)
     forward = inspect.signature(model.forward).parameters
-    _refuse_unknown(f"{type(model).__name__}.forward", forward, _CALLED | set(extra or ()))
+    shared.refuse_unknown(f"{type(model).__name__}.forward", forward, _CALLED | set(extra or ()), NAME)
     img = given["img"]
     if "img_cond" in given:
         img = torch.cat((img, given["img_cond"]), dim=-1)
@@ -232,16 +219,21 @@ def call(
         "timestep": times,
         "img_ids": given["img_ids"],
         "txt_ids": given["txt_ids"],
-        "guidance": torch.full_like(times, 3.5),
+        "guidance": None if _has(model, "guidance_embeds", False) else torch.full_like(times, 3.5),
         "return_dict": False,
         **_references(model, forward, given, img),
         **(extra or {}),
     }
-    if getattr(getattr(model, "config", None), "flow_map", False):
+    if _has(model, "flow_map", True):
         arguments["target_timestep"] = torch.zeros_like(times)
     result = call_model(**{name: value for name, value in arguments.items() if name in forward})
     velocity: Tensor = result[0]
     return velocity[:, : img.shape[1]]
+
+
+def _has(model: nn.Module, flag: str, value: bool) -> bool:
+    """Whether the model's configuration has this flag, with this value."""
+    return getattr(getattr(model, "config", None), flag, None) is value
 
 
 def _references(
@@ -266,37 +258,9 @@ def loop_variants(function: Callable[..., Any], model_parameter: str) -> tuple[s
     raise CannotRun("a pipeline of diffusers runs with its encoders and VAE alone")
 
 
-def run_loop(
-    function: Callable[..., Any],
-    model_parameter: str,
-    model: nn.Module,
-    given: Mapping[str, Tensor],
-    timesteps: Sequence[float],
-    variant: str = "plain",
-) -> Tensor:
-    """Euler steps from noise (`timesteps` fall from 1 to 0) through `function`, which is `sample`; the last latents."""
-    result: Tensor = function(**{model_parameter: model}, given=given, timesteps=timesteps)
-    return result
-
-
 def sample(model: nn.Module, given: Mapping[str, Tensor], timesteps: Sequence[float]) -> Tensor:
     """What pipelines do between noise and VAE, without guidance by a second call.
 
     Steps are counted as in a pipeline, whose scheduler need not ask the device for the timestep.
     """
-    import chipmunk
-
-    image = given["img"]
-    for now, after in chipmunk.steps(model, list(itertools.pairwise(timesteps))):
-        image = image + (after - now) * call(model, model, {**given, "img": image}, now)
-    return image
-
-
-def _refuse_unknown(where: str, parameters: Mapping[str, inspect.Parameter], known: Iterable[str]) -> None:
-    for parameter in parameters.values():
-        required = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
-        if required and parameter.name not in known:
-            raise CannotRun(f"{where}() needs '{parameter.name}', which target '{NAME}' does not know")
+    return shared.sample(call, model, given, timesteps, counted=True)

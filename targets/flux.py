@@ -12,18 +12,16 @@ by the names in their signatures.
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import enum
 import importlib
 import inspect
 import sys
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from chipmunk import target as shared
 from chipmunk.rewrite.plan import ModelFacts
+from chipmunk.target import CannotRun, flux1
+from chipmunk.target.official_pipeline import pipeline as pipeline
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,38 +29,7 @@ if TYPE_CHECKING:
 NAME = "flux"
 API = 1
 
-SMALL: dict[str, Any] = {
-    "in_channels": 16,
-    "out_channels": 16,
-    "vec_in_dim": 24,
-    "context_in_dim": 32,
-    "hidden_size": 128,
-    "mlp_ratio": 2.0,
-    "num_heads": 2,
-    "depth": 5,
-    "depth_single_blocks": 3,
-    "axes_dim": [8, 28, 28],
-    "theta": 10_000,
-    "qkv_bias": True,
-    "guidance_embed": True,
-}
-"""Constructor arguments of a model that a CPU runs in milliseconds: three blocks of each kind after two dense ones."""
-
-FULL: dict[str, Any] = {
-    **SMALL,
-    "in_channels": 64,
-    "out_channels": 64,
-    "vec_in_dim": 768,
-    "context_in_dim": 4096,
-    "hidden_size": 3072,
-    "mlp_ratio": 4.0,
-    "num_heads": 24,
-    "depth": 19,
-    "depth_single_blocks": 38,
-    "axes_dim": [16, 56, 56],
-}
-"""FLUX.1-dev."""
-
+SMALL, FULL = flux1.SMALL, flux1.FULL
 _FULL_2: dict[str, Any] = {
     "in_channels": 128,
     "out_channels": 128,
@@ -98,10 +65,6 @@ _TAYLOR = {"interval": 3, "max_order": 1, "first_enhance": 3}
 """What TaylorSeer's loop reads from its `**kwargs`: a computed step in three."""
 
 
-class CannotRun(Exception):
-    """This target does not know how to build or call what it found; the message says what and why."""
-
-
 def recognise(models: Sequence[ModelFacts], files: Mapping[str, bytes]) -> bool:
     """A model whose image tokens and positions have FLUX's names, and whose joint attention was found."""
     names = {("img", "img_ids"), ("x", "x_ids")}
@@ -130,107 +93,7 @@ def build(model_class: type[nn.Module], values: Mapping[str, Any]) -> nn.Module:
     be a field of another one. A LoRA wrapper around the model is built with a small rank, in the default dtype where
     the constructor takes a dtype. Raises CannotRun where a required parameter is unknown.
     """
-    import torch
-
-    arguments: dict[str, Any] = {}
-    for name, (parameter, hint) in _parameters(model_class).items():
-        if name in values:
-            arguments[name] = values[name]
-        elif _is_record(hint):
-            arguments[name] = _filled(hint, values)
-        elif hint is torch.dtype:
-            arguments[name] = torch.get_default_dtype()
-        elif name == "lora_rank":
-            arguments[name] = 4
-        elif parameter.default is parameter.empty:
-            raise CannotRun(f"{model_class.__name__}() needs '{name}', which target '{NAME}' does not know")
-    return model_class(**arguments)
-
-
-def _parameters(model_class: type) -> dict[str, tuple[inspect.Parameter, Any]]:
-    """Constructor parameters with their types; a class that passes `*args, **kwargs` on also has those of its base."""
-    found: dict[str, tuple[inspect.Parameter, Any]] = {}
-    for owner in model_class.__mro__:
-        constructor = vars(owner).get("__init__")
-        if constructor is None:
-            continue
-        hints = _hints(constructor)
-        parameters = list(inspect.signature(constructor).parameters.values())[1:]
-        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        for parameter in named:
-            found.setdefault(parameter.name, (parameter, hints.get(parameter.name)))
-        if len(named) == len(parameters):
-            break
-    return found
-
-
-def _hints(constructor: Any) -> dict[str, Any]:
-    """Types of the parameters, also of such as are imported for type checkers alone."""
-    module = sys.modules[constructor.__module__]
-    known: dict[str, Any] = {}
-    while True:
-        try:
-            return typing.get_type_hints(constructor, localns=known)
-        except NameError as missing:
-            name = missing.name or ""
-            known[name] = _imported_for_types(module, name)
-
-
-def _imported_for_types(module: ModuleType, name: str) -> Any:
-    for node in ast.walk(ast.parse(inspect.getsource(module))):
-        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
-            found = importlib.import_module("." * node.level + (node.module or ""), module.__package__)
-            return getattr(found, next(alias.name for alias in node.names if (alias.asname or alias.name) == name))
-    return Any
-
-
-def _is_record(hint: Any) -> bool:
-    return isinstance(hint, type) and (dataclasses.is_dataclass(hint) or hasattr(hint, "model_fields"))
-
-
-def _filled(record: Any, values: Mapping[str, Any]) -> Any:
-    """An instance of a dataclass or pydantic model, in which fields that are not known keep their defaults."""
-    given = {}
-    for name, (hint, default) in _fields(record).items():
-        if name in values:
-            # as many axes of positions as the class has: three in FLUX.1, four in FLUX.2
-            is_wider = name == "axes_dim" and isinstance(default, list) and len(default) > len(values[name])
-            given[name] = [sum(values[name]) // len(default)] * len(default) if is_wider else values[name]
-        elif default is not _MISSING:
-            continue
-        elif _is_record(hint):
-            # of the autoencoder, say, where it has nothing in common with the model's
-            given[name] = _filled(hint, values) if set(values) & set(_fields(hint)) - {"in_channels"} else _empty(hint)
-        elif type(None) in typing.get_args(hint):
-            given[name] = None
-        elif isinstance(hint, type) and issubclass(hint, enum.Enum):
-            given[name] = next(iter(hint))
-        else:
-            raise CannotRun(f"{record.__name__} has a field '{name}' that target '{NAME}' does not know")
-    return record(**given)
-
-
-def _empty(record: Any) -> Any:
-    return record.model_construct() if hasattr(record, "model_construct") else object.__new__(record)
-
-
-def _fields(record: Any) -> dict[str, tuple[Any, Any]]:
-    """Type and default of each field."""
-    if not dataclasses.is_dataclass(record):
-        return {name: (field.annotation, _default(field)) for name, field in record.model_fields.items()}
-    types = typing.get_type_hints(record)
-    return {field.name: (types[field.name], _default(field)) for field in dataclasses.fields(record)}
-
-
-def _default(field: Any) -> Any:
-    """Of a field of a dataclass or pydantic model; `_MISSING` if it has none."""
-    if field.default_factory not in (None, dataclasses.MISSING):
-        return field.default_factory()
-    none = field.default is dataclasses.MISSING or getattr(field, "is_required", bool)()
-    return _MISSING if none else field.default
-
-
-_MISSING = object()
+    return shared.construct(model_class, {"lora_rank": 4, **values}, NAME)
 
 
 def named(model_class: type[nn.Module], name: str | None) -> dict[str, Any]:
@@ -238,10 +101,7 @@ def named(model_class: type[nn.Module], name: str | None) -> dict[str, Any]:
 
     FLUX.2 has no pooled text. Raises CannotRun where the name is none of `MODELS`.
     """
-    taken: set[str] = set()
-    for parameter, (_, hint) in _parameters(model_class).items():
-        fields = [field.name for field in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
-        taken |= {parameter, *fields, *getattr(hint, "model_fields", {})}
+    taken = shared.parameter_names(model_class)
     generation = 1 if "vec_in_dim" in taken or not {"hidden_size", "depth"} <= taken else 2
     if name is None:
         return FULL if generation == 1 else _FULL_2
@@ -257,30 +117,10 @@ def values_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     Raises CannotRun where the names are not those of FLUX.
     """
 
-    def depth(blocks: str) -> int:
-        return 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith(blocks + ".")), default=-1)
-
-    try:
-        hidden, channels = shapes["img_in.weight"]
-        head = shapes["single_blocks.0.norm.query_norm.scale"][0]
-        return {
-            "in_channels": channels,
-            "out_channels": shapes["final_layer.linear.weight"][0],
-            "vec_in_dim": shapes["vector_in.in_layer.weight"][1],
-            "context_in_dim": shapes["txt_in.weight"][1],
-            "hidden_size": hidden,
-            "mlp_ratio": shapes["double_blocks.0.img_mlp.0.weight"][0] / hidden,
-            "num_heads": hidden // head,
-            "depth": depth("double_blocks"),
-            "depth_single_blocks": depth("single_blocks"),
-            # the ratio of FLUX.1, where one eighth of a head belongs to the first axis
-            "axes_dim": [head - 2 * (head * 7 // 16), head * 7 // 16, head * 7 // 16],
-            "theta": 10_000,
-            "qkv_bias": "double_blocks.0.img_attn.qkv.bias" in shapes,
-            "guidance_embed": "guidance_in.in_layer.weight" in shapes,
-        }
-    except KeyError as missing:
-        raise CannotRun(f"the checkpoint has no tensor {missing}: it is not one of FLUX") from missing
+    found = flux1.values_of(shapes)
+    if "vec_in_dim" not in found:
+        raise CannotRun("the checkpoint has no tensor 'vector_in.in_layer.weight': it is not one of FLUX.1")
+    return found
 
 
 # Calling the model.
@@ -303,9 +143,7 @@ def inputs(
     text = model.get_parameter("txt_in.weight").shape[1]
     axes = len(getattr(getattr(model, "pe_embedder", None), "axes_dim", "123"))
 
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(weight.device, weight.dtype)
-
+    noise = shared.random_tensors(weight, generator)
     given: dict[str, Any] = {
         "img": noise(batch, height * width, out_channels),
         "img_ids": _grid(batch, height, width, 0, axes).to(weight.device),
@@ -327,13 +165,7 @@ def inputs(
 
 
 def _grid(batch: int, height: int, width: int, image: int, axes: int) -> Tensor:
-    """Ids (batch, height · width, axes): number of the image, row, column, and 0 where there is a fourth."""
-    import torch
-
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    ids = torch.stack((torch.full_like(rows, image), rows, columns), dim=-1).reshape(1, height * width, 3)
-    ids = torch.nn.functional.pad(ids, (0, axes - 3))
-    return ids.float().repeat(batch, 1, 1)
+    return shared.grid(height, width, image, axes).repeat(batch, 1, 1)
 
 
 def _own_cache(model: nn.Module) -> Any:
@@ -360,7 +192,7 @@ def call(
     import torch
 
     forward = inspect.signature(model.forward).parameters
-    _refuse_unknown(f"{type(model).__name__}.forward", forward, _FORWARD | set(extra or ()))
+    shared.refuse_unknown(f"{type(model).__name__}.forward", forward, _FORWARD | set(extra or ()), NAME)
     batch, dtype, device = given["img"].shape[0], given["img"].dtype, given["img"].device
     img = given["img"]
     if "img_cond" in given:
@@ -395,7 +227,7 @@ def loop_variants(function: Callable[..., Any], model_parameter: str) -> tuple[s
     Raises CannotRun where a required parameter is unknown.
     """
     parameters = inspect.signature(function).parameters
-    _refuse_unknown(function.__name__, parameters, _LOOP | {model_parameter})
+    shared.refuse_unknown(function.__name__, parameters, _LOOP | {model_parameter}, NAME)
     if "inverse" in parameters:
         return ("inversion",)
     if any(parameter.name in _NEGATIVE and parameter.default is parameter.empty for parameter in parameters.values()):
@@ -460,16 +292,6 @@ def _latents(result: Any) -> Tensor:
     return latents
 
 
-def _refuse_unknown(where: str, parameters: Mapping[str, inspect.Parameter], known: Iterable[str]) -> None:
-    for parameter in parameters.values():
-        required = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
-        if required and parameter.name not in known:
-            raise CannotRun(f"{where}() needs '{parameter.name}', which target '{NAME}' does not know")
-
-
 def _info(inject_steps: int, given: Mapping[str, Any]) -> dict[str, Any]:
     """What RF-Solver-Edit and FireFlow carry through the model: which features to keep and to put back."""
     # putting them back is written for a GPU (`.cuda()`)
@@ -489,97 +311,3 @@ def _info(inject_steps: int, given: Mapping[str, Any]) -> dict[str, Any]:
         "editing_strategy": strategy,
         "qkv_ratio": [1.0, 1.0, 1.0],
     }
-
-
-# Drawing pictures, for `chipmunk fidelity`.
-
-
-class Pipeline:
-    """What the repository itself draws pictures with: its text encoders, its schedule, its decoder.
-
-    load: imports a file of the repository. Raises CannotRun where a part is asked for that this repository has not.
-    """
-
-    def __init__(self, load: Callable[[str], Any], model_file: str, autoencoder: str | None = None) -> None:
-        folder = model_file.rpartition("/")[0]
-        self._util, self._sampling = load(f"{folder}/util.py"), load(f"{folder}/sampling.py")
-        self.name: str = next(iter(self._util.configs))
-        self._autoencoder = autoencoder
-        encoders = inspect.signature(self._util.load_t5).parameters
-        self.encodes = list(encoders) == ["name"]
-        """Whether prompts can be encoded without a download, and the model has weights of its own: the starter."""
-        self.decodes = self.encodes or autoencoder is not None
-        spec = self._util.configs[self.name]
-        self.prompts: tuple[str, ...] = tuple(getattr(self._util, "example_prompts", ())) or _PROMPTS
-        self.size: tuple[int, int] = (getattr(spec, "width", 512), getattr(spec, "height", 512))
-        """Width and height, pixels."""
-        self.token_size: int = getattr(spec, "token_size", 16)
-        """Pixels along one side of a token."""
-        self._guidance: float = getattr(spec, "guidance", 3.5)
-        self._sized = {"token_size": self.token_size} if hasattr(spec, "token_size") else {}
-        self.weights = "random" if getattr(spec, "ckpt_path", None) is None else "of the repository"
-
-    def model(self, device: str) -> nn.Module:
-        """The repository's model with the weights that it comes with, in float32."""
-        model: nn.Module = self._util.load_flow_model(self.name, device=device)
-        return model
-
-    def inputs(self, model: nn.Module, prompt: str, seed: int, width: int, height: int) -> dict[str, Any]:
-        """Arguments of the sampling loop for a picture of `width` x `height` pixels."""
-        weight = model.get_parameter("img_in.weight")
-        given = (height, width, weight.device, weight.dtype)
-        noise = self._sampling.get_noise(1, *given, seed=seed, **self._sized)
-        encoders = (self._util.load_t5(self.name), self._util.load_clip(self.name))
-        arguments: dict[str, Any] = self._sampling.prepare(*encoders, noise, prompt=prompt)
-        return {**arguments, "guidance": self._guidance}
-
-    def times(self, steps: int, tokens: int) -> list[float]:
-        """From 1 (noise) to 0 (picture)."""
-        times: list[float] = self._sampling.get_schedule(steps, tokens)
-        return times
-
-    def decode(self, latents: Tensor, width: int, height: int) -> Tensor:
-        """Pictures (batch, height, width, 3) uint8, on the CPU, of the loop's latents."""
-        import torch
-
-        if self._autoencoder is None:
-            autoencoder = self._util.load_ae(self.name, device=latents.device)
-        else:
-            from safetensors.torch import load_file
-
-            params = self._util.configs[self.name].ae_params
-            autoencoder = self._util.AutoEncoder(params)
-            autoencoder.load_state_dict(load_file(self._autoencoder), strict=True)
-            autoencoder = autoencoder.to(latents.device).eval()
-        with torch.no_grad():
-            unpacked = self._sampling.unpack(latents.float(), height, width, **self._sized)
-            pixels = autoencoder.decode(unpacked).float()
-        levels: Tensor = pixels.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
-        return levels.permute(0, 2, 3, 1).contiguous().cpu()
-
-
-_PROMPTS = (
-    "a happy chipmunk with a red scarf on a meadow",
-    "a white boat on the sea with hills at night clear sky the moon in the middle",
-    "a big blue ball and a small yellow cube and a big red vase on a wooden table before a grey wall",
-    "a sleepy fox with a blue scarf and glasses in the snow",
-    "a big red house on the left and two pine trees on a meadow with mountains by day cloudy sky",
-    "two big striped orange fish swimming left in the clear sea with seaweed and bubbles",
-    "three green apples on a checked table before a striped pink wall",
-    "a photograph of a cat",
-)
-"""In the words that the starter's model was trained with."""
-
-
-def pipeline(load: Callable[[str], Any], model_file: str, autoencoder: str | None = None) -> Pipeline | None:
-    """The repository's own way from a prompt to a picture; None where its files are not those of FLUX.
-
-    autoencoder: a checkpoint of the user's own, to decode with.
-    """
-    try:
-        found = Pipeline(load, model_file, autoencoder)
-    except Exception:  # another fork's util.py: whatever its import needs or its names are, latents can be compared
-        if autoencoder is not None:
-            raise
-        return None
-    return found

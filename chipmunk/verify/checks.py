@@ -107,10 +107,16 @@ class Comparison:
         return Check("oracle", worst <= ORACLE_LIMIT, says, figures)
 
     def notes(self) -> list[str]:
-        """Loops that no check covers."""
+        """Loops that no check covers, and attention that never runs sparse."""
+        calls = [call for found in self.results[0]["oracle"].values() for call in found["calls"]]
+        attention = {kind for _, part, kind, _ in calls if part == "attention"}
+        masked = "masked" in attention and "sparse" not in attention
         return [
-            f"{name} was not run, for it fails as it is: {why}"
-            for name, why in self.results[0].get("failed", {}).items()
+            *(
+                f"{name} was not run, for it fails as it is: {why}"
+                for name, why in self.results[0].get("failed", {}).items()
+            ),
+            *(["attention stays dense: every call of it is given a mask"] if masked else []),
         ]
 
     def undecided(self) -> list[str]:
@@ -243,10 +249,15 @@ class Comparison:
             reached = sum(operators.get(name, 0) for name in names)
             if reached != totals[part]:
                 yield f"{totals[part]} sparse {part} calls were counted, but {reached} reached {' or '.join(names)}"
-        yield from self._never_sparse(scenario, layers)
+        yield from self._never_sparse(scenario, layers, expected or Counter())
 
-    def _never_sparse(self, scenario: dict[str, Any], layers: list[dict[str, Any]]) -> Iterator[str]:
-        """Blocks of the patched classes that never ran sparse, whatever the oracle thinks of them."""
+    def _never_sparse(
+        self, scenario: dict[str, Any], layers: list[dict[str, Any]], expected: Counter[tuple[int, str, str]]
+    ) -> Iterator[str]:
+        """Blocks of the patched classes that never ran sparse, whatever the oracle thinks of them.
+
+        Attention that the model asked for with a mask at every call is dense by its own doing.
+        """
         facts = self.facts
         if scenario["model"] not in ("model", "channels"):
             return  # a subclass may hold layers that are rightly left alone
@@ -255,7 +266,8 @@ class Comparison:
             parts = {"attention": block.attention, "mlp": block.mlp is not None or block.linear_in is not None}
             for part, patched in parts.items():
                 ran = sum(slot["sparse"] for slot in layer[part].values())
-                if patched and index >= 2 and not ran:
+                masked = expected[index, part, "masked"] and not expected[index, part, "sparse"]
+                if patched and index >= 2 and not ran and not masked:
                     yield f"{part} of {layer['name']} never ran sparse"
 
     def _images(self) -> Iterator[tuple[str, int]]:

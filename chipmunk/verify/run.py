@@ -25,6 +25,9 @@ from chipmunk.verify.spec import Spec
 
 HINT = ". Write a file that builds it"
 
+ANY = "by-signature"
+"""The target for models that no other one recognises."""
+
 ATTEMPTS = 4
 """Runs of a scenario in which rounding may have decided a selection: a fault fails all of them."""
 
@@ -108,10 +111,10 @@ def original_plan(
 
 
 def target_of(facts: ModelFacts, chosen: str | None, targets: Mapping[str, registry.Target]) -> Path:
-    """The file of the target that knows one model: the repository's, or that of a model of another family beside it."""
-    name = chosen or "flux"
-    if not targets[name].recognise([facts], {}):
-        name = next((target.name for target in targets.values() if target.recognise([facts], {})), name)
+    """The file of the target that knows one model: the repository's, that of another family, or the one for all."""
+    known = [name for name, target in targets.items() if target.recognise([facts], {})]
+    rest = ANY if ANY in targets else next(iter(targets))
+    name = chosen if chosen in known else next(iter(known), rest)
     file = targets[name].module.__file__
     assert file is not None
     return Path(file).resolve()

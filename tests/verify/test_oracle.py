@@ -220,7 +220,7 @@ def test_masked_and_cross_attention_are_left_alone() -> None:
 
     with torch.no_grad(), Oracle(Model(), without_mlp, config()) as oracle:
         oracle.model(torch.randn(1, 20, 8), grid_ids(4, 5))
-    assert oracle.calls == {(0, "attention", "full"): 1}
+    assert oracle.calls == {(0, "attention", "masked"): 1, (0, "attention", "full"): 1}
 
 
 def test_gradients_are_refused(model: TinyFlux) -> None:

@@ -46,6 +46,9 @@ class Listener(Protocol):
     def attention(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, dense: Tensor) -> Tensor:
         """The output of a block's joint attention; all are (B, H, N, D)."""
 
+    def masked(self, layer: int) -> None:
+        """A block's joint attention was asked for with a mask: it is left as it is."""
+
     def mlp(
         self,
         layer: int,
@@ -211,6 +214,8 @@ class _InterceptAttention(TorchFunctionMode):
         joint = query.ndim == 4 and query.shape == key.shape and query.shape[2] in self.hooks.joint_tokens
         plain = call.get("attn_mask") is None and not call.get("dropout_p") and not call.get("is_causal")
         if not self.hooks.listener.corrects or not joint or not plain:
+            if joint and call.get("attn_mask") is not None:
+                self.hooks.listener.masked(layer)
             return result
         scale = call.get("scale")
         if scale is None:

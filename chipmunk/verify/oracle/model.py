@@ -68,7 +68,7 @@ class Oracle:
 
     @property
     def calls(self) -> Counter[tuple[int, str, str]]:
-        """How often each layer's "attention" and "mlp" ran "dense", "full" and "sparse"."""
+        """How often each layer's "attention" and "mlp" ran "dense", "full" and "sparse", and attention "masked"."""
         return self._decisions.calls
 
     @property
@@ -187,6 +187,9 @@ class Oracle:
 
     def after_block(self, layer: int, output: Any) -> Any:
         return None if self._step is None else self._step.leave(layer, output)
+
+    def masked(self, layer: int) -> None:
+        self._decisions.calls[layer, "attention", "masked"] += 1
 
     def attention(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, dense: Tensor) -> Tensor:
         assert self._current is not None
