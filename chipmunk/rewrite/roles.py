@@ -8,12 +8,11 @@ there the first list may be one for each stream, whose elements turn one stream 
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from dataclasses import dataclass, field
 
 import libcst as cst
 
+from chipmunk.rewrite.candidates import may_hold_model, may_run_blocks
 from chipmunk.rewrite.handed import work_of
 from chipmunk.rewrite.image_tokens import ids_parameter, image_parameter, other_spatial
 from chipmunk.rewrite.passes import BY_NAME, CONCATENATIONS, Pass, Streams, joined, joined_inside, passes
@@ -28,10 +27,6 @@ from chipmunk.rewrite.syntax import (
     self_attribute,
     walk,
 )
-
-_LOOP_OVER_ATTRIBUTE = re.compile(rb"\bin\b[\s(]*(?:[\w.]+\([\s(]*)*(\w+)\s*\.\s*(\w+)")
-_CALL = 800  # bytes in which the streams are among a call's arguments
-_LAST_WORD = re.compile(rb"(\w+)[\s)]*\Z")
 
 
 @dataclass(eq=False)
@@ -98,35 +93,6 @@ class Roles:
     lookalikes: list[Lookalike] = field(default_factory=list)
 
 
-def may_hold_model(content: bytes) -> bool:
-    """The cheap test before a file is parsed."""
-    return any(name.encode() + b"(" in content for name in CONCATENATIONS) and _may_run_blocks(content)
-
-
-def _may_run_blocks(content: bytes) -> bool:
-    """The same for a function: loops over two attributes, one of whose elements turns two into two."""
-    loops = list(_LOOP_OVER_ATTRIBUTE.finditer(content))
-    lists = Counter(receiver for receiver, _ in {loop.groups() for loop in loops})
-    loops = [loop for loop in loops if lists[loop.group(1)] > 1]
-    targets = [_LAST_WORD.search(content[max(loop.start() - 100, 0) : loop.start()]) for loop in loops]
-    elements = b"|".join(sorted({target.group(1) for target in targets if target is not None}))
-    if not elements:
-        return False
-    start = rb"\b(\w+)\s*,\s*(\w+)[\s),]*=\s*"
-    calls = [*re.finditer(start + rb"(?:[\w.]*\(\s*)*(?:" + elements + rb")\s*[.(,]", content)]
-    by_name = re.compile(rb"\b\w+\s*=\s*(?:" + elements + rb")\s*[,)]")  # run(…, block=block, …)
-    for call in re.finditer(start + rb"[\w.]+\(", content) if by_name.search(content) else ():
-        if by_name.search(content, call.end(), call.end() + _CALL):
-            calls.append(call)
-    return any(_takes(content[call.end() : call.end() + _CALL], *call.groups()) for call in calls)
-
-
-def _takes(arguments: bytes, *streams: bytes) -> bool:
-    """Whether a call's arguments name all streams, or may hold them."""
-    named = all(re.search(rb"\b" + stream + rb"\b", arguments) for stream in streams)
-    return named or arguments.lstrip().startswith(b"*")
-
-
 def find_roles(repository: Repository) -> Roles:
     """Every model of the repository, in the order of paths and lines."""
     roles = Roles()
@@ -148,7 +114,7 @@ def find_roles(repository: Repository) -> Roles:
                     break
                 if isinstance(found, Lookalike):
                     roles.lookalikes.append(found)
-        for function in [f for f in module.functions.values() if _may_run_blocks(f.text)]:
+        for function in [f for f in module.functions.values() if may_run_blocks(f.text)]:
             classes = _given_first(repository, function)
             if len(classes) == 1:  # the model's work in a function that is given the model
                 found = _model(repository, classes[0], function)
@@ -206,7 +172,7 @@ def _distance(path: str, other: str) -> int:
 
 
 def _model(repository: Repository, owner: Class, method: Function) -> Model | Lookalike | None:
-    if not _may_run_blocks(method.text):
+    if not may_run_blocks(method.text):
         return None
     scope = method.scope
     found = passes(scope)

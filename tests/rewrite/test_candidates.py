@@ -1,0 +1,89 @@
+"""The cheap tests of a text: saying no where a model is would lose it."""
+
+from __future__ import annotations
+
+import pytest
+
+from chipmunk.rewrite.candidates import may_hold_model, may_run_blocks
+from chipmunk.rewrite.minimal import FILES, MODEL
+
+MANY = """\
+def forward(self, img, txt):
+    {first}
+        {call}
+    x = torch.cat((txt, img), 1)
+    for block in self.single:
+        x = block(x)
+    return x
+"""
+FIRST = "for block in self.double:"
+CALL = "img, txt = block(img, txt)"
+
+
+def text(first: str = FIRST, call: str = CALL) -> bytes:
+    return MANY.format(first=first, call=call).encode()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        "(img, txt) = block(img=img, txt=txt)",
+        "img,txt=block (img, txt)",
+        "img, txt = block.run(img, txt)",
+        "img, txt = checkpoint(block, img, txt)",
+        "img, txt = outer(inner(block.run, img, txt))",
+        "img, txt = lib.checkpoint(\n            block,\n            img,\n            txt,\n        )",
+        "img, txt = run(img, txt, block=block, pe=pe)",
+        "img, txt = run(image=img, text=txt, owner = block)",
+        "img, txt = block(*streams)",
+        "more, img, txt = block(img, txt)",
+        "img, txt = block(img, block=block, txt=txt)",
+    ],
+)
+def test_calls_of_a_block(call: str) -> None:
+    assert may_run_blocks(text(call=call))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "img = block(img)",
+        "img, txt = other(img, txt)",
+        "img, txt = other(img, txt, flag=a == block)",
+        "if img, txt == block(img, txt): pass",
+        "img, txt = myblock(img, txt)",
+        "img, txt = run(img, txt, key=blocks)",
+    ],
+)
+def test_calls_that_are_none(call: str) -> None:
+    assert not may_run_blocks(text(call=call))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "for i, block in enumerate(self.double):",
+        "for block in tqdm(zip(self.double, x)):",
+        "for (block) in(self . double):",
+        "for block in \\\n            self.double:",
+    ],
+)
+def test_loops_over_an_attribute(first: str) -> None:
+    assert may_run_blocks(text(first).replace(b"\\\n", b"\n"))
+
+
+@pytest.mark.parametrize(
+    "first", ["for block in double:", "for block in self.single:", "for block within self.double:"]
+)
+def test_loops_that_are_none(first: str) -> None:
+    assert not may_run_blocks(text(first))
+
+
+def test_a_loop_at_the_very_beginning() -> None:
+    assert may_run_blocks(b"in self.a\nfor block in self.b:\n    x, y = block(x, y)\n")
+
+
+def test_a_file_with_a_model() -> None:
+    assert [path for path, text in FILES.items() if may_hold_model(text.encode())] == ["flow/model.py"]
+    assert not may_hold_model(MODEL.replace("cat(", "stack(").encode())
