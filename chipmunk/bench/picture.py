@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chipmunk.apply.errors import quoted
 from chipmunk.bench.measurement import Comparison
 from chipmunk.bench.process import BenchError
 from chipmunk.bench.run import BenchReport
@@ -46,7 +48,8 @@ def check(path: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise BenchError(
-            "a picture needs matplotlib, which is not installed", next_command="pip install 'chipmunk-flux[bench]'"
+            "a picture needs matplotlib, which is not installed beside Chipmunk",
+            next_command=f"{quoted(Path(sys.executable))} -m pip install 'chipmunk-flux[bench]'",
         ) from None
 
 

@@ -23,7 +23,7 @@ def apply(
 
     The lines may have moved; each must be there exactly, or nothing is written. `chipmunk revert` undoes it.
     """
-    from chipmunk.apply import carry_out, plan_patch_file, recover
+    from chipmunk.apply import ApplyError, carry_out, plan_patch_file, recover
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.plan_view import plan_object, show_sites, size_of
     from chipmunk.cli.terminal import next_commands, print_json, say, screen
@@ -32,7 +32,12 @@ def apply(
     writes = not (dry_run or check)
     if writes:
         recover(repo)
-    update = plan_patch_file(repo, patch)
+    try:
+        update = plan_patch_file(repo, patch)
+    except ApplyError as error:
+        if error.next_command is not None:
+            error.next_command = error.next_command.replace("PATCH", quoted(patch_file))
+        raise
     if writes:
         carry_out(update)
     work = bool(update.changes)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from chipmunk.cli.failure import Failure, command
-from chipmunk.cli.options import Json, Plugins, Python, Repo, Target
+from chipmunk.cli.options import (
+    Json,
+    Plugins,
+    Python,
+    Repo,
+    Target,
+    device_of,
+    folder_for,
+    size_of,
+    weights_file,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +53,7 @@ def bench(
         str | None, typer.Option("--dtype", help="bfloat16, float16 or float32. [bfloat16]", metavar="TYPE")
     ] = None,
     require: Annotated[
-        float | None, typer.Option("--require", help="End with 1 if a speed-up is below this.", metavar="RATIO")
+        float | None, typer.Option("--require", min=0, help="End with 1 if a speed-up is below this.", metavar="RATIO")
     ] = None,
     ops: Annotated[bool, typer.Option("--ops", help="Time each operator too.")] = False,
     picture: Annotated[
@@ -77,7 +86,7 @@ def bench(
     from chipmunk.cli.terminal import print_json, screen
     from chipmunk.cli.verify import python_of
 
-    on_cpu = device == "cpu"
+    on_cpu = device_of(device) == "cpu"
     if ops and on_cpu:
         raise Failure("--ops times the operators on a GPU: it does not go with --device cpu")
     if model is not None and weights is not None:
@@ -87,10 +96,11 @@ def bench(
         raise Failure(f"--dtype {dtype} is none of {', '.join(_DTYPES)}")
     if picture is not None:
         drawing.check(picture)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
+    sizes = _sizes(size or ["1280x768"])
+    weights_file(weights)
+    folder_for(output)
     options = BenchOptions(
-        sizes=_sizes(size or ["1280x768"]),
+        sizes=sizes,
         steps=steps,
         batch=batch,
         images=images,
@@ -229,11 +239,4 @@ def _write(report: BenchReport, folder: Path) -> None:
 
 def _sizes(words: list[str]) -> tuple[tuple[int, int], ...]:
     """`--size 1280x768 --size 1024x1024`, or both after one `--size` with a comma."""
-    sizes = []
-    for word in (part.strip() for words_ in words for part in words_.split(",")):
-        found = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", word)
-        width, height = (int(found[1]), int(found[2])) if found else (0, 0)
-        if not width or not height or width % 16 or height % 16:
-            raise Failure(f"--size {word}: a size is WIDTHxHEIGHT in pixels, both multiples of 16, 1280x768 say")
-        sizes.append((width, height))
-    return tuple(dict.fromkeys(sizes))
+    return tuple(dict.fromkeys(size_of(part.strip()) for word in words for part in word.split(",")))

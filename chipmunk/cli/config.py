@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chipmunk.cli.failure import UNMET, Failure, command
+from chipmunk.cli.failure import SUFFIXES, UNMET, Failure, command
 from chipmunk.cli.options import Json
 
 if TYPE_CHECKING:
@@ -35,6 +35,11 @@ def init(
     from chipmunk.registry import data_path
 
     path = place / FILE_NAME if place.is_dir() else place
+    if not place.exists() and place.suffix not in SUFFIXES:
+        raise Failure(
+            f"there is no folder {place}; nothing was written (a file's name would end in .yml)",
+            next_command="chipmunk config init",
+        )
     data = data_path(FILE_NAME).read_bytes()
     if path.exists() and not force:
         raise Failure(

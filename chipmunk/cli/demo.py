@@ -71,9 +71,10 @@ def _pictures(folder: Path) -> list[tuple[str, Path]]:
     missing = [package for package in ("skimage", "PIL", "jinja2") if importlib.util.find_spec(package) is None]
     if missing:
         from chipmunk.cli.terminal import say, screen
+        from chipmunk.fidelity.metrics import INSTALL
 
         _heading("Pictures")
-        say(screen(), f"Left out, for they need {missing[0]}: pip install 'chipmunk-flux[fidelity]'")
+        say(screen(), f"Left out, for they need {missing[0]}: {INSTALL}")
         return []
     results, page = folder / "fidelity", folder / "report.html"
     drawing = ["--prompts", "1", "--seeds", "1", "--steps", STEPS, "--no-floor", "--no-coverage"]

@@ -22,6 +22,9 @@ Parameters = ParamSpec("Parameters")
 DONE, UNMET, REFUSED, CONFLICT, INTERRUPTED = 0, 1, 2, 3, 130
 """The exit codes, the same for every command; `docs/exit-codes.md` explains them."""
 
+SUFFIXES = (".yml", ".yaml")
+"""Of a configuration's file; a name that ends in anything else was to be a folder."""
+
 _STATUS = {UNMET: "check failed", REFUSED: "refused", CONFLICT: "conflict", INTERRUPTED: "interrupted"}
 
 
@@ -112,8 +115,10 @@ def explain(error: BaseException) -> Failure:
             for problem in error.problems
         )
         source = Path(error.problems[0].source)
-        verb = "check" if source.exists() else "init"
-        return Failure("the configuration cannot be used", places, f"chipmunk config {verb} {quoted(source)}")
+        look = f"chipmunk config check {quoted(source)}"
+        if not source.exists():
+            look = f"chipmunk config init {quoted(source)}" if source.suffix in SUFFIXES else "chipmunk config init"
+        return Failure("the configuration cannot be used", places, look)
     if isinstance(error, SelectionError):
         return Failure(str(error), next_command=f"chipmunk {'targets' if 'target' in str(error) else 'patches'} list")
     if isinstance(error, RegistryError):

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from chipmunk.cli.failure import Failure, command
-from chipmunk.cli.options import Json, Plugins, Python, Repo, Target
+from chipmunk.cli.options import (
+    Json,
+    Plugins,
+    Python,
+    Repo,
+    Target,
+    device_of,
+    factory_of,
+    folder_for,
+    size_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,7 +154,7 @@ def fidelity_options(
     from chipmunk.fidelity import FidelityOptions
     from chipmunk.fidelity import compare as rivals
 
-    chosen = dtype or ("float32" if device == "cpu" else "bfloat16")
+    chosen = dtype or ("float32" if device_of(device) == "cpu" else "bfloat16")
     if chosen not in ("float32", "bfloat16", "float16"):
         raise Failure(f"--dtype {dtype} is none of float32, bfloat16, float16")
     executable = python_of(repo, python)
@@ -159,10 +168,10 @@ def fidelity_options(
         count=prompts,
         seeds=tuple(seeds),
         steps=steps,
-        size=None if size is None else _size(size),
+        size=None if size is None else size_of(size),
         text_tokens=64 if device == "cpu" else 512,
         weights=weights,
-        factory=factory,
+        factory=factory_of(factory),
         autoencoder=autoencoder,
         dtype=chosen,
         device=device,
@@ -172,7 +181,7 @@ def fidelity_options(
         floor=1 if floor else 0,
         coverage=coverage,
         require_psnr=require_psnr,
-        output=output,
+        output=folder_for(output),
         command=shlex.join(["chipmunk", *sys.argv[1:]]),
     )
 
@@ -238,11 +247,3 @@ def _say_where(folder: Path, report: FidelityReport) -> None:
     say(screen(), f"Wrote results.json, fidelity.txt{pictures} to {folder}.")
     results = quoted(folder / "results.json")
     next_commands(screen(), [(f"chipmunk report {results}", "all of it as one HTML page")])
-
-
-def _size(word: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", word)
-    width, height = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not width or not height or width % 16 or height % 16:
-        raise Failure(f"--size {word}: a size is WIDTHxHEIGHT in pixels, both multiples of 16, 512x512 say")
-    return width, height

@@ -80,6 +80,8 @@ def tune(
     path = output or repo / FILE_NAME
     if path.is_dir():
         path = path / FILE_NAME
+    if not path.absolute().parent.is_dir():
+        raise Failure(f"there is no folder {path.parent} to write {path.name} to")
     if path.exists() and not force:
         raise Failure(f"{path} is there already; nothing was tried (--force replaces it, --output names another file)")
     options = TuneOptions(

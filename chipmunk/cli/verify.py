@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from chipmunk.cli.failure import Failure, command
-from chipmunk.cli.options import Json, Plugins, Python, Repo, Target
+from chipmunk.cli.options import Json, Plugins, Python, Repo, Target, device_of, factory_of, weights_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,13 +64,13 @@ def verify_repository(
     from chipmunk.verify import VerifyOptions, run
 
     options = VerifyOptions(
-        python=python_of(repo, python),
-        device=device,
+        device=device_of(device),
         target=target,
         plugins=tuple(plugins or ()),
-        weights=weights,
-        factory=factory,
+        weights=weights_file(weights),
+        factory=factory_of(factory),
         seed=seed,
+        python=python_of(repo, python),
     )
     with Waiting(lines=True) as waiting:
         report = run(repo, options, waiting)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from chipmunk.apply.errors import quoted
 from chipmunk.fidelity.report import FidelityError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INSTALL = "pip install 'chipmunk-flux[fidelity]'"
+INSTALL = f"{quoted(Path(sys.executable))} -m pip install 'chipmunk-flux[fidelity]'"
 
 CAP = 100.0
 """PSNR of pictures that are the same to the bit, dB: a mean needs a number."""

@@ -64,4 +64,4 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(BenchError) as caught:
         picture.check(tmp_path / "bench.svg")
-    assert caught.value.next_command == "pip install 'chipmunk-flux[bench]'"
+    assert caught.value.next_command == f"{sys.executable} -m pip install 'chipmunk-flux[bench]'"

@@ -294,7 +294,9 @@ def test_status_sends_nobody_to_a_revert_that_will_not_go(patched: Path) -> None
 
 def test_unknown_names_are_refused_with_the_known_ones(starter: Path) -> None:
     assert "Known: attention" in chipmunk("patch", starter, "--only", "attn").err
-    assert "Known: comfyui, diffsynth, diffusers, flux" in chipmunk("patch", starter, "--target", "sd3").err
+    assert (
+        "Known: by-signature, comfyui, diffsynth, diffusers, flux" in chipmunk("patch", starter, "--target", "sd3").err
+    )
     plugins = chipmunk("patch", starter, "--plugins", starter / "none")
     assert plugins.code == 2
     assert "does not exist" in plugins.err

@@ -225,7 +225,7 @@ def test_a_missing_library_is_named_with_the_way_to_it(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)
     with pytest.raises(FidelityError, match="skimage") as refused:
         run(tmp_path, FidelityOptions())
-    assert refused.value.next_command == "pip install 'chipmunk-flux[fidelity]'"
+    assert refused.value.next_command == f"{sys.executable} -m pip install 'chipmunk-flux[fidelity]'"
 
 
 def variant(found: FidelityReport, name: str) -> dict[str, Any]:
