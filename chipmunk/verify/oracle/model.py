@@ -141,7 +141,7 @@ class Oracle:
         given, facts = arguments.arguments, self.facts
         image = given[facts.image]
         self._current = self._slots.setdefault(self._name, Slot())
-        self._begin_step_of(self._current, image.shape[1])
+        self._begin_step_of(self._current, image.shape[1] if image.ndim == 3 else None)
 
         if facts.ids is None or not config.patchify.is_enabled:
             return
@@ -154,7 +154,7 @@ class Oracle:
             given[facts.image] = image[:, self._order]
             given[facts.ids] = ids[self._order] if ids.ndim == 2 else ids[:, self._order]
 
-    def _begin_step_of(self, slot: Slot, image_tokens: int) -> None:
+    def _begin_step_of(self, slot: Slot, image_tokens: int | None) -> None:
         """Decide whether this call of the model is skipped; its blocks are then computed without being counted."""
         index = self._last_step if self._last_step >= 0 else slot.model_calls
         slot.model_calls += 1

@@ -126,11 +126,12 @@ class Steps:
 class StepOfModel:
     """One call of the model: which rows of its streams are the image, and what these become on a skipped step."""
 
-    def __init__(self, steps: Steps, index: int, image_tokens: int, double_layers: int, layers: int) -> None:
+    def __init__(self, steps: Steps, index: int, image_tokens: int | None, double_layers: int, layers: int) -> None:
         self.steps = steps
         self.index = index
         self.is_skipped = steps.skips(index)
-        self._image_tokens = image_tokens
+        self._image_tokens = image_tokens or 0
+        """0 until the blocks are entered, where the model cuts latents into tokens itself."""
         self._double_layers = double_layers
         self._layers = layers
         self._entering: Tensor | None = None
@@ -139,6 +140,8 @@ class StepOfModel:
 
     def enter(self, layer: int, streams: Sequence[Tensor]) -> None:
         """Know what enters the blocks, and on which side of the joint stream the image is."""
+        if not self._image_tokens:  # verify's texts are shorter than its images
+            self._image_tokens = max(stream.shape[1] for stream in streams)
         images = [stream for stream in streams if stream.shape[1] == self._image_tokens]
         if layer == 0:
             self._entering = images[0].clone()
