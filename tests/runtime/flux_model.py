@@ -171,3 +171,8 @@ def error(got: list[Tensor], expected: list[Tensor]) -> float:
 
 def same(got: list[Tensor], expected: list[Tensor]) -> bool:
     return len(got) == len(expected) and all(map(torch.equal, got, expected))
+
+
+def sparse_calls(model: Any) -> int:
+    """How many MLPs ran sparse outside of named slots."""
+    return sum(layer.mlp["main"].sparse for layer in chipmunk.statistics(model).layers if layer.mlp)

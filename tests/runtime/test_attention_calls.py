@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flux_model
@@ -16,11 +16,7 @@ import chipmunk
 from chipmunk.runtime.attention_calls import AttentionCall, read_call
 from chipmunk.runtime.counts import Calls
 
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 # Functions with the names, signatures and layouts of the libraries', in PyTorch.

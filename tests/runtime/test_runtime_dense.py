@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import flux_model
@@ -15,11 +14,7 @@ from torch.nn.utils import parametrize
 import chipmunk
 from chipmunk.runtime.counts import Calls
 
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def reasons(model: Flux, part: str, layer: int = 2) -> Calls:

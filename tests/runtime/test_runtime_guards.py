@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import flux_model
@@ -16,11 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import chipmunk
 
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def build(kind: type[Flux] = Flux, **changes: Any) -> Flux:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -14,14 +14,10 @@ from torch import Tensor
 
 import chipmunk
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 TIMES = torch.linspace(1, 0, 11).tolist()
 EVERYTHING = {"attn__top_keys": 1.0, "mlp__top_keys": 1.0, "patchify__chunk_size_1": 4, "patchify__chunk_size_2": 2}
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def pair(kind: type[Flux] = Flux) -> tuple[Flux, Flux]:

@@ -6,7 +6,7 @@ import gc
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import flux_model
@@ -18,6 +18,8 @@ from torch import Tensor
 import chipmunk
 from chipmunk.runtime import timestep_clock
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 TIMES = torch.linspace(1, 0, 13).tolist()[:-1]
 NOTHING_ELSE: dict[str, int] = {}
 
@@ -26,12 +28,6 @@ class Clocked(Flux):
     forward = chipmunk.model_forward(
         double="double_blocks", single="single_blocks", image="img", ids="img_ids", timesteps="timesteps"
     )(Flux.forward.__wrapped__)  # type: ignore[attr-defined]
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Iterator[None]:
-    with torch.no_grad():
-        yield
 
 
 def build(kind: type[Flux] = Clocked, **changes: Any) -> Flux:
