@@ -1,0 +1,338 @@
+"""What a model does to image tokens by where they lie: then their order may not be changed.
+
+Attention, norms and linear layers treat all tokens alike. A convolution over the image, a roll, a positional table of
+the model's own or a mask that it makes do not; nor do features that a block keeps on itself for a later call, which
+may have another order. The functions that the model's forward and its blocks run are read for these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import libcst as cst
+
+from chipmunk.rewrite.flow import Step, value_names
+from chipmunk.rewrite.objects import held_by
+from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
+from chipmunk.rewrite.syntax import (
+    argument,
+    bind,
+    dotted,
+    elements,
+    integer,
+    is_call,
+    last_name,
+    self_attribute,
+    text_of_string,
+    walk,
+)
+
+_DEPTH = 6
+_NEIGHBOURS = re.compile(
+    r"(Lazy)?(Conv(Transpose)?|(Adaptive)?(Avg|Max)Pool|LPPool|(Reflection|Replication|Zero|Constant|Circular)Pad)[123]d"
+    r"|Upsample(NearestBilinear)?(2d)?|Pixel(Uns|S)huffle|Unfold|Fold"
+)
+"""Layers of torch that mix neighbours."""
+_MOVES = {"roll": "dims", "flip": "dims", "cumsum": "dim", "cumprod": "dim", "logcumsumexp": "dim", "cummax": "dim"}
+"""Functions that go along an axis, and what the axis is called."""
+_MIXES = re.compile(r"(conv(_transpose)?|(adaptive_)?(avg|max)_pool)[123]d|interpolate|unfold|fold|pixel_(un)?shuffle")
+_PARTS = ("chunk", "tensor_split")
+_EINOPS = ("rearrange", "reduce", "repeat")
+_TABLES = ("Parameter", "Buffer")
+_FILLED = ("zeros", "ones", "empty", "randn", "rand", "full", "normal")
+_REDUCED = ("max", "amax", "min", "mean", "sum", "norm", "std", "item", "len")
+_MASKS = ("attn_mask", "attn_bias", "mask", "attention_mask")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A function that gets image tokens. `objects`: parameters of which the class is known."""
+
+    function: Function
+    tokens: frozenset[str]
+    objects: tuple[tuple[str, Class], ...] = ()
+    made: frozenset[str] = frozenset()
+    """Parameters that get what the model makes of nothing that it is given: a mask, say."""
+
+
+@dataclass(eq=False)
+class _Reader:
+    repository: Repository
+    builder: Module
+    seen: set[Entry] = field(default_factory=set)
+
+    def reasons(self, entry: Entry, depth: int = 0) -> Iterator[str]:
+        if entry in self.seen or depth > _DEPTH:
+            return
+        self.seen.add(entry)
+        function = entry.function
+        objects = dict(entry.objects)
+        for step in function.scope.steps:
+            yield from self._kept(entry, step)
+            for expression in step.expressions:
+                for node in walk(expression):
+                    if isinstance(node, cst.BinaryOperation):
+                        yield from self._table(entry, node, step)
+        for call, step in function.scope.calls:
+            yield from self._by_name(entry, call, step)
+            yield from self._through(entry, call, step, objects, depth)
+
+    # What stands here
+
+    def _holds(self, entry: Entry, node: cst.CSTNode | None, step: Step) -> bool:
+        return node is not None and bool(entry.function.scope.roots(node, step) & entry.tokens)
+
+    def _by_name(self, entry: Entry, call: cst.Call, step: Step) -> Iterator[str]:
+        name, function = last_name(call.func), entry.function
+        subject: cst.BaseExpression | None = call.func.value if isinstance(call.func, cst.Attribute) else None
+        shift = 0
+        if subject is None or not self._holds(entry, subject, step):
+            subject, shift = (call.args[0].value if call.args else None), 1
+        where = f"{function.name} goes by where tokens lie"
+        if name in _MOVES and self._holds(entry, subject, step):
+            place = shift + (1 if name == "roll" else 0)
+            if _along_tokens(argument(call, place, _MOVES[name]), call):
+                yield f"{where} ({name})"
+        elif name in _PARTS and self._holds(entry, subject, step):
+            if integer(argument(call, shift + 1, "dim")) in (1, -2) and integer(argument(call, shift, "chunks")):
+                yield f"{where} ({name})"
+        elif _MIXES.fullmatch(name) and self._holds(entry, subject, step):
+            meaning = self.repository.resolve(call.func, function, step)
+            if shift == 0 or isinstance(meaning, External):
+                yield f"{where} ({name})"
+        elif name in _EINOPS and _splits_tokens(call) and self._holds(entry, subject, step):
+            yield f"{where} ({name})"
+        elif self._makes_mask(entry, call, step):
+            yield f"{function.name} computes attention with a mask of the model's own"
+
+    def _makes_mask(self, entry: Entry, call: cst.Call, step: Step) -> bool:
+        masks = [arg.value for arg in call.args if arg.keyword is not None and arg.keyword.value in _MASKS]
+        meaning = self.repository.resolve(call.func, entry.function, step) if masks or len(call.args) > 3 else None
+        if not isinstance(meaning, External) or "attention" not in meaning.name.lower():
+            return False
+        given = call.args[2:] if meaning.name == "chipmunk.attention" else call.args
+        masks += [arg.value for arg in given[3:4] if arg.keyword is None and not arg.star]
+        if not any(self._holds(entry, arg.value, step) for arg in given[:3]):
+            return False
+        return any(self.is_made(entry, mask, step) for mask in masks)
+
+    def is_made(self, entry: Entry, node: cst.BaseExpression, step: Step) -> bool:
+        """Whether a value is a tensor that comes from nothing that the model is given."""
+        scope = entry.function.scope
+        roots = scope.roots(node, step)
+        if roots & entry.made:
+            return True
+        others = roots - {scope.receiver} if entry.function.receivers else roots
+        if others or dotted(node) in ("None", "True", "False") or isinstance(node, cst.SimpleString):
+            return False
+        if any(_is_torch_function(call) for call, _ in scope.calls_behind(node, step)):
+            return True
+        owner = entry.function.owner
+        names = [name for name in _names_behind(entry, node, step) if name is not None]
+        return owner is not None and any(self._is_tensor(owner, name) for name in names)
+
+    def _is_tensor(self, owner: Class, attribute: str) -> bool:
+        values = self.repository.values_of(owner, attribute)
+        calls = [node for value, *_ in values for node in walk(value) if isinstance(node, cst.Call)]
+        return any(_is_torch_function(call) or last_name(call.func) in _TABLES for call in calls) or bool(
+            list(self._registered(owner, attribute))
+        )
+
+    def _table(self, entry: Entry, node: cst.BinaryOperation, step: Step) -> Iterator[str]:
+        """`image + self.positions`: a tensor of the model's own, with a row for each token."""
+        owner = entry.function.owner
+        if owner is None or not isinstance(node.operator, (cst.Add, cst.Subtract, cst.Multiply)):
+            return
+        for own, other in ((node.left, node.right), (node.right, node.left)):
+            name = _own_attribute(own, entry.function.scope.receiver)
+            if name is not None and self._has_rows(owner, name) and self._holds(entry, other, step):
+                yield f"{entry.function.name} adds {entry.function.scope.receiver}.{name} to the tokens, row by row"
+
+    def _has_rows(self, owner: Class, attribute: str) -> bool:
+        """Whether the attribute is a parameter or buffer of which the last axis but one may be the tokens'."""
+        values = [value for value, *_ in self.repository.values_of(owner, attribute)]
+        tables = [call.args[0].value for call in values if is_call(call, *_TABLES) and call.args]
+        tables += self._registered(owner, attribute)
+        return any(not _is_alike_for_all(table) for table in tables)
+
+    def _registered(self, owner: Class, attribute: str) -> Iterator[cst.BaseExpression]:
+        for current in self.repository.bases(owner):
+            for method in current.methods.values():
+                if "register_buffer" in method.words or "register_parameter" in method.words:
+                    for call, _ in method.scope.calls:
+                        named = is_call(call, "register_buffer", "register_parameter") and len(call.args) > 1
+                        if named and text_of_string(call.args[0].value) == attribute:
+                            yield call.args[1].value
+
+    def _kept(self, entry: Entry, step: Step) -> Iterator[str]:
+        """`self.bank = keys`: what a later call may read, whose tokens may have another order."""
+        if isinstance(step.node, cst.Expr) and is_call(step.node.value, "append", "extend", "update", "insert"):
+            function = step.node.value.func
+            kept = function.value if isinstance(function, cst.Attribute) else None
+            given = any(self._holds(entry, arg.value, step) for arg in step.node.value.args)
+            if kept is not None and given and self._is_own(entry, kept):
+                yield f"{entry.function.name} keeps what it computes in {dotted(kept)}"
+        for target in step.node.targets if isinstance(step.node, cst.Assign) else ():
+            parts = zip(
+                elements(target.target) or [target.target],
+                elements(step.node.value) or [step.node.value],  # type: ignore[attr-defined]
+                strict=False,
+            )
+            for part, value in parts:
+                kept = part.value if isinstance(part, cst.Subscript) else part
+                if self._is_own(entry, kept) and self._holds(entry, value, step) and not _is_number(entry, value, step):
+                    yield f"{entry.function.name} keeps what it computes in {dotted(kept)}"
+
+    def _is_own(self, entry: Entry, node: cst.BaseExpression) -> bool:
+        """Whether it is an attribute of the function's own object, or of a module that it is given."""
+        own = {name for name, _ in entry.objects} | (
+            {entry.function.scope.receiver} if entry.function.receivers else set()
+        )
+        return isinstance(node, cst.Attribute) and (dotted(node) or "").partition(".")[0] in own
+
+    # What is called
+
+    def _through(
+        self, entry: Entry, call: cst.Call, step: Step, objects: dict[str, Class], depth: int
+    ) -> Iterator[str]:
+        for first, callee in enumerate([call.func, *(arg.value for arg in call.args[:1] if arg.keyword is None)]):
+            if first and (isinstance(callee, cst.Call) or last_name(call.func) != "checkpoint"):
+                continue
+            for inner, own in self._run(entry, callee, step, objects):
+                if isinstance(inner, str):
+                    if any(self._holds(entry, arg.value, step) for arg in call.args):
+                        yield f"{entry.function.name} mixes neighbours ({inner})"
+                    continue
+                given = bind(inner.node, call, skip=inner.receivers, first=first)
+                tokens = frozenset(n for n, value in given.items() if self._holds(entry, value, step))
+                if not tokens:
+                    continue
+                made = frozenset(n for n, value in given.items() if self.is_made(entry, value, step))
+                known = {n: objects[name] for n, v in given.items() if (name := dotted(v)) in objects}
+                if inner.receivers and own is not None:
+                    known[inner.scope.receiver] = own
+                yield from self.reasons(Entry(inner, tokens, tuple(sorted(known.items(), key=_first)), made), depth + 1)
+
+    def _run(
+        self, entry: Entry, callee: cst.BaseExpression, step: Step, objects: dict[str, Class]
+    ) -> Iterator[tuple[Function | str, Class | None]]:
+        """The functions that a call runs, each with its receiver's class; the name of a layer that mixes neighbours."""
+        function, repository = entry.function, self.repository
+        meaning = repository.resolve(callee, function, step)
+        if isinstance(meaning, Function):
+            yield meaning, meaning.owner
+            return
+        if meaning is not None or not isinstance(callee, cst.Attribute):
+            return
+        for name, owner in objects.items():
+            attribute, run = self_attribute(callee, name), None
+            if attribute is None:
+                attribute, run = self_attribute(callee.value, name), callee.attr.value
+            if attribute is None:
+                continue
+            method = repository.method(owner, attribute) if run is None else None
+            if method is not None:
+                yield method, owner
+                continue
+            for value, *_ in repository.values_of(owner, attribute):
+                for made in walk(value):
+                    if isinstance(made, cst.Call) and _NEIGHBOURS.fullmatch(last_name(made.func)):
+                        yield last_name(made.func), None
+            for inner in held_by(repository, owner, attribute, run, self.builder).methods:
+                yield inner, inner.owner
+
+
+def by_place(repository: Repository, entries: Iterable[Entry], builder: Module) -> str | None:
+    """What goes by where tokens lie in these functions, and in those that they run; None if nothing is known to."""
+    reader = _Reader(repository, builder)
+    return next((reason for entry in entries for reason in reader.reasons(entry)), None)
+
+
+def _is_number(entry: Entry, value: cst.CSTNode, step: Step) -> bool:
+    """Whether a value is computed from one number for all tokens: `x.abs().max()`."""
+    calls = [call for call, _ in entry.function.scope.calls_behind(value, step) if last_name(call.func) in _REDUCED]
+    return any(len(call.args) == (0 if _is_method(call) else 1) for call in calls)
+
+
+def _is_method(call: cst.Call) -> bool:
+    return isinstance(call.func, cst.Attribute) and dotted(call.func.value) not in ("torch", "np", "numpy", "math")
+
+
+def is_made(repository: Repository, entry: Entry, node: cst.BaseExpression, step: Step) -> bool:
+    """Whether an argument is made of nothing that the model is given."""
+    return _Reader(repository, entry.function.module).is_made(entry, node, step)
+
+
+def _is_torch_function(call: cst.Call) -> bool:
+    """`torch.ones(…)`, and not a layer or a cast: its name begins small."""
+    name = dotted(call.func) or ""
+    return name.startswith("torch.") and name.count(".") == 1 and name[6:7].islower()
+
+
+def _first(item: tuple[str, Class]) -> str:
+    return item[0]
+
+
+def _names_behind(entry: Entry, node: cst.CSTNode, step: Step) -> Iterator[str | None]:
+    scope = entry.function.scope
+    for name in value_names(node):
+        yield _attribute_of(name, scope.receiver)
+        for binding in scope.reaching(name, step):
+            if binding.value is not None and not binding.path:
+                yield from (_attribute_of(n, scope.receiver) for n in value_names(binding.value))
+
+
+def _attribute_of(name: str, receiver: str) -> str | None:
+    head, _, rest = name.partition(".")
+    return rest if head == receiver and rest and "." not in rest else None
+
+
+def _own_attribute(node: cst.CSTNode, receiver: str) -> str | None:
+    """`table` of `self.table`, `self.table[:, :n]` and `self.table.to(x)`."""
+    while True:
+        name = self_attribute(node, receiver)
+        if name is not None:
+            return name
+        if isinstance(node, cst.Subscript):
+            node = node.value
+        elif isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute):
+            node = node.func.value
+        else:
+            return None
+
+
+def _is_alike_for_all(table: cst.BaseExpression) -> bool:
+    """Whether a table is made with one row at most, or with one number for each channel."""
+    for call in walk(table):
+        if isinstance(call, cst.Call) and last_name(call.func) in _FILLED and call.args:
+            sizes = [arg.value for arg in call.args if arg.keyword is None]
+            sizes = elements(sizes[0]) or sizes if sizes else []
+            return len(sizes) < 2 or integer(sizes[-2]) == 1
+        if isinstance(call, cst.Call) and last_name(call.func) in ("tensor", "as_tensor") and call.args:
+            return elements(call.args[0].value) is None
+    return False
+
+
+def _along_tokens(axes: cst.BaseExpression | None, call: cst.Call) -> bool:
+    """Whether an axis, or one of several, may be the tokens'."""
+    given = [axes] if axes is not None else []
+    if last_name(call.func) == "flip" and axes is not None:
+        given = [arg.value for arg in call.args if integer(arg.value) is not None or elements(arg.value) is not None]
+        given = given or [axes]
+    for each in given:
+        for axis in elements(each) or [each]:
+            if integer(axis) not in (0, -1, 3):
+                return True
+    return not given
+
+
+def _splits_tokens(call: cst.Call) -> bool:
+    """Whether the axis before the last is taken apart: `b (h w) c -> …`, `b c (h w) d -> …`."""
+    pattern = text_of_string(call.args[1].value) if len(call.args) > 1 else None
+    if pattern is None or "->" not in pattern:
+        return False
+    axes = re.findall(r"\([^)]*\)|\S+", pattern.partition("->")[0])
+    inner = axes[-2] if len(axes) > 2 else ""
+    return inner.startswith("(") and len(inner.strip("()").split()) > 1
