@@ -140,7 +140,9 @@ class _Finder:
         return place.loops and any(wanted <= place.words for wanted, _ in self._keywords.values())
 
     def _may_call_helper(self, place: Place) -> bool:
-        return not self._names.isdisjoint(place.words) or (self._has_callable and place.loops)
+        if self._has_callable and place.loops:
+            return True
+        return not self._names.isdisjoint(place.words) and not self._names.isdisjoint(place.uses.called)
 
     def _direct_calls(self, place: Place) -> Iterator[ModelCall]:
         values = self._context.values

@@ -13,7 +13,7 @@ import libcst as cst
 
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.repository import Class, Function, Module, Repository
-from chipmunk.rewrite.syntax import bind, dotted, last_name, parameters, self_attribute
+from chipmunk.rewrite.syntax import bind, dotted, last_name, self_attribute
 
 _DEPTH = 4
 _FILES = 4
@@ -103,7 +103,7 @@ class _Search:
 
     def given_for(self, function: Function, parameter: str, depth: int) -> list[Class]:
         """The classes whose objects are given to a parameter of one of the owner's methods."""
-        name = function.node.name.value
+        name = function.outline.name
         if (id(function), parameter) in self.asked:
             return []
         self.asked.add((id(function), parameter))
@@ -203,4 +203,4 @@ def _importers(repository: Repository, module: Module, first: str) -> list[Modul
 
 
 def _leading(function: Function) -> list[str]:
-    return [p.name.value for p in parameters(function.node)[1:]][:_INTERFACE]
+    return function.parameters[1 : _INTERFACE + 1]

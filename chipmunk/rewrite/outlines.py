@@ -1,4 +1,4 @@
-"""What a function does with values, as `ast` tells it: enough to know that no model is in it, without its tree.
+"""What a function does with values and names, as `ast` tells it: enough to know what its tree would not hold.
 
 The questions of `values.Values` are answered here for a whole function at once, and generously: yes where LibCST's
 tree, with the order of the statements and what names mean, would say no.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _VALUES = (ast.Name, ast.Attribute, ast.Call, ast.Tuple, ast.List, ast.IfExp, ast.NamedExpr)
@@ -107,6 +108,42 @@ class Outline:
     def may_be_object(self, name: str) -> bool:
         """Whether the name may stand for an object of a known class: it is annotated, or bound to a call."""
         return name in self.annotated or any(name == bound and isinstance(v, ast.Call) for bound, v in self.bound)
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What the statements of a function or module do with names: all that their tree says, and more."""
+
+    bound: frozenset[str]
+    """Names that get a value, and the last parts of attributes that do."""
+    callees: tuple[ast.expr, ...]
+    """What is called."""
+
+    @classmethod
+    def of(cls, body: Iterable[ast.stmt]) -> Uses:
+        bound: set[str] = set()
+        callees: list[ast.expr] = []
+        for node in (inner for statement in body for inner in ast.walk(statement)):
+            if isinstance(node, ast.Name):
+                if type(node.ctx) is not ast.Load:
+                    bound.add(node.id)
+            elif isinstance(node, ast.Attribute):
+                if type(node.ctx) is not ast.Load:
+                    bound.add(node.attr)
+            elif isinstance(node, ast.Call):
+                callees.append(node.func)
+            elif isinstance(node, ast.alias):
+                bound.add(node.asname or node.name.split(".")[0])
+        return cls(frozenset(bound), tuple(callees))
+
+    @cached_property
+    def called(self) -> frozenset[str]:
+        """The last parts of the names of what is called."""
+        return frozenset(
+            callee.id if isinstance(callee, ast.Name) else callee.attr
+            for callee in self.callees
+            if isinstance(callee, (ast.Name, ast.Attribute))
+        )
 
 
 def dotted(node: ast.expr) -> str | None:

@@ -5,15 +5,17 @@ What cannot be known is reported as left dense. Used by the patch `diffusers-pip
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import libcst as cst
 
+from chipmunk.rewrite import outlines
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Step
-from chipmunk.rewrite.repository import Class, External, Function
+from chipmunk.rewrite.repository import Class, External, Function, Meaning
 from chipmunk.rewrite.syntax import argument, dotted, parameters, text_of_string, walk
 from chipmunk.rewrite.values import Place
 
@@ -46,6 +48,8 @@ def _directly_made(context: Context) -> tuple[list[Made], dict[Function, str]]:
     found: list[Made] = []
     returning: dict[Function, str] = {}
     for place in _places(context, ["diffusers", *(f"Pipeline.{name}" for name in _LOADERS)], [*_LOADERS, "from_pipe"]):
+        if not _may_load(context, place):
+            continue
         named: set[int] = set()
         for step, target, value in _values(place):
             call = _innermost(value)
@@ -69,6 +73,19 @@ def _directly_made(context: Context) -> tuple[list[Made], dict[Function, str]]:
                 reason = "the pipeline has no name here: give it one, and chipmunk.enable(…) can stand behind it"
                 context.left_dense(place.module.source, call, reason)
     return found, returning
+
+
+def _may_load(context: Context, place: Place) -> bool:
+    """Whether the place may call such a method of a class of diffusers; told without its tree."""
+    own = {*place.uses.bound, *(place.function.parameters if place.function is not None else ())}
+    for callee in place.uses.callees:
+        if isinstance(callee, ast.Attribute) and callee.attr in (*_LOADERS, "from_pipe"):
+            name = outlines.dotted(callee.value)
+            if name is not None and name.split(".")[0] in own:
+                return True
+            if _class_of_diffusers(context, context.repository.resolve(name, place.module)) is not None:
+                return True
+    return False
 
 
 def _made_by_functions(context: Context, returning: dict[Function, str]) -> Iterator[Made]:
@@ -126,14 +143,17 @@ def _innermost(value: cst.BaseExpression) -> cst.Call | None:
 def _class_name(context: Context, call: cst.Call, step: Step, place: Place) -> str | None:
     """The class of diffusers whose method is called."""
     assert isinstance(call.func, cst.Attribute)
-    repository = context.repository
-    meaning = repository.resolve(call.func.value, place.names, step)
-    found = [meaning]
-    if isinstance(meaning, Class):  # a pipeline of the repository's own that inherits from one of diffusers
+    return _class_of_diffusers(context, context.repository.resolve(call.func.value, place.names, step))
+
+
+def _class_of_diffusers(context: Context, meaning: Meaning | None) -> str | None:
+    """The class of diffusers that is meant, or that the repository's own class inherits from."""
+    repository, found = context.repository, [meaning]
+    if isinstance(meaning, Class):
         found = [
-            repository.resolve(base.value, owner.module)
+            repository.resolve(outlines.dotted(base), owner.module)
             for owner in repository.bases(meaning)
-            for base in owner.node.bases
+            for base in owner.outline.bases
         ]
         found = [each for each in found if isinstance(each, External) and _FLUX.fullmatch(each.name.split(".")[-1])]
     for each in found:

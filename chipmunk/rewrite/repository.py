@@ -12,14 +12,15 @@ from pathlib import PurePosixPath
 
 import libcst as cst
 
-from chipmunk.rewrite.flow import Scope, Step
-from chipmunk.rewrite.outlines import Outline
+from chipmunk.rewrite.flow import Binding, Scope, Step
+from chipmunk.rewrite.outlines import Outline, Uses
 from chipmunk.rewrite.outlines import dotted as _dotted
 from chipmunk.rewrite.source import Source, SourceError
 from chipmunk.rewrite.syntax import bind, dotted, is_call, last_name, parameters, self_attribute, walk
 
 _FOLLOW = 6  # imports of imports
 _ADDING = {"append", "extend", "insert"}
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _WORD = re.compile(rb"[A-Za-z_\x80-\xff][\w\x80-\xff]*")
 
 
@@ -53,6 +54,16 @@ class Function:
     @cached_property
     def values(self) -> Outline:
         return Outline.of(self.outline)
+
+    @cached_property
+    def uses(self) -> Uses:
+        return Uses.of(self.outline.body)
+
+    @cached_property
+    def parameters(self) -> list[str]:
+        """Those with a name, as `scope.parameters` has them; told without its tree."""
+        given = self.outline.args
+        return [parameter.arg for parameter in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
 
     @property
     def name(self) -> str:
@@ -143,6 +154,15 @@ class Module:
     @cached_property
     def values(self) -> Outline:
         return Outline.of_module(self.source.outline.body)
+
+    @cached_property
+    def uses(self) -> Uses:
+        """Of the statements outside functions and classes."""
+        return Uses.of(part for part in self.source.outline.body if not isinstance(part, _DEFINITIONS))
+
+    def bindings(self, name: str) -> list[Binding]:
+        """What the statements outside functions and classes bind the name to."""
+        return self.scope.bindings.get(name, []) if name in self.words and name in self.uses.bound else []
 
     def all_functions(self) -> list[Function]:
         """Functions and methods, live ones only."""
@@ -329,11 +349,10 @@ class Repository:
         first, *rest = name.split(".")
         module = function if isinstance(function, Module) else function.module
         if isinstance(function, Function):
-            scope = function.scope
-            if first in scope.bindings:
+            if first in function.uses.bound and first in function.scope.bindings:
                 return self._local(first, rest, function, step)
-            if first in scope.parameters:
-                if function.owner is not None and first == scope.receiver and len(rest) == 1:
+            if first in function.parameters:
+                if function.owner is not None and first == function.parameters[0] and len(rest) == 1:
                     return self.method(function.owner, rest[0])
                 return None
         return self._in_module(module, first, rest, 0)
@@ -360,8 +379,7 @@ class Repository:
             return module.functions[first]
         if first in module.imports:
             return self._imported(*module.imports[first], rest, module, depth)
-        bindings = module.scope.bindings.get(first, ()) if first in module.words else ()
-        for binding in reversed(bindings):
+        for binding in reversed(module.bindings(first)):
             name = dotted(binding.value)
             if name is not None and not binding.path and name.split(".")[0] != first:
                 head, *tail = name.split(".")
@@ -411,7 +429,9 @@ class Repository:
         """The expressions that any method assigns to `self.attribute`, or appends to it."""
         found: list[tuple[cst.BaseExpression, Function, Step]] = []
         for current in self.bases(owner):
-            for method in [method for method in current.methods.values() if attribute in method.words]:
+            for method in current.methods.values():
+                if attribute not in method.words or attribute not in method.uses.bound:
+                    continue
                 scope = method.scope
                 for binding in scope.bindings.get(f"{scope.receiver}.{attribute}", ()):
                     if binding.value is not None and not binding.path:
@@ -427,7 +447,7 @@ class Repository:
                 self._built(owner, value, method, step, found, 0)
             for current in self.bases(owner):
                 for method in current.methods.values():
-                    if attribute not in method.words or _ADDING.isdisjoint(method.words):
+                    if attribute not in method.words or _ADDING.isdisjoint(method.uses.called):
                         continue
                     for call, step in method.scope.calls:
                         function = call.func

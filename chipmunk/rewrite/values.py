@@ -78,6 +78,10 @@ class Place:
         return self.module.values if self.function is None else self.function.values
 
     @property
+    def uses(self) -> outlines.Uses:
+        return self.module.uses if self.function is None else self.function.uses
+
+    @property
     def name(self) -> str:
         return "<module>" if self.function is None else self.function.name
 
@@ -157,7 +161,7 @@ class Values:
             for path in self.repository.files_where(partial(_gives, wanted), ("gives", *sorted(wanted))):
                 module = self.repository.module(path)
                 functions = module.all_functions() if module is not None else []
-                for function in [f for f in functions if wanted <= f.words and _calls_with(f.outline, wanted)]:
+                for function in [f for f in functions if wanted <= f.words and _calls_with(f, wanted)]:
                     for call, step in function.scope.calls:
                         keywords = {arg.keyword.value for arg in call.args if arg.keyword is not None}
                         name = dotted(call.func)
@@ -462,8 +466,7 @@ class Values:
                 return found
         if function is not None and name not in scope.bindings and "." not in name:
             # A global of the module, as it is when the module has run.
-            bindings = place.module.scope.bindings.get(name, []) if name in place.module.words else []
-            for binding in bindings:
+            for binding in place.module.bindings(name):
                 found = _merge(found, self._bound(binding, Place(place.module, None), depth + 1))
         if isinstance(node, cst.Attribute) and not _any(found):
             if node.attr.value in _INSIDE:
@@ -536,10 +539,15 @@ def _gives(keywords: Collection[str], content: bytes) -> bool:
     return all(re.search(rb"\b" + word + rb"\s*=", content) for word in words)
 
 
-def _calls_with(outline: ast.AST, keywords: set[str]) -> bool:
-    """Whether a name without dots is called with all these keywords."""
-    calls = (node for node in ast.walk(outline) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
-    return any(keywords <= {keyword.arg for keyword in call.keywords} for call in calls)
+def _calls_with(function: Function, keywords: set[str]) -> bool:
+    """Whether a parameter is called with all these keywords; told without its tree."""
+    return any(
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in function.parameters
+        and keywords <= {keyword.arg for keyword in node.keywords}
+        for node in ast.walk(function.outline)
+    )
 
 
 def is_parser(node: cst.CSTNode, step: Step, place: Place, values: Values) -> bool:

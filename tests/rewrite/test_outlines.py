@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import ast
+import textwrap
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chipmunk.rewrite.outlines import Outline
+from chipmunk.rewrite.repository import External, Function, Module, Repository
+from chipmunk.rewrite.source import Source
+from chipmunk.rewrite.syntax import last_name
 
 
 def source(node: ast.expr) -> list[ast.expr] | bool:
@@ -81,3 +87,66 @@ def test_a_module_says_nothing_of_its_functions() -> None:
     text = "def f():\n    return Model()\nclass A:\n    a = Model()\n"
     assert not Outline.of_module(ast.parse(text).body).lets_out(source, [])
     assert Outline.of_module(ast.parse(text + "try:\n    a = Model()\nexcept E: pass").body).lets_out(source, [])
+
+
+FORMS = [
+    "a = 1",
+    "a, (b, *c) = x",
+    "self.a = b.c = x",
+    "(a).b = x",
+    "a: int = 1",
+    "self.a: int = 1",
+    "a += f(x)",
+    "self.a.append(x)",
+    "import a.b, c as d",
+    "from e import f as g, h",
+    "from .i import *",
+    "if (j := f(x)) and k.g(y): z = 1\nelse:\n    w = h(x)(y)",
+    "for l, m in zip(x, y):\n    n = f(l)\nelse:\n    o = 1",
+    "while f(x):\n    p = 1",
+    "with open(x) as q, f(y) as (r, s): t = 1",
+    "try:\n    u = f(x)\nexcept E as e:\n    v = 1\nfinally:\n    w = 1",
+    "def inner(x, y=f(1)):\n    a1 = g(x)\n    return a1",
+    "class C:\n    b1 = f(x)",
+    "match x:\n    case [c1, *d1]:\n        e1 = f(c1)",
+    "return [f(x) for f1 in g(x) if (g1 := f1)]",
+    "async def later():\n    async with f(x) as h1:\n        async for i1 in g(x): await h(i1)",
+    "l1 = lambda m1: f(m1)",
+    "x[a.b] = f(x); n1 = 2",
+    "@wrap(x)\ndef o1(): pass",
+]
+
+
+@given(st.lists(st.sampled_from(FORMS), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_names_are_those_of_the_tree_at_least(forms: list[str]) -> None:
+    """What is not bound or called by this, is not looked for in the tree."""
+    body = "\n".join(forms)
+    method = "    def f(self, x, /, y=1, *rest, z: int, **more):\n" + textwrap.indent(body, " " * 8)
+    for text in (f"class A:\n{method}\n", "\n".join(form for form in forms if "return" not in form) or "pass"):
+        module = Module(Source("a.py", text.encode()))
+        places = [module, *module.all_functions()]
+        for place in places:
+            bound = {name.rpartition(".")[2] for name in place.scope.bindings}
+            assert bound <= place.uses.bound
+            assert {last_name(call.func) for call, _ in place.scope.calls} <= {*place.uses.called, ""}
+            for name in place.scope.bindings if place is module else ():
+                assert "." in name or module.bindings(name) == module.scope.bindings[name]
+            if isinstance(place, Function):
+                assert place.parameters == place.scope.parameters
+                assert place.owner is None or place.parameters == ["self", "x", "y", "z"]
+
+
+def test_a_name_that_is_bound_nowhere_needs_no_tree() -> None:
+    text = (
+        "from lib import g\ndef f(x):\n    return g(x)\ndef h(g):\n    return g(1)\ndef k():\n    g = f\n    return g\n"
+    )
+    repository = Repository({"a.py": text.encode()})
+    module = repository.module("a.py")
+    assert module is not None
+    f, h, k = module.all_functions()
+    assert repository.resolve("g", f) == External("lib.g")
+    assert repository.resolve("g", h) is None
+    assert "node" not in vars(f)
+    assert "node" not in vars(h)
+    assert repository.resolve("g", k) is f
