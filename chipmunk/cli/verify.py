@@ -29,6 +29,10 @@ def verify(
             "--factory", help="A function that builds the model, if the target cannot.", metavar="MODULE:FUNCTION"
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="Verify this one, of several that were patched. [all]", metavar="CLASS"),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="Where to run it.", metavar="cpu|cuda")] = "cpu",
     seed: Annotated[int, typer.Option("--seed", help="Of the random weights and inputs.")] = 0,
     target: Target = None,
@@ -42,7 +46,7 @@ def verify(
     own classes at a small size and the same random weights. Your code is run.
     """
     verify_repository(
-        repo, weights=weights, factory=factory, device=device, seed=seed, target=target, plugins=plugins,
+        repo, weights=weights, factory=factory, model=model, device=device, seed=seed, target=target, plugins=plugins,
         python=python, as_json=as_json,
     )  # fmt: skip
 
@@ -52,6 +56,7 @@ def verify_repository(
     *,
     weights: Path | None = None,
     factory: str | None = None,
+    model: str | None = None,
     device: str = "cpu",
     seed: int = 0,
     target: str | None = None,
@@ -69,6 +74,7 @@ def verify_repository(
         plugins=tuple(plugins or ()),
         weights=weights_file(weights),
         factory=factory_of(factory),
+        model=model,
         seed=seed,
         python=python_of(repo, python),
     )
@@ -105,6 +111,8 @@ def show_report(out: Console, report: VerifyReport) -> None:
             f"All {len(report.checks)} checks hold; {len(report.unverified)} patched models were not verified.",
             style="bold yellow",
         )
+        commands = [(each.next_command, each.model) for each in report.unverified if each.next_command is not None]
+        next_commands(out, commands)
     elif report.holds:
         out.print(f"All {len(report.checks)} checks hold.", style="bold green")
     else:

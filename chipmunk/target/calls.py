@@ -62,15 +62,23 @@ _KNOWN: WeakKeyDictionary[nn.Module, Signature] = WeakKeyDictionary()
 
 
 def inputs(
-    model: nn.Module, batch: int, height: int, width: int, text_tokens: int, generator: Any, reference: bool = False
+    model: nn.Module,
+    batch: int,
+    height: int,
+    width: int,
+    text_tokens: int,
+    generator: Any,
+    reference: bool = False,
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Random arguments of one image of `height` x `width` tokens, drawn on the CPU by `generator`.
 
     Returns `img` (tokens or latents, with the channels that come out), `txt`, `vec` where there is a pooled prompt,
     `img_cond` where more channels go in than come out, and the others by the names of forward's parameters; on the
-    model's device in its dtype, positions in float32 and masks (of ones) boolean. Raises CannotRun.
+    model's device in its dtype, positions in float32 and masks (of ones) boolean. `extra`: arguments of
+    forward that no name tells, needed to ask the model for widths. Raises CannotRun.
     """
-    return _tensors(signature_of(model), model, batch, height, width, text_tokens, generator)
+    return _tensors(signature_of(model, extra), model, batch, height, width, text_tokens, generator)
 
 
 def call(

@@ -36,7 +36,7 @@ def construct(model_class: type[nn.Module], values: Mapping[str, Any], target: s
     """
     import torch
 
-    parameters = _parameters(model_class)
+    parameters = parameters_of(model_class)
     defaults = {name: p.default for name, (p, _) in parameters.items() if p.default is not p.empty}
     small = shrunk(defaults) if values.get(SHRINK) else {}
     arguments: dict[str, Any] = {}
@@ -59,15 +59,15 @@ def construct(model_class: type[nn.Module], values: Mapping[str, Any], target: s
 def parameter_names(model_class: type) -> set[str]:
     """What the constructor's parameters are called, and the fields of those that are records."""
     found: set[str] = set()
-    for name, (_, hint) in _parameters(model_class).items():
-        found |= {name, *(_fields(hint) if _is_record(hint) else ())}
+    for name, (_, hint) in parameters_of(model_class).items():
+        found |= {name, *(record_fields(hint) or ())}
     return found
 
 
 # Parameters of a constructor.
 
 
-def _parameters(model_class: type) -> dict[str, tuple[inspect.Parameter, Any]]:
+def parameters_of(model_class: type) -> dict[str, tuple[inspect.Parameter, Any]]:
     """Constructor parameters with their types; a class that passes `*args, **kwargs` on also has those of its base."""
     found: dict[str, tuple[inspect.Parameter, Any]] = {}
     for owner in model_class.__mro__:
@@ -105,6 +105,11 @@ def _imported_for_types(module: ModuleType, name: str) -> Any:
 
 
 # Records of parameters.
+
+
+def record_fields(hint: Any) -> list[str] | None:
+    """Names of the fields of a dataclass or pydantic model; None for any other type."""
+    return list(_fields(hint)) if _is_record(hint) else None
 
 
 def _is_record(hint: Any) -> bool:

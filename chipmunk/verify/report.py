@@ -34,6 +34,8 @@ class Unverified:
     model: str
     file: str
     reason: str
+    next_command: str | None = None
+    """What the user can do about it."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shlex
 import sys
 import tempfile
 import time
@@ -23,7 +23,7 @@ from chipmunk.verify.process import Progress, run_workers
 from chipmunk.verify.report import Check, Unverified, VerifyError, VerifyReport
 from chipmunk.verify.spec import Spec
 
-HINT = ". Write a file that builds it"
+HINT = ". Complete this file"
 
 ANY = "by-signature"
 """The target for models that no other one recognises."""
@@ -50,6 +50,8 @@ class VerifyOptions:
     """A safetensors checkpoint of the user's own, for a second run with the model it was saved from."""
     factory: str | None = None
     """`module:function` that returns the model, where the target cannot build it."""
+    model: str | None = None
+    """Name of the one model to verify, where the repository holds several."""
     only: tuple[str, ...] = ()
     """Names of the scenarios to run; all of them if empty."""
     seed: int = 0
@@ -133,10 +135,18 @@ def verify(
     environment: dict[str, str] = {}
     refusals: list[VerifyError] = []
     unverified: list[Unverified] = []
-    names = Counter(facts.name for facts in plan.models)
+    counted = Counter(facts.name for facts in plan.models)
+    names = [f.name if counted[f.name] == 1 else f"{f.name} of {f.file}" for f in plan.models]
+    if options.model is not None and options.model not in names:
+        raise VerifyError(
+            f"no model that was patched is called {options.model}; there are: {', '.join(names)}",
+            next_command=f"chipmunk verify {quoted(patched)} --model {shlex.quote(names[0])}",
+        )
     if options.target is not None:
         targets = {options.target: targets[options.target]}
-    for number, facts in enumerate(plan.models):
+    for number, (name, facts) in enumerate(zip(names, plan.models, strict=True)):
+        if options.model not in (None, name):
+            continue
         base = Spec(
             side="original",
             root=original,
@@ -149,20 +159,26 @@ def verify(
             factory=options.factory,
             factory_folder=Path.cwd(),
         )
-        name = facts.name if names[facts.name] == 1 else f"{facts.name} of {facts.file}"
         try:
             try:
                 found = _checks(base, patched, plan.sites, options, progress)
             except OtherModel:
-                if len(plan.models) == 1:
+                if len(names) == 1 or options.model is not None:
                     raise
                 found = _checks(replace(base, factory=None), patched, plan.sites, options, progress)
         except VerifyError as error:
+            alone = f"chipmunk verify {quoted(patched)} --model {shlex.quote(name)}"
+            needs_factory = HINT in error.message
+            if needs_factory and len(names) > 1:
+                error.next_command = f"{alone} --factory verify_factory:build"
             refusals.append(error)
-            unverified.append(Unverified(facts.name, facts.file, str(error).partition(HINT)[0].partition("\n")[0]))
+            reason = error.message.partition(HINT)[0].partition("\n")[0]
+            unverified.append(
+                Unverified(facts.name, facts.file, reason, alone if needs_factory else error.next_command)
+            )
             continue
         for suffix, these, result in found:
-            where = [*([name] if len(plan.models) > 1 else []), *([f"with {suffix}"] if suffix else [])]
+            where = [*([name] if len(names) > 1 else []), *([f"with {suffix}"] if suffix else [])]
             checks += [replace(check, name=", ".join([check.name, *where])) for check in these]
             notes += [*result.get("notes", []), *_placeholder_notes(result)]
             environment |= result.get("environment", {})
@@ -269,9 +285,8 @@ def _refusal(error: dict[str, Any], theirs: Spec, ours: Spec) -> VerifyError:
         message = f"the original code fails {error['place']}{message}: verify may not know what its forward needs"
     if error["kind"] == "build" or uncalled:
         return VerifyError(
-            f"{message}{HINT}, `verify_factory.py` say, and name it (a model that is called in "
-            f"another way than FLUX.1 needs a target of its own: docs/adding-a-target.md):\n\n"
-            f"{factory_skeleton(theirs.facts)}",
+            f"{message}{HINT}, save it as `verify_factory.py` and name it (a family of models is better served by a "
+            f"target: docs/adding-a-target.md):\n\n{error['skeleton']}",
             next_command=f"chipmunk verify {quoted(ours.root)} --factory verify_factory:build",
         )
     if error["kind"] == "factory":
@@ -279,21 +294,6 @@ def _refusal(error: dict[str, Any], theirs: Spec, ours: Spec) -> VerifyError:
     if error["kind"] == "crash":
         message = f"the original code fails when verify runs it: {message}\n{error['trace']}"
     return VerifyError(message, next_command=error.get("next_command"))
-
-
-def factory_skeleton(facts: ModelFacts) -> str:
-    """A file for the user to complete."""
-    module = os.path.splitext(facts.file)[0].removeprefix("src/").replace("/", ".")
-    return f'''from {module} import {facts.name}
-
-
-def build():
-    """A small {facts.name}: five double and three single blocks, two heads of 64 channels, random weights.
-
-    If its forward needs arguments that FLUX.1's has not, return (model, {{"name": value}}).
-    """
-    return {facts.name}(...)
-'''
 
 
 def _placeholder_notes(result: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import copy
 import functools
 import importlib
 import importlib.util
+import inspect
 import itertools
 import re
 import sys
@@ -24,6 +25,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from chipmunk.rewrite.plan import LoopFacts
 from chipmunk.verify.checkout import Checkout, CheckoutError
+from chipmunk.verify.skeleton import skeleton
 from chipmunk.verify.spec import IMAGES, LARGE_IMAGES, Image, Scenario, Spec
 
 TWO_SLOTS = "two call slots"
@@ -37,7 +39,11 @@ Slot = Callable[[Any, str], Any]
 
 
 class BuildError(Exception):
-    """The model cannot be built or called; says why."""
+    """The model cannot be built or called; says why, with a file to complete that does."""
+
+    def __init__(self, message: str, skeleton: str | None = None) -> None:
+        super().__init__(message)
+        self.skeleton = skeleton
 
 
 class OtherModelError(Exception):
@@ -79,6 +85,8 @@ class Subject:
         self.model_class: type[nn.Module] = find(self.facts.file, self.facts.name)
         self.loops = self._load_loops()
         self._models: dict[str, nn.Module] = {}
+        self._calls: ModuleType = self.target
+        """Whose `inputs` and `call` are used: the target's, or those beside a factory."""
         self.model("model")
         self.subclasses = self._find_subclasses()
         self.checkout.placeholders.arm()
@@ -90,10 +98,13 @@ class Subject:
         if name not in self._models:
             try:
                 model = self._build(name)
-            except (CheckoutError, BuildError, OtherModelError):
+            except (CheckoutError, OtherModelError):
                 raise
+            except (BuildError, self.target.CannotRun) as error:
+                raise BuildError(str(error), self.skeleton(calls=False)) from error
             except Exception as error:
-                raise BuildError(f"{self.facts.name} cannot be built: {type(error).__name__}: {error}") from error
+                says = f"{self.facts.name} cannot be built: {type(error).__name__}: {error}"
+                raise BuildError(says, self.skeleton(calls=False)) from error
             self._models[name] = self._callable(model.to(self.spec.device).eval().requires_grad_(False))
         return self._models[name]
 
@@ -104,6 +115,10 @@ class Subject:
             function = self.checkout.object(self.facts.forward_file, self.facts.forward)
             vars(model)["forward"] = functools.partial(function, **{self.facts.receiver: model})
         return model
+
+    def skeleton(self, calls: bool) -> str:
+        """A file for the user to complete, which builds the model; with `calls` also calls it."""
+        return skeleton(self.model_class, calls)
 
     def in_dtype(self, name: str, dtype: torch.dtype) -> str:
         """The name of a copy of a model in another dtype."""
@@ -139,11 +154,14 @@ class Subject:
         module_name, _, function = factory.partition(":")
         if self.spec.factory_folder is not None:
             sys.path.append(str(self.spec.factory_folder))
-        made = getattr(importlib.import_module(module_name), function or "build")()
+        module = importlib.import_module(module_name)
+        made = getattr(module, function or "build")()
         model, self.extra = made if isinstance(made, tuple) else (made, {})
         if not isinstance(model, self.model_class):
             where = f"{type(model).__name__} of {sys.modules[type(model).__module__].__file__}"
             raise OtherModelError(f"{factory} returned a {where}, not the {self.facts.name} of {self.facts.file}")
+        if hasattr(module, "inputs") and hasattr(module, "call"):
+            self._calls = module
         return model
 
     def _find_subclasses(self) -> list[type[nn.Module]]:
@@ -237,11 +255,11 @@ class Subject:
         model, image = self.model(scenario.model), scenario.images[index]
         generator = torch.Generator().manual_seed(1000 * self.spec.seed + 10 * index + 1)
         size = (image.batch, image.height, image.width, image.text, generator)
-        given = self.target.inputs(model, *size, reference=scenario.variant == "reference")
-        other = self.target.inputs(model, *size)
+        entry = None if scenario.loop is None else self.loops[scenario.loop]
+        given = self._inputs(entry is None, model, *size, reference=scenario.variant == "reference")
+        other = self._inputs(entry is None, model, *size)
         times = [1 - step / image.steps for step in range(image.steps + 1)]
         drawn = Drawn()
-        entry = None if scenario.loop is None else self.loops[scenario.loop]
         with torch.no_grad():
             if entry is None:
                 loop: Callable[..., Tensor] = self._two_slots if scenario.name == TWO_SLOTS else self._own_loop
@@ -293,11 +311,22 @@ class Subject:
             image = image + (after - now) * velocity
         return image
 
+    def _inputs(self, own_loop: bool, model: nn.Module, *size: Any, **options: Any) -> dict[str, Any]:
+        """Random arguments; of one of the repository's loops, whatever a factory says, as the target knows them."""
+        module = self._calls if own_loop else self.target
+        if "extra" in inspect.signature(module.inputs).parameters:
+            options["extra"] = self.extra
+        try:
+            given: dict[str, Any] = module.inputs(model, *size, **options)
+        except self.target.CannotRun as error:
+            raise BuildError(str(error), self.skeleton(calls=True)) from error
+        return given
+
     def _call(self, called: Any, model: nn.Module, given: Mapping[str, Tensor], time: float) -> Tensor:
         try:
-            velocity: Tensor = self.target.call(called, model, given, time, self.extra)
+            velocity: Tensor = self._calls.call(called, model, given, time, self.extra)
         except self.target.CannotRun as error:
-            raise BuildError(str(error)) from error
+            raise BuildError(str(error), self.skeleton(calls=True)) from error
         return velocity
 
 

@@ -287,13 +287,16 @@ def main(path: str) -> None:
         result = failure("import", error, to_install(error.name or ""))
     except BuildError as error:
         result = failure("build", error)
+        result["error"]["skeleton"] = error.skeleton
     except OtherModelError as error:
         result = failure("factory", error)
     except torch.cuda.OutOfMemoryError as error:
         result = failure("memory", error)
     except Exception as error:
         result = failure("crash", error)
-        result["error"]["place"] = worker.subject.checkout.place_of(error) if worker is not None else ""
+        if worker is not None:
+            result["error"]["place"] = worker.subject.checkout.place_of(error)
+            result["error"]["skeleton"] = worker.subject.skeleton(calls=True)
     (spec.out / "result.json").write_text(json.dumps(result, indent=1))
 
 
