@@ -53,6 +53,9 @@ OTHERS = {
 }
 
 
+_CROSS = "cross-attention: key and value do not come from the block's streams"
+_ALONE = "not the joint attention: query, key and value do not all come from all streams of the block"
+
 Streams = frozenset[str]
 
 _SAME, _BELOW = "same", "below"
@@ -109,7 +112,7 @@ def _patch_block(context: Context, model: Model, block: Block) -> None:
             knows = [i for i, hop in enumerate(leaf.path) if hop.block_name or hop.module_name]
             hop = leaf.path[knows[-1] if leaf.at is None else leaf.at]
             context.left_dense(hop.function.source, hop.call, leaf.kind)
-    if not joint:
+    if not joint and all(leaf.kind in (_CROSS, _ALONE) for leaf in leaves):  # else it was found, and is not fit
         reason = _outside(context, block, streams)
         reason = (
             reason or f"no attention function that is known was found on the joint stream, up to {DEPTH} calls down"
@@ -260,8 +263,8 @@ class _Search:
         if all(streams == self.wanted for streams in found):
             return "joint"
         if found[0] and not (found[1] and found[2]):
-            return "cross-attention: key and value do not come from the block's streams"
-        return "not the joint attention: query, key and value do not all come from all streams of the block"
+            return _CROSS
+        return _ALONE
 
 
 def _tensors_of(meaning: Meaning | None, call: cst.Call) -> tuple[str, ...] | None:
@@ -305,7 +308,9 @@ def _once(leaf: _Leaf, leaves: list[_Leaf]) -> _Leaf:
         if first.function is second.function and not (
             first.step.excludes(second.step) or second.step.excludes(first.step)
         ):
-            return _Leaf(leaf.path, "the block computes joint attention at several places in one call", leaf.done)
+            place = next(i for i, hop in enumerate(leaf.path) if hop is first)
+            reason = "the block computes joint attention at several places in one call"
+            return _Leaf(leaf.path, reason, leaf.done, place)
     return leaf
 
 

@@ -34,7 +34,7 @@ def attention(layer: LayerState | None, function: Callable[..., Tensor], *args: 
     (B, N, H, D), without a mask, dropout or causality. Returns what the function would, in its layout, never the
     storage of a cache.
     """
-    if layer is None:
+    if layer is None or layer.attention_done is not None:  # the block runs again: its caches are not this one's
         return function(*args, **kwargs)
     call = read_call(function, args, kwargs)
     reason = call if isinstance(call, str) else _why_dense(layer, call)
