@@ -70,7 +70,7 @@ def parameter_names(model_class: type) -> set[str]:
 def parameters_of(model_class: type) -> dict[str, tuple[inspect.Parameter, Any]]:
     """Constructor parameters with their types; a class that passes `*args, **kwargs` on also has those of its base."""
     found: dict[str, tuple[inspect.Parameter, Any]] = {}
-    for owner in model_class.__mro__:
+    for owner in model_class.__mro__[:-1]:  # without `object`
         constructor = vars(owner).get("__init__")
         if constructor is None:
             continue

@@ -196,6 +196,26 @@ def test_a_subclass_of_linear_stays_dense(model: TinyFlux) -> None:
     assert {part for _, part, _ in oracle.calls} == {"attention"}
 
 
+def test_a_modulation_that_is_a_sequence_is_no_stream() -> None:
+    class Pair(nn.Module):
+        def forward(self, img: Tensor, txt: Tensor, modulation: Tensor) -> Tensor:
+            q = torch.cat((txt, img), dim=1)[:, None]
+            return nn.functional.scaled_dot_product_attention(q, q, q)[:, 0, txt.shape[1] :] + modulation.mean(1)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.double_blocks, self.single_blocks = nn.ModuleList([Pair()]), nn.ModuleList()
+
+        def forward(self, img: Tensor, img_ids: Tensor) -> Tensor:
+            return self.double_blocks[0](img, img[:, :7], modulation=img[:, :6] * 2)
+
+    facts = replace(FACTS, double_block=BlockFacts("", "Pair", attention=True))
+    with torch.no_grad(), Oracle(Model(), facts, config()) as oracle:
+        oracle.model(torch.randn(1, 20, 8), grid_ids(4, 5))
+    assert oracle.calls == {(0, "attention", "full"): 1}
+
+
 def test_masked_and_cross_attention_are_left_alone() -> None:
     without_mlp = replace(FACTS, single_block=BlockFacts("", "Block", attention=True))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from operator import attrgetter
@@ -122,7 +123,9 @@ class Hooks:
             sequences = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3]
             streams = [x for x in sequences if x.shape[-1] == sequences[0].shape[-1]]  # ids are narrower
             self.layer = layer
-            self.joint_tokens = {sum(stream.shape[1] for stream in streams)}
+            counts = [stream.shape[1] for stream in streams]
+            # of two streams: a modulation may be a sequence too (Chroma)
+            self.joint_tokens = {sum(counts), *map(sum, itertools.combinations(counts, 2))}
             if layer < len(self._double):
                 self._pair_tokens = self.joint_tokens
             else:  # a single block may be given the text beside the joint stream
