@@ -18,6 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chipmunk.ops import tuning
+from chipmunk.ops.dispatch import groups_of
+
 _FEWEST_STEPS = 6  # of a part: fewer do not pay for the sums' way through memory
 
 
@@ -44,6 +47,31 @@ def share(tiles: int, steps: int, programs: int, balanced: bool = True) -> Share
         return Share(min(programs, tiles), tiles, 0, 0, steps)
     run = -(-steps // parts)
     return Share(programs, tiles - left, left, -(-steps // run), run)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a product (B, N, columns) is laid out: what `place` is told, and who computes what."""
+
+    rows: int  # of a tile: a group is a whole number of tiles, or a tile is of 16 rows
+    groups: int  # of a batch element
+    per_group: int  # tiles above one another
+    row_tiles: int
+    column_tiles: int
+    band: int
+    share: Share
+
+
+def tiles(x: Tensor, group: int, columns: int, tile_columns: int, steps: int, parameters: tuning.Parameters) -> Tiles:
+    """Lay out a product of x (B, N, …), whose rows have `columns` results each, in tiles of `tile_columns`."""
+    rows = parameters["rows"]
+    while rows > 16 and group % rows:
+        rows //= 2
+    groups, per_group = groups_of(x.shape[1], group), groups_of(group, rows)
+    row_tiles, column_tiles = x.shape[0] * groups * per_group, triton.cdiv(columns, tile_columns)
+    programs = tuning.multiprocessors(x.device) * parameters.get("per_sm", 1)
+    shared = share(row_tiles * column_tiles, steps, programs, bool(parameters.get("balanced", 1)))
+    return Tiles(rows, groups, per_group, row_tiles, column_tiles, parameters.get("band", 0) or row_tiles, shared)
 
 
 @triton.jit
@@ -110,8 +138,17 @@ def split_columns(acc, split: tl.constexpr):
 
 
 @triton.jit
+def store_part(sums, acc, tile, whole, left, part):
+    """Leave part `part` of tile `tile`, which is cut, to `sum_of_parts`. acc: (rows, columns) float32."""
+    rows: tl.constexpr = acc.shape[0]
+    columns: tl.constexpr = acc.shape[1]
+    at = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
+    tl.store(sums + (part * left + tile - whole).to(tl.int64) * (rows * columns) + at, acc)
+
+
+@triton.jit
 def sum_of_parts(sums, tile, left, parts, rows: tl.constexpr, columns: tl.constexpr, start, width: tl.constexpr):
-    """Columns start … start + width − 1 of cut tile `tile`, its parts added in order: (rows, width) float32."""
+    """Columns start … start + width − 1 of the `tile`-th cut tile, its parts added in order: (rows, width) float32."""
     spot = tl.arange(0, rows)[:, None] * columns + (start + tl.arange(0, width))[None, :]
     total = tl.zeros((rows, width), dtype=tl.float32)
     for part in range(parts):

@@ -16,10 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chipmunk.ops import balance, tuning
-from chipmunk.ops.balance import piece, pieces, place, split_columns, sum_of_parts
-from chipmunk.ops.dispatch import groups_of
-from chipmunk.ops.launch import launch
+from chipmunk.ops import first_linear, tuning
+from chipmunk.ops.balance import piece, pieces, place, split_columns, store_part, sum_of_parts
+from chipmunk.ops.first_linear import exchange, gathered_product
 
 _CANDIDATES = [
     ({"rows": 128, "neurons": 256, "depth": 64, "warps": 8, "stages": 3, "split": 4}, 160 << 10),
@@ -35,14 +34,7 @@ def unsupported(
     """Why this call cannot run in Triton; None where it can."""
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         return f"x in {x.dtype}, weight in {weight.dtype}"
-    if x.numel() == 0:
-        return "an empty input"
-    if (
-        max(x.shape[1] * x.stride(1), *(size * step for size, step in zip(weight.shape, weight.stride(), strict=True)))
-        >= 2**31
-    ):
-        return "offsets past 32 bits"
-    return tuning.device_reason(x)
+    return first_linear.unsupported(x, weight)
 
 
 def sparse_mlp_in(
@@ -66,57 +58,11 @@ def _run(
     activation: str,
     parameters: tuning.Parameters,
 ) -> Tensor:
-    batch, tokens, width = x.shape
-    kept = indices.shape[-1]
-    indices = indices.contiguous()
-    delta = torch.empty(batch, tokens, kept, dtype=x.dtype, device=x.device)
-    rows, neurons, depth = parameters["rows"], parameters["neurons"], parameters["depth"]
-    while rows > 16 and group % rows:
-        rows //= 2
-    groups, per_group = groups_of(tokens, group), groups_of(group, rows)
-    row_tiles, column_tiles = batch * groups * per_group, triton.cdiv(kept, neurons)
-    programs = tuning.multiprocessors(x.device) * parameters.get("per_sm", 1)
-    steps = triton.cdiv(width, depth)
-    share = balance.share(row_tiles * column_tiles, steps, programs, bool(parameters.get("balanced", 1)))
-    sums = share.workspace(rows * neurons, x.device)
-    where = (tokens, width, kept, groups, row_tiles, column_tiles, parameters.get("band", 0) or row_tiles)
-    cut = (share.whole, share.left, share.parts)
-    tensors = (x if bias is None else bias, indices, act_cache, delta, sums)
-    strides = (1 if bias is None else bias.stride(0), *act_cache.stride())
-    shape = {"group": group, "per_group": per_group, "rows": rows, "neurons": neurons, "split": parameters["split"]}
-    epilogue = {"has_bias": bias is not None, "tanh": activation == "gelu_tanh"}
-    launch(
-        _kernel,
-        (share.programs,),
-        x,
-        weight,
-        *tensors,
-        *where,
-        *cut,
-        share.run,
-        *x.stride(),
-        *weight.stride(),
-        *strides,
-        **shape,
-        **epilogue,
-        whole_steps=width % depth == 0,
-        depth=depth,
-        num_warps=parameters["warps"],
-        num_stages=parameters["stages"],
+    biases = () if bias is None else (bias,)
+    tanh = activation == "gelu_tanh"
+    return first_linear.run(
+        _kernel, _finish_kernel, x, (weight,), biases, indices, act_cache, group, parameters, tanh=tanh
     )
-    if share.left:
-        launch(
-            _finish_kernel,
-            (share.left, parameters["split"]),
-            *tensors,
-            *where,
-            *cut,
-            *strides,
-            **shape,
-            **epilogue,
-            num_warps=8,
-        )
-    return delta
 
 
 @triton.jit
@@ -153,13 +99,7 @@ def _finish(
     if has_bias:
         acc += tl.load(bias + neuron * stride_bias)[None, :].to(tl.float32)
     new = _activation(acc, tanh)
-    mask = (row < limit)[:, None] & (column < kept)[None, :]
-    place = cache + (row[:, None] * stride_cn + neuron[None, :] * stride_cf)
-    old = tl.load(place, mask=mask, other=0.0)
-    new = new.to(old.dtype)
-    tl.store(place, new, mask=mask)
-    out = delta + (row[:, None] * kept + column[None, :])
-    tl.store(out, (new.to(tl.float32) - old.to(tl.float32)).to(delta.dtype.element_ty), mask=mask)
+    exchange(new, row, column, neuron, limit, kept, cache, delta, stride_cn, stride_cf)
 
 
 @triton.jit
@@ -219,17 +159,7 @@ def _kernel(
         x_at += first * depth * stride_xc
         w_at += first * depth * stride_wc
         acc = tl.zeros((rows, neurons), dtype=tl.float32)
-        for step in range(first, last):
-            if whole_steps:
-                left_side = tl.load(x_at)
-                right_side = tl.load(w_at)
-            else:
-                inside = (inner < width - step * depth)[None, :]
-                left_side = tl.load(x_at, mask=inside, other=0.0)
-                right_side = tl.load(w_at, mask=inside, other=0.0)
-            acc = tl.dot(left_side, right_side.T, acc)
-            x_at += depth * stride_xc
-            w_at += depth * stride_wc
+        acc = gathered_product(x_at, w_at, acc, inner, first, last, width, stride_xc, stride_wc, whole_steps, depth)
 
         if part < 0:
             cached = cache + batch * stride_cb
@@ -240,8 +170,7 @@ def _kernel(
                 _finish(blocks[index], first_row, limit, first_column + index * block, kept, bias, chosen, cached, out,
                         stride_bias, stride_cn, stride_cf, rows, block, has_bias, tanh)  # fmt: skip
         else:
-            at = tl.arange(0, rows)[:, None] * neurons + tl.arange(0, neurons)[None, :]
-            tl.store(sums + (part * left + tile - whole).to(tl.int64) * (rows * neurons) + at, acc)
+            store_part(sums, acc, tile, whole, left, part)
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk.ops import balance, tuning
-from chipmunk.ops.balance import piece, pieces, place, split_columns, sum_of_parts
+from chipmunk.ops.balance import piece, pieces, place, split_columns, store_part, sum_of_parts
 from chipmunk.ops.dispatch import groups_of
 from chipmunk.ops.launch import launch
 
@@ -80,53 +80,47 @@ def _run(
     if parameters.get("gluon"):
         _run_gluon(delta, weight, indices, out_cache, group, parameters)
         return
-    batch, tokens, kept = delta.shape
+    tokens, kept = delta.shape[1:]
     width = weight.shape[0]
-    indices = indices.contiguous()
-    rows, columns, depth = parameters["rows"], parameters["columns"], parameters["depth"]
-    while rows > 16 and group % rows:
-        rows //= 2
-    groups, per_group = groups_of(tokens, group), groups_of(group, rows)
-    row_tiles, column_tiles = batch * groups * per_group, triton.cdiv(width, columns)
-    programs = tuning.multiprocessors(delta.device) * parameters.get("per_sm", 1)
-    steps = triton.cdiv(kept, depth)
-    share = balance.share(row_tiles * column_tiles, steps, programs, bool(parameters.get("balanced", 1)))
-    sums = share.workspace(rows * columns, delta.device)
-    where = (tokens, width, groups, row_tiles, column_tiles, parameters.get("band", 0) or row_tiles)
-    cut = (share.whole, share.left, share.parts)
-    shape = {"group": group, "per_group": per_group, "rows": rows, "columns": columns, "split": parameters["split"]}
+    columns, depth = parameters["columns"], parameters["depth"]
+    tiles = balance.tiles(delta, group, width, columns, triton.cdiv(kept, depth), parameters)
+    sums = tiles.share.workspace(tiles.rows * columns, delta.device)
+    where = (tokens, width, tiles.groups, tiles.row_tiles, tiles.column_tiles, tiles.band)
+    cut = (tiles.share.whole, tiles.share.left, tiles.share.parts)
+    shape = {"group": group, "per_group": tiles.per_group, "rows": tiles.rows, "columns": columns}
+    constants = {**shape, "split": parameters["split"]}
     launch(
         _kernel,
-        (share.programs,),
+        (tiles.share.programs,),
         delta,
         weight,
-        indices,
+        indices.contiguous(),
         out_cache,
         sums,
         *where,
         *cut,
-        share.run,
+        tiles.share.run,
         kept,
         *delta.stride(),
         *weight.stride(),
         *out_cache.stride(),
-        **shape,
+        **constants,
         whole_steps=kept % depth == 0,
         whole_columns=width % columns == 0,
         depth=depth,
         num_warps=parameters["warps"],
         num_stages=parameters["stages"],
     )
-    if share.left:
+    if tiles.share.left:
         launch(
             _finish_kernel,
-            (share.left, parameters["split"]),
+            (tiles.share.left, parameters["split"]),
             out_cache,
             sums,
             *where,
             *cut,
             *out_cache.stride(),
-            **shape,
+            **constants,
             num_warps=8,
         )
 
@@ -279,8 +273,7 @@ def _kernel(
                 start = first_column + index * block
                 _finish(blocks[index], out, first_row, start, limit, width, stride_on, stride_oc, rows, block)
         else:
-            at = tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :]
-            tl.store(sums + (part * left + tile - whole).to(tl.int64) * (rows * columns) + at, acc)
+            store_part(sums, acc, tile, whole, left, part)
 
 
 @triton.jit

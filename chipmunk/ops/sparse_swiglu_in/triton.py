@@ -17,10 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from chipmunk.ops import balance, tuning
-from chipmunk.ops.balance import piece, pieces, place, split_columns, sum_of_parts
-from chipmunk.ops.dispatch import groups_of
-from chipmunk.ops.launch import launch
+from chipmunk.ops import first_linear, tuning
+from chipmunk.ops.balance import piece, pieces, place, split_columns, store_part, sum_of_parts
+from chipmunk.ops.first_linear import exchange, gathered_product
 
 # `split`: into how many blocks of columns the epilogue cuts a tile's gates and its values (1 or 2).
 _CANDIDATES = [
@@ -47,14 +46,7 @@ def unsupported(
             return f"x in {x.dtype}, weight in {weight.dtype}"
     if gate.stride() != value.stride() or (gate_bias is not None and gate_bias.stride() != _stride_of(value_bias)):
         return "gate and value lie in memory in different ways"
-    if x.numel() == 0:
-        return "an empty input"
-    if (
-        max(x.shape[1] * x.stride(1), *(size * step for size, step in zip(gate.shape, gate.stride(), strict=True)))
-        >= 2**31
-    ):
-        return "offsets past 32 bits"
-    return tuning.device_reason(x)
+    return first_linear.unsupported(x, gate)
 
 
 def _stride_of(bias: Tensor | None) -> tuple[int, ...]:
@@ -94,59 +86,8 @@ def _run(
     group: int,
     parameters: tuning.Parameters,
 ) -> Tensor:
-    batch, tokens, width = x.shape
-    kept = indices.shape[-1]
-    indices = indices.contiguous()
-    delta = torch.empty(batch, tokens, kept, dtype=x.dtype, device=x.device)
-    rows, neurons, depth = parameters["rows"], parameters["neurons"], parameters["depth"]
-    while rows > 16 and group % rows:
-        rows //= 2
-    groups, per_group = groups_of(tokens, group), groups_of(group, rows)
-    row_tiles, column_tiles = batch * groups * per_group, triton.cdiv(kept, neurons)
-    programs = tuning.multiprocessors(x.device) * parameters.get("per_sm", 1)
-    steps = triton.cdiv(width, depth)
-    share = balance.share(row_tiles * column_tiles, steps, programs, bool(parameters.get("balanced", 1)))
-    sums = share.workspace(rows * 2 * neurons, x.device)
-    where = (tokens, width, kept, groups, row_tiles, column_tiles, parameters.get("band", 0) or row_tiles)
-    cut = (share.whole, share.left, share.parts)
-    has_bias = gate_bias is not None and value_bias is not None
-    biases = (gate_bias, value_bias) if has_bias else (x, x)
-    tensors = (*biases, indices, act_cache, delta, sums)
-    strides = (1 if gate_bias is None else gate_bias.stride(0), *act_cache.stride())
-    shape = {"group": group, "per_group": per_group, "rows": rows, "neurons": neurons, "split": parameters["split"]}
-    launch(
-        _kernel,
-        (share.programs,),
-        x,
-        gate,
-        value,
-        *tensors,
-        *where,
-        *cut,
-        share.run,
-        *x.stride(),
-        *gate.stride(),
-        *strides,
-        **shape,
-        has_bias=has_bias,
-        whole_steps=width % depth == 0,
-        depth=depth,
-        num_warps=parameters["warps"],
-        num_stages=parameters["stages"],
-    )
-    if share.left:
-        launch(
-            _finish_kernel,
-            (share.left, parameters["split"]),
-            *tensors,
-            *where,
-            *cut,
-            *strides,
-            **shape,
-            has_bias=has_bias,
-            num_warps=8,
-        )
-    return delta
+    biases = () if gate_bias is None or value_bias is None else (gate_bias, value_bias)
+    return first_linear.run(_kernel, _finish_kernel, x, (gate, value), biases, indices, act_cache, group, parameters)
 
 
 @triton.jit
@@ -177,13 +118,7 @@ def _finish(
         gated += tl.load(gate_bias + neuron * stride_bias)[None, :].to(tl.float32)
         values += tl.load(value_bias + neuron * stride_bias)[None, :].to(tl.float32)
     new = gated / (1.0 + tl.exp2(-1.4426950408889634 * gated)) * values
-    mask = (row < limit)[:, None] & (column < kept)[None, :]
-    place = cache + (row[:, None] * stride_cn + neuron[None, :] * stride_cf)
-    old = tl.load(place, mask=mask, other=0.0)
-    new = new.to(old.dtype)
-    tl.store(place, new, mask=mask)
-    out = delta + (row[:, None] * kept + column[None, :])
-    tl.store(out, (new.to(tl.float32) - old.to(tl.float32)).to(delta.dtype.element_ty), mask=mask)
+    exchange(new, row, column, neuron, limit, kept, cache, delta, stride_cn, stride_cf)
 
 
 @triton.jit
@@ -246,17 +181,7 @@ def _kernel(
         x_at += first * depth * stride_xc
         w_at += first * depth * stride_wc
         acc = tl.zeros((rows, 2 * neurons), dtype=tl.float32)
-        for step in range(first, last):
-            if whole_steps:
-                left_side = tl.load(x_at)
-                right_side = tl.load(w_at)
-            else:
-                inside = (inner < width - step * depth)[None, :]
-                left_side = tl.load(x_at, mask=inside, other=0.0)
-                right_side = tl.load(w_at, mask=inside, other=0.0)
-            acc = tl.dot(left_side, right_side.T, acc)
-            x_at += depth * stride_xc
-            w_at += depth * stride_wc
+        acc = gathered_product(x_at, w_at, acc, inner, first, last, width, stride_xc, stride_wc, whole_steps, depth)
 
         if part < 0:
             cached = cache + batch * stride_cb
@@ -268,8 +193,7 @@ def _kernel(
                         gate_bias, value_bias, chosen, cached, out,
                         stride_bias, stride_cn, stride_cf, rows, block, has_bias)  # fmt: skip
         else:
-            at = tl.arange(0, rows)[:, None] * (2 * neurons) + tl.arange(0, 2 * neurons)[None, :]
-            tl.store(sums + (part * left + tile - whole).to(tl.int64) * (rows * 2 * neurons) + at, acc)
+            store_part(sums, acc, tile, whole, left, part)
 
 
 @triton.jit
