@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from chipmunk.apply.merge import Edit, Lines, edits, split_lines
+from chipmunk.apply.merge import Edit, Lines, line_edits, split_lines
 from chipmunk.rewrite.plan import FileChange
 
 _CONTEXT = 3
@@ -22,7 +22,7 @@ def unified(changes: Iterable[FileChange]) -> bytes:
 
 def changed_lines(change: FileChange) -> tuple[int, int]:
     """How many lines a change adds and removes."""
-    found = edits(split_lines(change.before), split_lines(change.after))
+    found = line_edits(change.before, change.after)
     return sum(e.new_stop - e.new_start for e in found), sum(e.stop - e.start for e in found)
 
 
@@ -32,12 +32,12 @@ def _file_diff(change: FileChange) -> bytes:
     # git ends a name that holds a space with a tab, so that it cannot be taken for a name and a date
     end = b"\t\n" if b" " in a and not a.startswith(b'"') else b"\n"
     parts = [b"diff --git " + a + b" " + b + b"\n", b"--- " + a + end, b"+++ " + b + end]
-    for group in _groups(edits(old, new)):
+    for group in _groups(line_edits(change.before, change.after)):
         parts += _hunk(old, new, group)
     return b"".join(parts)
 
 
-def _groups(found: list[Edit]) -> Iterator[list[Edit]]:
+def _groups(found: Sequence[Edit]) -> Iterator[list[Edit]]:
     """Edits whose contexts touch share a hunk."""
     group: list[Edit] = []
     for edit in found:

@@ -16,6 +16,7 @@ import tokenize
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 Lines = list[bytes]
 _TOKEN = re.compile(
@@ -67,6 +68,12 @@ def edits(base: Sequence[bytes], new: Sequence[bytes]) -> list[Edit]:
         for tag, i1, i2, j1, j2 in matcher.get_opcodes()
         if tag != "equal"
     ]
+
+
+@lru_cache(maxsize=256)
+def line_edits(before: bytes, after: bytes) -> tuple[Edit, ...]:
+    """What turns the lines of one text into those of another; a change is counted, shown and written."""
+    return tuple(edits(split_lines(before), split_lines(after)))
 
 
 def merge(base: bytes, ours: bytes, theirs: bytes, same: Callable[[bytes, bytes], bool] | None = None) -> Merged:

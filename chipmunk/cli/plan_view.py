@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from chipmunk.apply import changed_lines
-from chipmunk.apply.merge import edits, split_lines
+from chipmunk.apply.merge import line_edits
 from chipmunk.cli.terminal import clean, cropped, exact, hanging
 from chipmunk.rewrite import FileChange, Site, SiteStatus
 
@@ -25,6 +26,7 @@ _LOOK = {
     SiteStatus.LEFT_DENSE: ("left dense", "yellow"),
     SiteStatus.REFUSED: ("refused", "bold red"),
 }
+_FORWARD = re.compile(rb"\bdef\s+forward\b")
 _LINE = 6
 _WIDE = 110
 """Columns from which on the code stands on the same line as its status."""
@@ -90,7 +92,7 @@ def size_of(changes: Sequence[FileChange]) -> str:
 
 def lines_in_forward(change: FileChange) -> int:
     """How many new or changed lines stand inside functions called `forward`."""
-    if b"forward" not in change.after:
+    if _FORWARD.search(change.after) is None:
         return 0
     try:
         tree = ast.parse(change.after)
@@ -103,7 +105,7 @@ def lines_in_forward(change: FileChange) -> int:
     ]
     new = (
         line
-        for edit in edits(split_lines(change.before), split_lines(change.after))
+        for edit in line_edits(change.before, change.after)
         for line in range(edit.new_start + 1, edit.new_stop + 1)
     )
     return sum(any(first <= line <= last for first, last in spans) for line in new)
