@@ -161,13 +161,16 @@ def _hidden(context: Context, model: Model, single: list[_Loop], image: str) -> 
     scope = model.forward.scope
     loops = [loop.node for loop in single]
     made = set(_bound(scope, loops))
+    # where they leave apart, a slice of the image stream takes something else off: frames of before, say
+    apart = "text" in model.single_block.streams.values() and image in made
     after = [step for step in scope.steps if step.index > single[-1].step.index and not _inside(step, loops)]
     for step in after:
         for expression in step.expressions:
             for node in walk(expression):
                 done = context.runtime_call(node, model.forward, step) == "hidden"
                 cut = node.args[1].value if done and isinstance(node, cst.Call) and len(node.args) == 2 else node
-                if isinstance(cut, cst.Subscript) and dotted(cut.value) in made and _is_cut(cut):
+                cuts = isinstance(cut, cst.Subscript) and dotted(cut.value) in made and _is_cut(cut)
+                if isinstance(cut, cst.Subscript) and cuts and not (apart and dotted(cut.value) == image):
                     return _Hidden(step, cut, dotted(cut.value) or "", done)
                 if done:
                     return _Hidden(step, None, image, True)
@@ -222,6 +225,8 @@ def _check(model: Model, loops: list[_Loop], hidden: _Hidden) -> None:
     for block in (model.double_block, model.single_block):
         if (kept := _kept_in(block)) is not None:
             raise _DoesNotFit(f"{block.owner.name} keeps what it computes in {kept}")
+    if model.kept:
+        raise _DoesNotFit(model.kept)
 
 
 def _from_blocks(

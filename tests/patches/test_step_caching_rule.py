@@ -6,7 +6,7 @@ import pytest
 
 from chipmunk.registry import load
 from chipmunk.rewrite import Plan, SiteStatus, plan_repository
-from chipmunk.rewrite.minimal import FILES, MODEL, variant
+from chipmunk.rewrite.minimal import FILES, MODEL, SINGLE, variant
 
 REGISTRY = load()
 PAIRS = "        for block in self.pairs:\n            image, text = block(image, text, rotation)\n"
@@ -137,3 +137,30 @@ def test_lists_that_are_sliced_and_loops_that_run_no_block() -> None:
     after = patched(model)
     assert "for block in chipmunk.blocks(self.pairs, self, image)[1:]:" in after
     assert "for number in range(len(self.joints)):" in after
+
+
+def test_what_is_cut_off_an_image_stream_that_leaves_apart_has_entered_with_it() -> None:
+    single = variant(
+        SINGLE,
+        (
+            "def forward(self, x, rotation):\n",
+            "def forward(self, image, text, rotation):\n        x = torch.cat((text, image), dim=1)\n",
+        ),
+        (
+            "        return x + self.leave(torch.cat((mixed, self.act(hidden)), 2))\n",
+            "        x = x + self.leave(torch.cat((mixed, self.act(hidden)), 2))\n"
+            "        return x[:, text.shape[1] :], x[:, : text.shape[1]]\n",
+        ),
+    )
+    model = variant(
+        MODEL,
+        (JOIN, ""),
+        (JOINTS, "        for block in self.joints:\n            image, text = block(image, text, rotation)\n"),
+        (CUT + END, "        image = image[:, -4:]\n        return self.out(image)\n"),
+    )
+    files = {path: text.encode() for path, text in {**FILES, "flow/single.py": single, "flow/model.py": model}.items()}
+    (change,) = (change for change in plan_repository(files, REGISTRY).changes if change.path == "flow/model.py")
+    after = change.after.decode()
+    assert "        image = chipmunk.hidden(self, image)\n        image = image[:, -4:]\n" in after
+    changed = {change.path: change.after for change in plan_repository(files, REGISTRY).changes}
+    assert not plan_repository({**files, **changed}, REGISTRY).changes
