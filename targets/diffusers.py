@@ -106,8 +106,8 @@ def named(model_class: type[nn.Module], name: str | None) -> dict[str, Any]:
         return FULL
     known = [key for key, values in MODELS.items() if set(values) <= set(inspect.signature(model_class).parameters)]
     if name not in known:
-        kinds = f"it knows {', '.join(known)}" if known else "it knows one size of that only"
-        raise CannotRun(f"target '{NAME}' knows no {model_class.__name__} called '{name}': {kinds}")
+        kinds = f"it knows {', '.join([*known, 'the full size without a name'])}"
+        raise CannotRun(f"target '{NAME}' knows no {model_class.__name__} called '{name}': {kinds}", known)
     return MODELS[name]
 
 

@@ -106,8 +106,9 @@ def named(model_class: type[nn.Module], name: str | None) -> dict[str, Any]:
     if name is None:
         return FULL if generation == 1 else _FULL_2
     if name not in MODELS[generation]:
-        kinds = f"FLUX.{generation}: {', '.join(MODELS[generation])}"
-        raise CannotRun(f"target '{NAME}' knows no model '{name}' of {model_class.__name__} (it knows, of {kinds})")
+        known = tuple(MODELS[generation])
+        kinds = f"it knows, of FLUX.{generation}: {', '.join(known)}; without a name it is dev"
+        raise CannotRun(f"target '{NAME}' knows no model '{name}' of {model_class.__name__} ({kinds})", known)
     return MODELS[generation][name]
 
 

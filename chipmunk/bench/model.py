@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -90,8 +91,13 @@ def size_of(spec: Spec, target: ModuleType, model_class: type[nn.Module]) -> dic
     full: dict[str, Any] = target.FULL
     if spec.model is None and torch.device(spec.device).type == "cpu":
         return small
+    again = f"chipmunk bench {shlex.quote(str(spec.root))}" if spec.side == "patched" else None
     if named is not None:
-        return named(model_class, spec.model)
+        try:
+            return named(model_class, spec.model)
+        except target.CannotRun as error:
+            known: Sequence[str] = getattr(error, "known", ())
+            raise CannotTime("build", str(error), again and " --model ".join([again, *known[:1]])) from error
     if spec.model is not None:
-        raise CannotTime("build", f"target '{target.NAME}' knows no models by name")
+        raise CannotTime("build", f"target '{target.NAME}' knows no models by name", again)
     return full

@@ -157,7 +157,7 @@ def _variants(parameters: Mapping[str, inspect.Parameter]) -> Iterator[dict[str,
 
 
 def probe(model: nn.Module, extra: Mapping[str, Any] | None = None) -> Signature:
-    """How the model is called, by calling it. Raises CannotRun, with what the first attempt failed with."""
+    """How the model is called, by calling it. Raises CannotRun, with what each kind of image failed with."""
     import torch
 
     parameters = inspect.signature(model.forward).parameters
@@ -170,7 +170,7 @@ def probe(model: nn.Module, extra: Mapping[str, Any] | None = None) -> Signature
     if "image" not in roles.values():
         raise CannotRun(f"no parameter of {type(model).__name__}.forward() has the name of an image")
     patch, axes = _patch_of(model), _axes_of(model)
-    failed: list[str] = []
+    failed: dict[int, str] = {}
     # positions belong to tokens; without them an image is a grid
     for dimensions in (3,) if "image ids" in roles.values() else (4, 5, 3):
         for variant in _variants(parameters):
@@ -179,8 +179,10 @@ def probe(model: nn.Module, extra: Mapping[str, Any] | None = None) -> Signature
                 with torch.no_grad():
                     return _with_widths(signature, model, extra)
             except Exception as error:
-                failed.append(f"{_DIMENSIONS[dimensions]}: {type(error).__name__}: {error}")
-    raise CannotRun(f"{type(model).__name__} cannot be called by the names of its arguments ({'; '.join(failed[:1])})")
+                says = str(error).partition("\n")[0]
+                failed.setdefault(dimensions, f"{_DIMENSIONS[dimensions]}: {type(error).__name__}: {says}")
+    why = "; ".join(failed.values())
+    raise CannotRun(f"{type(model).__name__} cannot be called by the names of its arguments ({why})")
 
 
 _DIMENSIONS = {3: "with image tokens", 4: "with latents", 5: "with latents of one frame"}

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 
 class CannotRun(Exception):
-    """A target does not know how to build or call what it found; the message says what and why."""
+    """A target does not know how to build or call what it found; the message says what and why.
+
+    known: names that the target would have known in place of the one that was given.
+    """
+
+    def __init__(self, message: str, known: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.known = tuple(known)
 
 
 def is_required(parameter: inspect.Parameter) -> bool:

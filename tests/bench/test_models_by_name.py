@@ -63,6 +63,19 @@ def test_a_target_without_names_says_so() -> None:
         size_of(spec(model="klein"), target(), Model)
 
 
+@pytest.mark.parametrize(
+    ("side", "next_command"), [("patched", "chipmunk bench mine --model schnell"), ("original", None)]
+)
+def test_a_name_that_is_not_known_says_which_are_and_what_to_run(side: str, next_command: str | None) -> None:
+    module = target(named=flux.named, CannotRun=flux.CannotRun)
+    with pytest.raises(
+        CannotTime, match=r"no model 'huge' of First \(it knows, of FLUX.1: schnell; without a"
+    ) as refused:
+        size_of(spec(model="huge", side=side, root=Path("mine")), module, First)
+    assert refused.value.kind == "build"
+    assert refused.value.next_command == next_command
+
+
 def test_weights_that_do_not_fit_are_told_before_anything_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1_999_999, 80_000_000))
     torch.set_default_dtype(torch.bfloat16)
