@@ -49,6 +49,11 @@ def init(
     write_file(path, data)
     out = screen()
     say(out, f"Wrote {path}, the default configuration.")
+    if (path.absolute().parent / ".chipmunk").is_dir():
+        say(
+            out,
+            "The patched code runs with it from now on, started from any folder; without the file it is dense again.",
+        )
     next_commands(out, [(f"chipmunk config check {quoted(path)}", "once you have edited it")])
 
 

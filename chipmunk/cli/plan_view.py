@@ -36,7 +36,10 @@ def show_plan(out: Console, plan: Plan) -> None:
     """Print the models that were found and every site."""
     for model in plan.models:
         loops = ", ".join(f"{loop.function} in {loop.file}" for loop in model.loops) or "none found"
-        head = Text.assemble("Model  ", (clean(model.name), "bold"), f" in {clean(model.file)}")
+        where = f" in {clean(model.file)}"
+        if model.installed:
+            where, loops = f" of the installed {model.file.partition('/')[0]}", "the pipeline's own"
+        head = Text.assemble("Model  ", (clean(model.name), "bold"), where)
         out.print(head, soft_wrap=True)
         hanging(out, Text("       "), Text(clean(f"target: {plan.target or 'none'}; sampling loops: {loops}"), "dim"))
     if plan.models:
@@ -87,7 +90,8 @@ def size_of(changes: Sequence[FileChange]) -> str:
     added, removed = (sum(numbers) for numbers in zip((0, 0), *map(changed_lines, changes), strict=True))
     forward = sum(map(lines_in_forward, changes))
     files = "1 file" if len(changes) == 1 else f"{len(changes)} files"
-    return f"{files}: {added} lines added, {removed} removed; {forward} of the new lines are in forward methods"
+    inside = f"; {forward} of the new lines are in forward methods" if forward else ""
+    return f"{files}: {added} lines added, {removed} removed{inside}"
 
 
 def lines_in_forward(change: FileChange) -> int:

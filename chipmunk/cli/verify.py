@@ -94,6 +94,7 @@ def show_report(out: Console, report: VerifyReport) -> None:
 
     from chipmunk.apply.errors import quoted
     from chipmunk.cli.terminal import clean, hanging, next_commands, say, sentence
+    from chipmunk.config import FILE_NAME
 
     where = ", ".join(f"{name} {value}" for name, value in report.environment.items())
     say(out, f"Verified {report.root} in {report.seconds:.0f} s ({where})")
@@ -115,6 +116,9 @@ def show_report(out: Console, report: VerifyReport) -> None:
         next_commands(out, commands)
     elif report.holds:
         out.print(f"All {len(report.checks)} checks hold.", style="bold green")
+        if not (report.root / FILE_NAME).exists():
+            root = quoted(report.root)
+            next_commands(out, [(f"chipmunk config init {root}", "turn it on: a chipmunk-config.yml to edit")])
     else:
         failed = sum(not check.holds for check in report.checks)
         out.print(f"{failed} of {len(report.checks)} checks fail: do not use the patched code.", style="bold red")

@@ -37,6 +37,12 @@ def test_init_writes_the_file_that_ships_and_keeps_what_is_there(tmp_path: Path)
     assert chipmunk("config", "init", tmp_path / "no" / "folder.yml").code == 2
 
 
+def test_init_says_what_it_turns_on(patched: Path, starter: Path) -> None:
+    assert "runs with it from now on" in chipmunk("config", "init", patched).out
+    assert "runs with it" not in chipmunk("config", "init", starter).out
+    assert "runs with it" not in chipmunk("config", "init", "elsewhere.yml").out
+
+
 def test_check_lists_each_error_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "bad.yml").write_text("mlp:\n  top_keys: 30\nattn:\n  top_kys: [str]\n")
     done = chipmunk("config", "check", "bad.yml")

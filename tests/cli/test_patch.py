@@ -416,3 +416,15 @@ def test_paths_that_need_quoting_are_quoted_in_the_next_commands(starter: Path) 
     done = chipmunk("patch", odd)
     assert done.code == 0
     assert f"chipmunk revert '{odd}'" in done.out
+
+
+def test_a_script_with_a_pipeline_has_the_pipelines_loop(tmp_path: Path) -> None:
+    (tmp_path / "draw.py").write_text(
+        'from diffusers import FluxPipeline\n\npipe = FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev")\n'
+        'pipe("a chipmunk")\n'
+    )
+    done = chipmunk("patch", tmp_path, "--dry-run")
+    assert done.code == 0
+    assert done.lines[0] == "Model  FluxTransformer2DModel of the installed diffusers"
+    assert done.lines[1].strip() == "target: diffusers; sampling loops: the pipeline's own"
+    assert "Would change 1 file: 2 lines added, 0 removed." in done.out

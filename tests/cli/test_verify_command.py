@@ -28,6 +28,7 @@ def test_the_report_names_each_check_and_what_decides(capsys: pytest.CaptureFixt
     assert "  holds  off  3 outputs [str] have the original's bits" in shown
     assert "All 1 checks hold." in shown
     assert any("a [str] note" in line for line in shown)
+    assert shown[-1].split("   ")[0] == "  chipmunk config init 'my repository'"
     command.show_report(screen(), report(good, Check("oracle", False, "differs by 3.0e-01")))
     shown = capsys.readouterr().out.splitlines()
     assert "  FAILS  oracle  differs by 3.0e-01" in shown
