@@ -12,7 +12,8 @@ from pathlib import Path
 
 from chipmunk.apply.errors import Refused, quoted
 from chipmunk.bench.measurement import Run
-from chipmunk.bench.spec import PROGRESS, Event, Spec
+from chipmunk.bench.spec import Event, Spec
+from chipmunk.verify.order import PROGRESS, write_order
 from chipmunk.verify.process import environment
 
 Progress = Callable[[Event], None]
@@ -37,7 +38,7 @@ def run_worker(
     folder = spec.out.parent
     folder.mkdir(parents=True, exist_ok=True)
     order, errors = folder / "spec.json", folder / "stderr.txt"
-    spec.write(order)
+    write_order(spec, order)
     failure: Event | None = None
     progress({"event": "start", "side": spec.side, "config": label})
     with errors.open("w") as stderr:

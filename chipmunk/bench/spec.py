@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from chipmunk.rewrite.plan import ModelFacts
-from chipmunk.verify.spec import PROGRESS, facts_from_json
 
 Event = dict[str, Any]
 """A line of a worker's output that starts with `PROGRESS`, as an object. Its `event` is one of
@@ -57,18 +55,3 @@ class Spec:
     """Constructor arguments that replace those of the full size, `{"depth": 2}` say."""
     match_seconds: dict[str, list[float]] = field(default_factory=dict)
     """By size, the times that runs of fewer dense steps have to fit into."""
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), default=str, indent=1))
-
-    @staticmethod
-    def read(path: Path) -> Spec:
-        data = json.loads(path.read_text())
-        for name in ("root", "target", "out", "config", "weights"):
-            data[name] = None if data[name] is None else Path(data[name])
-        data["sizes"] = tuple((width, height) for width, height in data["sizes"])
-        data["facts"] = facts_from_json(data["facts"])
-        return Spec(**data)
-
-
-__all__ = ["PROGRESS", "Event", "Spec"]

@@ -25,15 +25,16 @@ from chipmunk.bench.device import BACKENDS, CannotTime, describe, fastest_sdpa, 
 from chipmunk.bench.measurement import Image, Run, steady, steps_that_fit
 from chipmunk.bench.model import Loop, build
 from chipmunk.bench.model_calls import model_calls
-from chipmunk.bench.spec import PROGRESS, Spec
+from chipmunk.bench.spec import Spec
 from chipmunk.runtime.counts import Statistics
 from chipmunk.runtime.session import ATTRIBUTE, Session, statistics
 from chipmunk.verify.checkout import CheckoutError
+from chipmunk.verify.order import PROGRESS, read_order
 from chipmunk.verify.placeholders import PlaceholderUsed, to_install
 
 
 def main() -> None:
-    spec = Spec.read(Path(sys.argv[1]))
+    spec = read_order(Spec, Path(sys.argv[1]))
     try:
         runs = work(spec)
     except Exception as error:

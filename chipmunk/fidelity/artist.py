@@ -23,7 +23,7 @@ from chipmunk.fidelity.recording import Recording, measure_cost, recording
 from chipmunk.fidelity.spec import Picture, Spec, Variant
 from chipmunk.fidelity.studio import Drawing, Studio
 from chipmunk.runtime.session import statistics
-from chipmunk.verify.spec import PROGRESS
+from chipmunk.verify.order import PROGRESS
 
 Result = dict[str, Any]
 

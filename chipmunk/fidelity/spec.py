@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from chipmunk.rewrite.plan import ModelFacts
-from chipmunk.verify.spec import facts_from_json
 
 
 @dataclass(frozen=True)
@@ -77,16 +75,3 @@ class Spec:
     """Whether to draw one picture more of each configuration, to see what the kept keys and neurons cover."""
     tune: dict[str, Any] | None = None
     """The search that is to be run instead of the variants; see `chipmunk.tune`."""
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), default=str, indent=1))
-
-    @staticmethod
-    def read(path: Path) -> Spec:
-        data = json.loads(path.read_text())
-        for name in ("root", "out", "target", "dense", "factory_folder", "weights", "autoencoder"):
-            data[name] = None if data[name] is None else Path(data[name])
-        data["facts"] = facts_from_json(data["facts"])
-        data["prompts"], data["seeds"] = tuple(data["prompts"]), tuple(data["seeds"])
-        data["variants"] = tuple(Variant(**variant) for variant in data["variants"])
-        return Spec(**data)

@@ -22,6 +22,7 @@ from torch import nn
 from chipmunk.fidelity.artist import Artist
 from chipmunk.fidelity.spec import Spec
 from chipmunk.fidelity.studio import BuildError, CheckoutError, OtherModelError
+from chipmunk.verify.order import read_order
 from chipmunk.verify.placeholders import PlaceholderUsed
 from chipmunk.verify.worker import environment, failure, require_device
 
@@ -126,7 +127,7 @@ def _compiles(spec: Spec) -> bool:
 
 
 def main(path: str) -> None:
-    spec = Spec.read(Path(path))
+    spec = read_order(Spec, Path(path))
     os.chdir(spec.out)
     try:
         require_device(spec.device)

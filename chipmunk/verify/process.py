@@ -13,8 +13,8 @@ from typing import IO, Any, Protocol
 
 import chipmunk
 from chipmunk.apply.errors import quoted
+from chipmunk.verify.order import PROGRESS, write_order
 from chipmunk.verify.report import VerifyError
-from chipmunk.verify.spec import PROGRESS
 
 Progress = Callable[[str, int, int], None]
 """Called with what was done last, how much is done, and how much there is."""
@@ -29,7 +29,6 @@ class Order(Protocol):
     def out(self) -> Path: ...
     @property
     def weights(self) -> Path | None: ...
-    def write(self, path: Path) -> None: ...
 
 
 def run_workers(
@@ -63,26 +62,14 @@ def run_workers(
     try:
         for number, spec in enumerate(specs):
             spec.out.mkdir(parents=True, exist_ok=True)
-            spec.write(spec.out / "spec.json")
-            with open(spec.out / "stderr.txt", "w") as errors:
-                worker = subprocess.Popen(
-                    [python, "-m", module, str(spec.out / "spec.json")],
-                    cwd=spec.out,
-                    env=environment(python),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                )
-            workers.append(worker)
+            write_order(spec, spec.out / "spec.json")
+            workers.append(worker := _start(spec, python, module))
             assert worker.stdout is not None
             threads.append(threading.Thread(target=follow, args=(number, worker.stdout), daemon=True))
             threads[-1].start()
             if spec.weights is not None:
                 worker.wait(timeout)
         codes = [worker.wait(timeout) for worker in workers]
-    except FileNotFoundError as error:
-        raise VerifyError(f"{python} cannot be run: {error.strerror}") from error
     except subprocess.TimeoutExpired as error:
         raise VerifyError(f"it took longer than {timeout:.0f} s and was stopped") from error
     finally:
@@ -92,6 +79,22 @@ def run_workers(
     for thread in threads:
         thread.join()
     return [_result(spec, python, code) for spec, code in zip(specs, codes, strict=True)]
+
+
+def _start(spec: Order, python: str, module: str) -> subprocess.Popen[str]:
+    with open(spec.out / "stderr.txt", "w") as errors:
+        try:
+            return subprocess.Popen(
+                [python, "-m", module, str(spec.out / "spec.json")],
+                cwd=spec.out,
+                env=environment(python),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        except OSError as error:
+            raise VerifyError(f"{python} cannot be run: {error.strerror}") from error
 
 
 def _result(spec: Order, python: str, code: int) -> dict[str, Any]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from chipmunk.rewrite.plan import BlockFacts, LoopFacts, ModelFacts
-
-PROGRESS = "\x1echipmunk "
-"""Starts a line of a worker's output that is for the parent: how much is done, how much there is, and what."""
+from chipmunk.rewrite.plan import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -83,28 +79,3 @@ class Spec:
     """A Python file to execute before anything of the checkout is imported."""
     only: tuple[str, ...] = ()
     """Names of scenarios; all if empty."""
-
-    def write(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), default=str, indent=1))
-
-    @staticmethod
-    def read(path: Path) -> Spec:
-        data = json.loads(path.read_text())
-        for name in ("root", "out", "target", "factory_folder", "weights", "preload"):
-            data[name] = None if data[name] is None else Path(data[name])
-        data["facts"] = facts_from_json(data["facts"])
-        data["only"] = tuple(data["only"])
-        return Spec(**data)
-
-
-def facts_from_json(data: dict[str, Any]) -> ModelFacts:
-    """Undo `dataclasses.asdict`."""
-    loops = tuple(LoopFacts(**{**loop, "slots": tuple(loop["slots"])}) for loop in data["loops"])
-    return ModelFacts(
-        **{
-            **data,
-            "double_block": BlockFacts(**data["double_block"]),
-            "single_block": BlockFacts(**data["single_block"]),
-            "loops": loops,
-        }
-    )

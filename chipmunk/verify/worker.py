@@ -29,8 +29,9 @@ from chipmunk.ops import dispatch
 from chipmunk.runtime.session import statistics
 from chipmunk.verify.checkout import CheckoutError
 from chipmunk.verify.operators import as_json, hold_against_reference
+from chipmunk.verify.order import PROGRESS, read_order
 from chipmunk.verify.placeholders import PlaceholderUsed, to_install
-from chipmunk.verify.spec import CONFIGS, PROGRESS, Scenario, Spec
+from chipmunk.verify.spec import CONFIGS, Scenario, Spec
 from chipmunk.verify.subject import BuildError, Drawn, OtherModelError, Subject, load_file
 
 
@@ -270,7 +271,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def main(path: str) -> None:
-    spec = Spec.read(Path(path))
+    spec = read_order(Spec, Path(path))
     os.chdir(spec.out)
     if spec.weights is None:
         torch.set_num_threads(1)  # the model is too small to share

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from chipmunk.bench.device import CannotTime
-from chipmunk.bench.spec import PROGRESS, Event
+from chipmunk.bench.spec import Event
 from chipmunk.bench.worker import explain
 from chipmunk.verify.checkout import CheckoutError
+from chipmunk.verify.order import PROGRESS
 from chipmunk.verify.placeholders import PlaceholderUsed
 
 PIP = f"{sys.executable} -m pip install"

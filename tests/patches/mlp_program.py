@@ -46,8 +46,9 @@ import importlib, json, sys
 import torch
 import chipmunk
 from chipmunk.config import Config
+from chipmunk.rewrite.plan import ModelFacts
 from chipmunk.verify.oracle import Oracle
-from chipmunk.verify.spec import facts_from_json
+from pydantic import TypeAdapter
 
 part = {"counts_multiple_of": 8, "first_n_dense_layers": 1, "full_step_every": 10}
 config = {"mlp": {**part, "bm": 8, "mbm": 8}, "attn": {**part, "mbm": 8}}
@@ -85,7 +86,7 @@ for name, (original, patched, facts) in json.loads(sys.stdin.read()).items():
     chipmunk.enable(changed, config)
     sparse = run(changed)
     layers = [layer.mlp["main"].sparse for layer in chipmunk.statistics(changed).layers]
-    oracle = Oracle(model, facts_from_json(facts), Config.model_validate(config), steps=9)
+    oracle = Oracle(model, TypeAdapter(ModelFacts).validate_python(facts), Config.model_validate(config), steps=9)
     with oracle:
         oracle.auto_step()
         wanted = run(model)

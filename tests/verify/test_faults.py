@@ -23,6 +23,7 @@ from chipmunk import registry, verify
 from chipmunk.rewrite import plan_repository
 from chipmunk.verify import worker
 from chipmunk.verify.checks import Comparison
+from chipmunk.verify.order import write_order
 from chipmunk.verify.spec import Scenario, Spec
 from chipmunk.verify.subject import TWO_SLOTS, Subject
 from tests.end_to_end.starter import STARTER, patch
@@ -65,7 +66,7 @@ def run_worker(spec: Spec, images: int) -> Result:
         sys.path[:] = [entry for entry in sys.path if Path(entry).name != STARTER.name]
         Subject.scenarios = scenarios  # type: ignore[method-assign]
         spec.out.mkdir(parents=True)
-        spec.write(spec.out / "spec.json")
+        write_order(spec, spec.out / "spec.json")
         worker.main(str(spec.out / "spec.json"))
 
     process = multiprocessing.get_context("fork").Process(target=work)
