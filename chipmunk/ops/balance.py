@@ -22,6 +22,7 @@ from chipmunk.ops import tuning
 from chipmunk.ops.dispatch import groups_of
 
 _FEWEST_STEPS = 6  # of a part: fewer do not pay for the sums' way through memory
+_ONE_BAND, _BAND = 64 << 20, 40 << 20  # bytes, by a Hopper's 50 MiB of L2: docs/kernels.md has the times
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Tiles:
     per_group: int  # tiles above one another
     row_tiles: int
     column_tiles: int
-    band: int
+    band: int  # row tiles that go together
     share: Share
 
 
@@ -71,7 +72,17 @@ def tiles(x: Tensor, group: int, columns: int, tile_columns: int, steps: int, pa
     row_tiles, column_tiles = x.shape[0] * groups * per_group, triton.cdiv(columns, tile_columns)
     programs = tuning.multiprocessors(x.device) * parameters.get("per_sm", 1)
     shared = share(row_tiles * column_tiles, steps, programs, bool(parameters.get("balanced", 1)))
-    return Tiles(rows, groups, per_group, row_tiles, column_tiles, parameters.get("band", 0) or row_tiles, shared)
+    high = parameters.get("band") or band(row_tiles, rows * x.shape[2] * x.element_size())
+    return Tiles(rows, groups, per_group, row_tiles, column_tiles, high, shared)
+
+
+def band(row_tiles: int, size: int) -> int:
+    """How many row tiles, of `size` bytes each of the left operand, go together: all, or as many as L2 keeps.
+
+    Every column tile reads the rows of its band again, and every band reads the weight again.
+    """
+    bands = 1 if row_tiles * size <= _ONE_BAND else -(-row_tiles * size // _BAND)
+    return -(-row_tiles // bands)
 
 
 @triton.jit

@@ -159,7 +159,7 @@ def test_the_second_launch_goes_past_triton_unless_something_differs() -> None:
 def test_a_worker_leaves_the_compiled_kernel_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     args = [torch.float32, torch.int64, torch.int32, 640, 96, 0, 5]
-    options = {"padded": 1024, "has_best": True, "has_random": False, "num_warps": 4}
+    options = {"head": 512, "tail": 128, "tile": 512, "has_best": True, "has_random": False, "num_warps": 4}
     with suppress(Exception):  # the launcher, which comes after the kernel, is linked with the driver of a GPU
         launch.compile_to_disk(
             "chipmunk.ops.select_columns.triton", "_kernel", GPUTarget("cuda", 90, 32), args, options, {}

@@ -21,6 +21,8 @@ from triton.runtime.jit import JITFunction
 from chipmunk.ops import tuning
 from chipmunk.ops.attention_with_column_sums import triton as sums
 from chipmunk.ops.column_sparse_attention import triton as sparse
+from chipmunk.ops.select_columns import triton as select
+from chipmunk.ops.select_neurons import triton as neurons
 from chipmunk.ops.sparse_mlp_in import triton as mlp_in
 from chipmunk.ops.sparse_mlp_out import triton as mlp_out
 
@@ -60,13 +62,21 @@ def _tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _assembled(kernel: Any) -> str:
+    """What ptxas says of a kernel."""
+    command = [get_ptxas(90).path, "-v", "-arch=sm_90a", "-o", "/dev/null", "/dev/stdin"]
+    return subprocess.run(command, input=kernel.asm["ptx"], capture_output=True, text=True, check=True).stderr
+
+
+def _spilled(kernel: Any) -> int:
+    """Bytes that a thread spills."""
+    return sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", _assembled(kernel)))
+
+
 def _check(kernel: Any, spilled: int = 0) -> None:
     ptx = kernel.asm["ptx"]
-    command = [get_ptxas(90).path, "-v", "-arch=sm_90a", "-o", "/dev/null", "/dev/stdin"]
-    said = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
-    assert "serializ" not in said, said
-    spills = sum(int(size) for size in re.findall(r"(\d+) bytes spill stores", said))
-    assert spills <= spilled, said
+    assert "serializ" not in _assembled(kernel)
+    assert _spilled(kernel) <= spilled
     assert kernel.metadata.shared <= SHARED_MEMORY
     assert "wgmma.mma_async" in ptx
     assert "cp.async" in ptx
@@ -93,6 +103,16 @@ def test_column_sums(compiled: list[Any]) -> None:
     lse = _tensor(1, 24, 600, dtype=torch.float32)
     sums.column_sums(q, q, lse, 128, 0.1, TABLE["attention_with_column_sums/128"])
     _check(compiled[-1])
+
+
+def test_selection(compiled: list[Any]) -> None:
+    seed = _tensor(3, dtype=torch.int64)
+    for groups, columns in ((34, 4352), (132, 16896)):
+        select.select_columns(_tensor(1, 24, groups, columns, dtype=torch.float32), seed, columns // 6, 0)
+    new = _tensor(1, 34, 1, 12288)
+    neurons.select_neurons(new, new, seed, 12288, 3738, 614)
+    assert len(compiled) == 3
+    assert [_spilled(kernel) for kernel in compiled] == [0, 0, 0]
 
 
 def test_gathered_products(compiled: list[Any]) -> None:

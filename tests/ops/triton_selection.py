@@ -10,7 +10,8 @@ from poison import poisoned_memory, test_the_poison_works  # noqa: F401
 from torch import Tensor
 
 from chipmunk import ops
-from chipmunk.ops import tuning
+from chipmunk.ops import balance, tuning
+from chipmunk.ops.select_columns.triton import pieces
 
 
 def _scores(kind: str, shape: tuple[int, ...]) -> Tensor:
@@ -42,7 +43,7 @@ def _scores(kind: str, shape: tuple[int, ...]) -> Tensor:
         "bfloat16 differences",
     ],
 )
-@pytest.mark.parametrize("shape", [(1, 2, 2, 100), (2, 1, 257)])
+@pytest.mark.parametrize("shape", [(1, 2, 2, 100), (2, 1, 257), (1, 1, 1300)])
 def test_the_choice_is_the_references(kind: str, shape: tuple[int, ...]) -> None:
     scores, columns = _scores(kind, shape), shape[-1]
     for keep, random in ((20, 0), (columns, 0), (20, 9), (0, 1), (columns - 5, 5)):
@@ -62,6 +63,16 @@ def test_neurons_are_chosen_and_refreshed_as_by_the_reference(parts: int, rows: 
         assert torch.equal(means, expected)
 
 
+@pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 31, 32, 33, 64, 4352, 12288, 16896, 131072])
+def test_two_pieces_hold_a_row_and_waste_little(columns: int) -> None:
+    for rows in (1, 10000):
+        head, tail, threads = pieces(columns, rows)
+        assert head + tail >= columns
+        assert all(n & (n - 1) == 0 for n in (head, tail, threads))
+        assert tail <= head
+        assert head + tail < 1.5 * max(columns, 32) or tail == min(head, 4 * threads)
+
+
 def test_one_column() -> None:
     assert ops.select_columns(torch.rand(2, 3, 1), torch.zeros(3, dtype=torch.int64), 1, 0, "triton").sum() == 0
 
@@ -70,6 +81,14 @@ def test_a_row_too_long_says_so() -> None:
     scores = torch.zeros(1, 1, 131073)
     with pytest.raises(NotImplementedError, match="rows longer than 131072"):
         ops.select_columns(scores, torch.zeros(3, dtype=torch.int64), 1, 0, "triton")
+
+
+@pytest.mark.parametrize(
+    ("row_tiles", "megabytes", "expected"),
+    [(1, 1, 1), (34, 27, 34), (34, 53, 34), (132, 104, 44), (400, 315, 50)],
+)
+def test_bands_are_cut_where_l2_would_not_keep_them(row_tiles: int, megabytes: int, expected: int) -> None:
+    assert balance.band(row_tiles, megabytes * 10**6 // row_tiles) == expected
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": 1}', "{"])

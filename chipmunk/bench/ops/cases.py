@@ -157,11 +157,12 @@ VARIANTS: dict[str, list[tuning.Parameters]] = {
         registers="0 0  0   0 128",
     ),
     "attention_with_column_sums": _grid(
-        queries="128 128 128 256",
-        tile="   128  64  64  64",
-        warps="    8   4   4   8",
-        stages="   2   2   3   2",
-        splits="   2   2   1   1",
+        queries=" 256 256 256 128 128 128",
+        tile="     64  64  64  64 128  64",
+        warps="     4   4   8   4   8   4",
+        stages="    3   2   3   3   2   2",
+        splits="    2   2   2   2   2   2",
+        programs="  2   2   2   2   1   3",
     ),
     "select_columns": _grid(warps="4 8 16 32"),
     "sparse_mlp_in": _grid(

@@ -1,6 +1,7 @@
 """Scores, selection and the refreshed means in one Triton kernel, a program a group of rows.
 
 A row of scores stays in registers from the means it is made of to the choice; `select_columns` says how that is found.
+The last walk over the row, which stores the choice, also refreshes the cached means of what is chosen.
 """
 
 # The kernels are in Triton's language, which has no types.
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from chipmunk.ops import tuning
 from chipmunk.ops.launch import launch
-from chipmunk.ops.select_columns.triton import LONGEST, choose, put, warps
+from chipmunk.ops.select_columns.triton import LONGEST, choose, is_chosen, pieces, put
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,7 +40,7 @@ def select_neurons(new: Tensor, means: Tensor, seed: Tensor, neurons: int, keep:
     """See `chipmunk.ops.select_neurons`."""
     batch, groups, parts, rows = new.shape
     indices = torch.empty(batch, groups, keep + random, dtype=torch.int32, device=new.device)
-    padded = triton.next_power_of_2(neurons)
+    head, tail, threads = pieces(neurons, batch * groups)
     launch(
         _kernel,
         (batch * groups,),
@@ -53,12 +54,29 @@ def select_neurons(new: Tensor, means: Tensor, seed: Tensor, neurons: int, keep:
         groups,
         parts=parts,
         rows=rows // neurons,
-        padded=padded,
+        head=head,
+        tail=tail,
+        tile=4 * threads,
         has_best=keep > 0,
         has_random=random > 0,
-        num_warps=warps(padded, batch * groups),
+        num_warps=threads // 32,
     )
     return indices
+
+
+@triton.jit
+def _score(new, means, neuron, neurons, parts: tl.constexpr, rows: tl.constexpr):
+    """How much the means of these neurons changed, over all parts and rows."""
+    inside = neuron < neurons
+    score = tl.zeros(neuron.shape, tl.float32)
+    for row in tl.static_range(rows):
+        of_row = tl.zeros(neuron.shape, tl.float32)
+        for part in tl.static_range(parts):
+            at = (part * rows + row) * neurons + neuron
+            changed = tl.load(new + at, mask=inside, other=0.0).to(tl.float32)
+            of_row += tl.abs(changed - tl.load(means + at, mask=inside, other=0.0).to(tl.float32))
+        score += of_row
+    return score
 
 
 @triton.jit
@@ -73,24 +91,30 @@ def _kernel(
     groups,
     parts: tl.constexpr,
     rows: tl.constexpr,
-    padded: tl.constexpr,
+    head: tl.constexpr,
+    tail: tl.constexpr,
+    tile: tl.constexpr,
     has_best: tl.constexpr,
     has_random: tl.constexpr,
 ):
     list_number = tl.program_id(0)
-    neuron = tl.arange(0, padded)
-    inside = neuron < neurons
-    first = list_number.to(tl.int64) * (parts * rows) * neurons
-    score = tl.zeros((padded,), tl.float32)
-    for row in tl.static_range(rows):
-        of_row = tl.zeros((padded,), tl.float32)
-        for part in tl.static_range(parts):
-            at = first + (part * rows + row) * neurons + neuron
-            changed = tl.load(new + at, mask=inside, other=0.0).to(tl.float32)
-            of_row += tl.abs(changed - tl.load(means + at, mask=inside, other=0.0).to(tl.float32))
-        score += of_row
-    chosen = choose(score, neuron, seed, list_number % groups, neurons, keep, random, has_best, has_random)
-    put(indices + list_number.to(tl.int64) * (keep + random), neuron, chosen)
-    for index in tl.static_range(parts * rows):
-        at = first + index * neurons + neuron
-        tl.store(means + at, tl.load(new + at, mask=chosen, other=0.0), mask=chosen)
+    group = list_number % groups
+    new += list_number.to(tl.int64) * (parts * rows) * neurons
+    means += list_number.to(tl.int64) * (parts * rows) * neurons
+    indices += list_number.to(tl.int64) * (keep + random)
+    head_neuron = tl.arange(0, head)
+    tail_neuron = head + tl.arange(0, tail)
+    head_score = _score(new, means, head_neuron, neurons, parts, rows)
+    tail_score = _score(new, means, tail_neuron, neurons, parts, rows)
+    bounds = choose(
+        head_score, tail_score, head_neuron, tail_neuron, seed, group, neurons, keep, random, has_best, has_random
+    )
+    stored = 0
+    for first in range(0, neurons, tile):
+        neuron = first + tl.arange(0, tile)
+        score = _score(new, means, neuron, neurons, parts, rows)
+        chosen = (neuron < neurons) & is_chosen(score, neuron, seed, group, bounds, has_best, has_random)
+        stored = put(indices, stored, neuron, chosen)
+        for index in tl.static_range(parts * rows):
+            at = index * neurons + neuron
+            tl.store(means + at, tl.load(new + at, mask=chosen, other=0.0), mask=chosen)
