@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -40,11 +41,14 @@ def call(call_model, model, given, time, extra=None):
 '''
 
 
-def skeleton(model_class: type[nn.Module], calls: bool) -> str:
-    """The text of `verify_factory.py`; with `calls` also how the model is called, where building it is not enough."""
+def skeleton(model_class: type[nn.Module], calls: bool, values: Mapping[str, Any] | None = None) -> str:
+    """The text of `verify_factory.py`; with `calls` also how the model is called, where building it is not enough.
+
+    values: what the target knows of the constructor's arguments, by name.
+    """
     name = model_class.__name__
     records: list[type] = []
-    build = _call_of(name, _constructor(model_class, records), records, "    ")
+    build = _call_of(name, _constructor(model_class, values or {}, records), records, "    ")
     names = ", ".join([name, *(record.__name__ for record in records if record.__module__ == model_class.__module__)])
     others = [record for record in records if record.__module__ != model_class.__module__]
     imports = [f"from {model_class.__module__} import {names}"]
@@ -67,7 +71,7 @@ def build():
 # The constructor.
 
 
-def _constructor(model_class: type, records: list[type]) -> dict[str, Any]:
+def _constructor(model_class: type, known: Mapping[str, Any], records: list[type]) -> dict[str, Any]:
     """Value of each parameter; a record as (record, its fields)."""
     found = parameters_of(model_class)
     defaults = {name: p.default for name, (p, _) in found.items() if p.default is not p.empty}
@@ -75,11 +79,11 @@ def _constructor(model_class: type, records: list[type]) -> dict[str, Any]:
     for name, (parameter, hint) in found.items():
         fields = record_fields(hint)
         if fields is not None:
-            values[name] = hint, {field: ... for field in fields}
+            values[name] = hint, {field: known.get(field, ...) for field in fields}
             records.append(hint)
         else:
             values[name] = ... if is_required(parameter) else parameter.default
-    return {**values, **shrunk(defaults)}
+    return {**values, **shrunk(defaults), **{name: known[name] for name in values if name in known}}
 
 
 def _call_of(name: str, values: dict[str, Any], records: list[type], indent: str) -> str:

@@ -118,7 +118,7 @@ class Subject:
 
     def skeleton(self, calls: bool) -> str:
         """A file for the user to complete, which builds the model; with `calls` also calls it."""
-        return skeleton(self.model_class, calls)
+        return skeleton(self.model_class, calls, self.target.SMALL)
 
     def in_dtype(self, name: str, dtype: torch.dtype) -> str:
         """The name of a copy of a model in another dtype."""

@@ -58,6 +58,13 @@ def test_a_model_that_cannot_be_built_asks_for_its_parameters_alone() -> None:
     assert "def call(" not in text
 
 
+def test_what_the_target_knows_is_filled_in() -> None:
+    text = skeleton(Plain, calls=False, values={"width": 128, "mode": "b", "depth": 5})
+    assert "            width=128,\n            flavour=...,\n" in text
+    assert "        mode='b',\n" in text
+    assert "depth" not in text
+
+
 def completed() -> ModuleType:
     """What a user makes of the file for `Called`."""
     text = skeleton(Called, calls=True)

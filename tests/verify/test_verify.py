@@ -170,19 +170,24 @@ def test_a_model_that_the_target_cannot_build_needs_a_factory(tmp_path: Path, mo
     patch(root)
     with pytest.raises(VerifyError, match="FluxParams has a field 'flavour'") as refused:
         run(root)
-    assert "from flux.model import Flux\n\n\ndef build():" in refused.value.message
+    assert "from flux.model import Flux, FluxParams\n\n\ndef build():" in refused.value.message
     assert refused.value.next_command == f"chipmunk verify {root} --factory verify_factory:build"
 
     monkeypatch.chdir(tmp_path)
-    factory = """
-from flux.model import Flux, FluxParams
-
-def build():
-    return Flux(FluxParams(8, 8, 12, 24, 128, 2.0, 2, 3, 3, [8, 28, 28], 10_000, "oak", True, True))
-"""
+    factory = refused.value.message.partition("\n\n")[2]
+    assert factory.count("...") == 1
+    factory = factory.replace("flavour=...", 'flavour="oak"').replace("depth=5,", "depth=3,")
     Path("verify_factory.py").write_text(factory)
     report = run(root, VerifyOptions(factory="verify_factory:build", only=("denoise",)))
     assert failures(report) == {}
+
+
+def test_a_model_that_was_not_patched_is_refused_with_those_that_were(tmp_path: Path) -> None:
+    root = starter(tmp_path)
+    patch(root)
+    with pytest.raises(VerifyError, match="no model that was patched is called Wrong; there are: Flux") as refused:
+        run(root, VerifyOptions(model="Wrong"))
+    assert refused.value.next_command == f"chipmunk verify {root} --model Flux"
 
 
 @pytest.mark.slow
