@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from chipmunk.bench.device import CannotTime, need_memory
 from chipmunk.bench.spec import Spec
+from chipmunk.verify.building import installed_object, load_file, randomise
 from chipmunk.verify.checkout import Checkout
-from chipmunk.verify.subject import installed_object, load_file, randomise
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,10 @@ import chipmunk
 from chipmunk.fidelity import pipelines
 from chipmunk.fidelity.spec import Picture, Spec
 from chipmunk.verify import spec as verify
+from chipmunk.verify.building import BuildError
 from chipmunk.verify.checkout import CheckoutError
-from chipmunk.verify.subject import BuildError, Drawn, OtherModelError, Subject, record, unwrapped
+from chipmunk.verify.drawn import Drawn, record, unwrapped
+from chipmunk.verify.subject import OtherModelError, Subject
 
 
 @dataclass

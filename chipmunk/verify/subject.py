@@ -8,64 +8,31 @@ import importlib
 import importlib.util
 import inspect
 import itertools
-import re
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import CodeType, FrameType, ModuleType
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from chipmunk.rewrite.plan import LoopFacts
+from chipmunk.verify.building import BuildError, installed_object, load_file, randomise, refuse_large
 from chipmunk.verify.checkout import Checkout, CheckoutError
+from chipmunk.verify.drawn import Drawn, record, unwrapped
 from chipmunk.verify.skeleton import skeleton
 from chipmunk.verify.spec import IMAGES, LARGE_IMAGES, Image, Scenario, Spec
 
 TWO_SLOTS = "two call slots"
 OWN_LOOP = "own loop"
 
-LARGEST = 100_000_000
-"""Parameters of a model that is built with the target's `SMALL` values."""
-
 Steps = Callable[[Any, Any], Any]
 Slot = Callable[[Any, str], Any]
 
 
-class BuildError(Exception):
-    """The model cannot be built or called; says why, with a file to complete that does."""
-
-    def __init__(self, message: str, skeleton: str | None = None) -> None:
-        super().__init__(message)
-        self.skeleton = skeleton
-
-
 class OtherModelError(Exception):
     """The factory returned a model of another class."""
-
-
-@dataclass(frozen=True)
-class ModelCall:
-    """One call of the model, in the order in which they were made."""
-
-    step: int
-    slot: str
-    """The line of the loop that made it, as text."""
-    output: Tensor
-
-
-@dataclass
-class Drawn:
-    """What one image came to."""
-
-    calls: list[ModelCall] = field(default_factory=list)
-    latents: Tensor | None = None
 
 
 class Subject:
@@ -328,103 +295,3 @@ class Subject:
         except self.target.CannotRun as error:
             raise BuildError(str(error), self.skeleton(calls=True)) from error
         return velocity
-
-
-@contextmanager
-def refuse_large(name: str, target: str) -> Iterator[None]:
-    """Raise BuildError where a model grows beyond `LARGEST`: the target does not know what makes it small."""
-    parameters = 0
-
-    def count(module: nn.Module, name_of_parameter: str, parameter: nn.Parameter | None) -> None:
-        nonlocal parameters
-        parameters += 0 if parameter is None else parameter.numel()
-        if parameters > LARGEST:
-            raise BuildError(
-                f"{name} has more than {LARGEST:,} parameters as target '{target}' builds it, which does not know "
-                f"what makes it small"
-            )
-
-    handle = register_module_parameter_registration_hook(count)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def load_file(path: Path, name: str) -> ModuleType:
-    """Execute a Python file as a module of its own."""
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def installed_object(file: str, name: str) -> Any:
-    """A class of an installed package, by its file's path among the packages. Raises CheckoutError."""
-    module = file.removesuffix(".py").replace("/", ".")
-    package = module.partition(".")[0]
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:
-        installed = importlib.util.find_spec(package) is not None
-        why = f"{type(error).__name__}: {error}" if installed else "it is not installed"
-        raise CheckoutError(
-            f"{name} of {package} cannot be imported by {sys.executable}: {why}",
-            f"{sys.executable} -m pip install --upgrade {package}",
-        ) from error
-
-
-def unwrapped(function: Callable[..., Any]) -> Any:
-    """The function inside decorators such as `torch.no_grad()`."""
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return getattr(function, "__func__", function)
-
-
-def randomise(model: nn.Module, seed: int) -> None:
-    """Random weights that depend on each parameter's name and `seed` alone, and on which every output depends.
-
-    Matrices keep the size of what passes through; nothing is zero (final layers and LoRA start at zero); scales of
-    norms are above one, so that attention has favourites.
-    """
-    for name, parameter in model.named_parameters():
-        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()) + seed)
-        with torch.no_grad():
-            if parameter.dim() > 1:
-                parameter.normal_(0.0, parameter[0].numel() ** -0.5, generator=generator)
-            else:
-                is_scale = name.endswith("scale") or re.search(r"norm\w*\.weight$", name) is not None
-                parameter.normal_(1.5 if is_scale else 0.0, 0.1, generator=generator)
-
-
-@contextmanager
-def record(model: nn.Module, loop: CodeType, drawn: Drawn) -> Iterator[None]:
-    """While this is open, note each call of `model`, with the step and the line of `loop` that it comes from.
-
-    A step ends where a line makes a call that stands above, or is, one that has made a call in it already. A new
-    activation of the loop starts again at step 0.
-    """
-    activation: FrameType | None = None
-    step, line = -1, 0
-
-    def after(model: nn.Module, args: Any, output: Any) -> None:
-        nonlocal activation, step, line
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and frame.f_code is not loop:
-            frame = frame.f_back
-        if frame is not activation:
-            activation, step, line = frame, -1, 1 << 30
-        here = 0 if frame is None else frame.f_lineno
-        step += here <= line
-        line = here
-        result = output[0] if isinstance(output, tuple) else output
-        drawn.calls.append(ModelCall(step, str(here), result.detach().clone()))
-
-    handle = model.register_forward_hook(after)
-    try:
-        yield
-    finally:
-        handle.remove()

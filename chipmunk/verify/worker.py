@@ -27,12 +27,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import chipmunk
 from chipmunk.ops import dispatch
 from chipmunk.runtime.session import statistics
+from chipmunk.verify.building import BuildError, load_file
 from chipmunk.verify.checkout import CheckoutError
+from chipmunk.verify.drawn import Drawn
 from chipmunk.verify.operators import as_json, hold_against_reference
 from chipmunk.verify.order import PROGRESS, read_order
 from chipmunk.verify.placeholders import PlaceholderUsed, to_install
 from chipmunk.verify.spec import CONFIGS, Scenario, Spec
-from chipmunk.verify.subject import BuildError, Drawn, OtherModelError, Subject, load_file
+from chipmunk.verify.subject import OtherModelError, Subject
 
 
 class Worker:

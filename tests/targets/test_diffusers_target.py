@@ -10,9 +10,9 @@ import torch
 
 from chipmunk.registry import load
 from chipmunk.rewrite.plan import BlockFacts, ModelFacts
+from chipmunk.verify.building import installed_object
 from chipmunk.verify.checkout import CheckoutError
 from chipmunk.verify.run import target_of
-from chipmunk.verify.subject import installed_object
 
 TARGET = load().targets["diffusers"].module
 BLOCK = BlockFacts("m.py", "Block", True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from chipmunk.verify.subject import LARGEST, BuildError, refuse_large
+from chipmunk.verify.building import LARGEST, BuildError, refuse_large
 
 
 def test_a_small_model_is_built() -> None:
@@ -14,7 +14,7 @@ def test_a_small_model_is_built() -> None:
 
 
 def test_a_large_model_is_refused_at_the_layer_that_makes_it_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("chipmunk.verify.subject.LARGEST", 1000)
+    monkeypatch.setattr("chipmunk.verify.building.LARGEST", 1000)
     built: list[nn.Module] = []
 
     def build() -> None:
