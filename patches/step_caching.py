@@ -18,7 +18,7 @@ from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Scope, Step, value_names
 from chipmunk.rewrite.minimal import MODEL, variant
-from chipmunk.rewrite.roles import Block, Model
+from chipmunk.rewrite.roles import Model
 from chipmunk.rewrite.syntax import dotted, self_attribute, target_names, walk
 
 NAME = "step-caching"
@@ -199,12 +199,14 @@ def _check(model: Model, loops: list[_Loop], hidden: _Hidden) -> None:
     nodes = [loop.node for loop in loops]
     start = min(loop.step.index for loop in loops)
     made = set(_bound(scope, nodes))
-    for name in sorted(made):
+    between = {
+        b.name for name in scope.bindings for b in scope.bindings[name] if start < b.step.index < hidden.step.index
+    }
+    for name in sorted(made | between):
         if name.startswith(f"{scope.receiver}."):
             raise _DoesNotFit(f"{name} is assigned between the blocks")
     for step in scope.steps:
-        nested = any(isinstance(node, cst.FunctionDef) for node, _ in step.chain)
-        if _inside(step, nodes) and isinstance(step.node, cst.Return) and not nested:
+        if start < step.index < hidden.step.index and isinstance(step.node, cst.Return) and not _nested(step):
             raise _DoesNotFit("the forward returns from between the blocks", step.node)
         if step.index <= start or _inside(step, nodes):
             continue
@@ -212,6 +214,9 @@ def _check(model: Model, loops: list[_Loop], hidden: _Hidden) -> None:
             before = [b for b in scope.reaching(name, step) if not _made_by(b.step, nodes)]
             if not before and name not in scope.parameters:
                 raise _DoesNotFit(f"{name} is known only once a block has run", step.node)
+    for step in scope.steps:
+        if start < step.index < hidden.step.index and not _nested(step):
+            _check_kept(model, step, nodes, made)
     grown = set(_grown(scope, nodes, start, hidden.step.index))
     for step in scope.steps:
         if step.index < hidden.step.index or _inside(step, nodes) or isinstance(step.node, cst.Del):
@@ -222,11 +227,54 @@ def _check(model: Model, loops: list[_Loop], hidden: _Hidden) -> None:
         found = _from_blocks(scope, used, step, nodes, grown, hidden)
         if found is not None:
             raise _DoesNotFit(f"{found} comes out of the blocks too, and is used after them", step.node)
-    for block in (model.double_block, model.single_block):
-        if (kept := _kept_in(block)) is not None:
-            raise _DoesNotFit(f"{block.owner.name} keeps what it computes in {kept}")
     if model.kept:
         raise _DoesNotFit(model.kept)
+
+
+def _check_kept(model: Model, step: Step, loops: list[cst.For], made: set[str]) -> None:
+    """Raise _DoesNotFit where what the blocks compute is kept or handed on, elsewhere than to the hidden state.
+
+    A list or dictionary that the forward makes itself counts where it is used after the blocks (`_grown`).
+    """
+    scope = model.forward.scope
+
+    def holds(node: cst.CSTNode) -> bool:
+        """Whether the value is the blocks', on the way to the hidden state."""
+        names = set(value_names(node)) & made
+        return any(_made_by(b.step, loops) for name in names for b in scope.reaching(name, step)) and (
+            model.image in scope.roots(node, step)
+        )
+
+    def is_local(node: cst.BaseExpression) -> bool:
+        name = dotted(node)
+        if name in made:  # the stream itself
+            return True
+        if name is None or "." in name or name in scope.parameters:
+            return False
+        values = [binding.value for binding in scope.reaching(name, step)]
+        return all(isinstance(value, (cst.List, cst.Dict)) for value in values if value is not None)
+
+    if isinstance(step.node, cst.Assign):
+        for target in step.node.targets:
+            place: cst.BaseExpression = target.target
+            while isinstance(place, cst.Subscript):
+                place = place.value
+            if place is not target.target and not is_local(place) and holds(step.node.value):
+                raise _DoesNotFit(f"what the blocks compute is kept in {dotted(place)}", step.node)
+    if isinstance(step.node, cst.Expr) and isinstance(step.node.value, cst.Call):
+        call = step.node.value
+        subject = call.func.value if isinstance(call.func, cst.Attribute) else None
+        told = dotted(call.func) or ""
+        if (
+            told != "print"
+            and (subject is None or not is_local(subject))
+            and any(holds(arg.value) for arg in call.args)
+        ):
+            raise _DoesNotFit(f"what the blocks compute is given to {told}", step.node)
+
+
+def _nested(step: Step) -> bool:
+    return any(isinstance(node, cst.FunctionDef) for node, _ in step.chain)
 
 
 def _from_blocks(
@@ -285,20 +333,6 @@ def _grown(scope: Scope, loops: list[cst.For], start: int, end: int) -> Iterator
                 changed = dotted(target.target.value)
                 if changed is not None and not changed.startswith(f"{scope.receiver}."):
                     yield changed
-
-
-def _kept_in(block: Block) -> str | None:
-    """The parameter of a block in which it leaves something for later: `info["keys"][name] = keys`."""
-    scope = block.forward.scope
-    others = set(scope.parameters) - block.streams.keys() - {block.receiver, scope.receiver}
-    for step in scope.steps:
-        for target in step.node.targets if isinstance(step.node, cst.Assign) else ():
-            holder: cst.BaseExpression = target.target
-            while isinstance(holder, cst.Subscript):
-                holder = holder.value
-            if holder is not target.target and dotted(holder) in others:
-                return dotted(holder)
-    return None
 
 
 def _read(step: Step) -> tuple[cst.CSTNode, ...]:

@@ -1,8 +1,9 @@
-"""What a model does to image tokens by where they lie: then their order may not be changed.
+"""What a model does to image tokens by where they lie, and what its blocks keep: no other order, no skipped steps.
 
 Attention, norms and linear layers treat all tokens alike. A convolution over the image, a roll, a positional table of
 the model's own or a mask that it makes do not; nor do features that a block keeps on itself for a later call, which
-may have another order. The functions that the model's forward and its blocks run are read for these.
+may have another order. What blocks keep for later, there or in a dictionary, would be missing had they been skipped.
+The functions that the model's forward and its blocks run are read for these.
 """
 
 from __future__ import annotations
@@ -57,20 +58,32 @@ class Entry:
     """Parameters that get what the model makes of nothing that it is given: a mask, say."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """Something that a function does to tokens, in words."""
+
+    reason: str
+    by_place: bool = True
+    """Whether it goes by where tokens lie."""
+    keeps: bool = False
+    """Whether it keeps them for later calls."""
+
+
 @dataclass(eq=False)
 class _Reader:
     repository: Repository
     builder: Module
     seen: set[Entry] = field(default_factory=set)
 
-    def reasons(self, entry: Entry, depth: int = 0) -> Iterator[str]:
+    def read(self, entry: Entry, depth: int = 0) -> Iterator[Found]:
         if entry in self.seen or depth > _DEPTH:
             return
         self.seen.add(entry)
         function = entry.function
         objects = dict(entry.objects)
+        grown: set[str] = set()
         for step in function.scope.steps:
-            yield from self._kept(entry, step)
+            yield from self._kept(entry, step, grown)
             for expression in step.expressions:
                 for node in walk(expression):
                     if isinstance(node, cst.BinaryOperation):
@@ -84,7 +97,7 @@ class _Reader:
     def _holds(self, entry: Entry, node: cst.CSTNode | None, step: Step) -> bool:
         return node is not None and bool(entry.function.scope.roots(node, step) & entry.tokens)
 
-    def _by_name(self, entry: Entry, call: cst.Call, step: Step) -> Iterator[str]:
+    def _by_name(self, entry: Entry, call: cst.Call, step: Step) -> Iterator[Found]:
         name, function = last_name(call.func), entry.function
         subject: cst.BaseExpression | None = call.func.value if isinstance(call.func, cst.Attribute) else None
         shift = 0
@@ -94,18 +107,18 @@ class _Reader:
         if name in _MOVES and self._holds(entry, subject, step):
             place = shift + (1 if name == "roll" else 0)
             if _along_tokens(argument(call, place, _MOVES[name]), call):
-                yield f"{where} ({name})"
+                yield Found(f"{where} ({name})")
         elif name in _PARTS and self._holds(entry, subject, step):
             if integer(argument(call, shift + 1, "dim")) in (1, -2) and integer(argument(call, shift, "chunks")):
-                yield f"{where} ({name})"
+                yield Found(f"{where} ({name})")
         elif _MIXES.fullmatch(name) and self._holds(entry, subject, step):
             meaning = self.repository.resolve(call.func, function, step)
             if shift == 0 or isinstance(meaning, External):
-                yield f"{where} ({name})"
+                yield Found(f"{where} ({name})")
         elif name in _EINOPS and _splits_tokens(call) and self._holds(entry, subject, step):
-            yield f"{where} ({name})"
+            yield Found(f"{where} ({name})")
         elif self._makes_mask(entry, call, step):
-            yield f"{function.name} computes attention with a mask of the model's own"
+            yield Found(f"{function.name} computes attention with a mask of the model's own")
 
     def _makes_mask(self, entry: Entry, call: cst.Call, step: Step) -> bool:
         masks = [arg.value for arg in call.args if arg.keyword is not None and arg.keyword.value in _MASKS]
@@ -140,7 +153,7 @@ class _Reader:
             list(self._registered(owner, attribute))
         )
 
-    def _table(self, entry: Entry, node: cst.BinaryOperation, step: Step) -> Iterator[str]:
+    def _table(self, entry: Entry, node: cst.BinaryOperation, step: Step) -> Iterator[Found]:
         """`image + self.positions`: a tensor of the model's own, with a row for each token."""
         owner = entry.function.owner
         if owner is None or not isinstance(node.operator, (cst.Add, cst.Subtract, cst.Multiply)):
@@ -148,7 +161,8 @@ class _Reader:
         for own, other in ((node.left, node.right), (node.right, node.left)):
             name = _own_attribute(own, entry.function.scope.receiver)
             if name is not None and self._has_rows(owner, name) and self._holds(entry, other, step):
-                yield f"{entry.function.name} adds {entry.function.scope.receiver}.{name} to the tokens, row by row"
+                own_name = f"{entry.function.scope.receiver}.{name}"
+                yield Found(f"{entry.function.name} adds {own_name} to the tokens, row by row")
 
     def _has_rows(self, owner: Class, attribute: str) -> bool:
         """Whether the attribute is a parameter or buffer of which the last axis but one may be the tokens'."""
@@ -166,24 +180,39 @@ class _Reader:
                         if named and text_of_string(call.args[0].value) == attribute:
                             yield call.args[1].value
 
-    def _kept(self, entry: Entry, step: Step) -> Iterator[str]:
-        """`self.bank = keys`: what a later call may read, whose tokens may have another order."""
-        if isinstance(step.node, cst.Expr) and is_call(step.node.value, "append", "extend", "update", "insert"):
-            function = step.node.value.func
-            kept = function.value if isinstance(function, cst.Attribute) else None
-            given = any(self._holds(entry, arg.value, step) for arg in step.node.value.args)
-            if kept is not None and given and self._is_own(entry, kept):
-                yield f"{entry.function.name} keeps what it computes in {dotted(kept)}"
-        for target in step.node.targets if isinstance(step.node, cst.Assign) else ():
-            parts = zip(
-                elements(target.target) or [target.target],
-                elements(step.node.value) or [step.node.value],  # type: ignore[attr-defined]
-                strict=False,
-            )
-            for part, value in parts:
-                kept = part.value if isinstance(part, cst.Subscript) else part
-                if self._is_own(entry, kept) and self._holds(entry, value, step) and not _is_number(entry, value, step):
-                    yield f"{entry.function.name} keeps what it computes in {dotted(kept)}"
+    def _kept(self, entry: Entry, step: Step, grown: set[str]) -> Iterator[Found]:
+        """`self.bank = keys`, `info["keys"].append(keys)`: what a later call may read.
+
+        grown: names of the function's own dictionaries and lists that tokens were put into before.
+        """
+        for place, value in _stored(step):
+            held = self._holds(entry, value, step) or not grown.isdisjoint(value_names(value))
+            if not held or _is_number(entry, value, step):
+                continue
+            name = dotted(place) or ""
+            if self._is_own(entry, place):
+                yield Found(f"{entry.function.name} keeps what it computes in {name}", keeps=True)
+            elif self._is_given(entry, name, step):
+                yield Found(f"{entry.function.name} keeps what it computes in {name}", by_place=False, keeps=True)
+            elif isinstance(place, cst.Name):
+                grown.add(name)
+
+    def _is_given(self, entry: Entry, name: str, step: Step) -> bool:
+        """Whether it is something that the function was given, no tensor: `info`, or `kwargs["info"]`."""
+        scope = entry.function.scope
+        star = scope.function.params.star_kwarg
+        seen: set[str] = set()
+        pending = [name.partition(".")[0]]
+        while pending:
+            each = pending.pop()
+            if each in seen or each in entry.tokens:
+                continue
+            seen.add(each)
+            if each in scope.parameters[entry.function.receivers :] or (star is not None and each == star.name.value):
+                return True
+            values = [binding.value for binding in scope.reaching(each, step) if not binding.path]
+            pending += [n.value for v in values if v is not None for n in walk(v) if isinstance(n, cst.Name)]
+        return False
 
     def _is_own(self, entry: Entry, node: cst.BaseExpression) -> bool:
         """Whether it is an attribute of the function's own object, or of a module that it is given."""
@@ -196,14 +225,14 @@ class _Reader:
 
     def _through(
         self, entry: Entry, call: cst.Call, step: Step, objects: dict[str, Class], depth: int
-    ) -> Iterator[str]:
+    ) -> Iterator[Found]:
         for first, callee in enumerate([call.func, *(arg.value for arg in call.args[:1] if arg.keyword is None)]):
             if first and (isinstance(callee, cst.Call) or last_name(call.func) != "checkpoint"):
                 continue
             for inner, own in self._run(entry, callee, step, objects):
                 if isinstance(inner, str):
                     if any(self._holds(entry, arg.value, step) for arg in call.args):
-                        yield f"{entry.function.name} mixes neighbours ({inner})"
+                        yield Found(f"{entry.function.name} mixes neighbours ({inner})")
                     continue
                 given = bind(inner.node, call, skip=inner.receivers, first=first)
                 tokens = frozenset(n for n, value in given.items() if self._holds(entry, value, step))
@@ -213,7 +242,7 @@ class _Reader:
                 known = {n: objects[name] for n, v in given.items() if (name := dotted(v)) in objects}
                 if inner.receivers and own is not None:
                     known[inner.scope.receiver] = own
-                yield from self.reasons(Entry(inner, tokens, tuple(sorted(known.items(), key=_first)), made), depth + 1)
+                yield from self.read(Entry(inner, tokens, tuple(sorted(known.items(), key=_first)), made), depth + 1)
 
     def _run(
         self, entry: Entry, callee: cst.BaseExpression, step: Step, objects: dict[str, Class]
@@ -244,10 +273,16 @@ class _Reader:
                 yield inner, inner.owner
 
 
-def by_place(repository: Repository, entries: Iterable[Entry], builder: Module) -> str | None:
-    """What goes by where tokens lie in these functions, and in those that they run; None if nothing is known to."""
+def read(repository: Repository, whole: Entry, blocks: Iterable[Entry], builder: Module) -> tuple[str, str]:
+    """What goes by where tokens lie, in the model's forward and in what it runs; what its blocks keep for later.
+
+    Both empty if nothing is known to. builder: the file of the blocks.
+    """
     reader = _Reader(repository, builder)
-    return next((reason for entry in entries for reason in reader.reasons(entry)), None)
+    found = list(reader.read(whole))
+    below = [each for entry in blocks for each in reader.read(entry)]
+    placed = next((each.reason for each in (*found, *below) if each.by_place), "")
+    return placed, next((each.reason for each in below if each.keeps), "")
 
 
 def _is_number(entry: Entry, value: cst.CSTNode, step: Step) -> bool:
@@ -269,6 +304,27 @@ def _is_torch_function(call: cst.Call) -> bool:
     """`torch.ones(…)`, and not a layer or a cast: its name begins small."""
     name = dotted(call.func) or ""
     return name.startswith("torch.") and name.count(".") == 1 and name[6:7].islower()
+
+
+def _stored(step: Step) -> Iterator[tuple[cst.BaseExpression, cst.BaseExpression]]:
+    """What the statement stores, and where: the innermost thing that is no element of another."""
+    if isinstance(step.node, cst.Expr) and is_call(step.node.value, "append", "extend", "update", "insert"):
+        function = step.node.value.func
+        if isinstance(function, cst.Attribute):
+            yield from ((_holder(function.value), arg.value) for arg in step.node.value.args)
+    for target in step.node.targets if isinstance(step.node, cst.Assign) else ():
+        assert isinstance(step.node, cst.Assign)
+        places = elements(target.target) or [target.target]
+        values = elements(step.node.value) or [step.node.value] * len(places)
+        for place, value in zip(places, values, strict=False):
+            if not isinstance(place, cst.Name):
+                yield _holder(place), value
+
+
+def _holder(node: cst.BaseExpression) -> cst.BaseExpression:
+    while isinstance(node, cst.Subscript):
+        node = node.value
+    return node
 
 
 def _first(item: tuple[str, Class]) -> str:

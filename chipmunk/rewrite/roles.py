@@ -16,7 +16,7 @@ from chipmunk.rewrite.candidates import may_hold_model, may_run_blocks
 from chipmunk.rewrite.handed import work_of
 from chipmunk.rewrite.image_tokens import ids_parameter, image_parameter, other_spatial
 from chipmunk.rewrite.passes import BY_NAME, CONCATENATIONS, Pass, Streams, joined, joined_inside, passes
-from chipmunk.rewrite.places import Entry, by_place, is_made
+from chipmunk.rewrite.places import Entry, is_made, read
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
 from chipmunk.rewrite.syntax import (
     bind,
@@ -73,6 +73,8 @@ class Model:
     """Why token order stays off; empty when it is on."""
     per_token: tuple[str, ...] = ()
     """Optional parameters that are added to the image stream: where one is given, tokens keep their order."""
+    kept: str = ""
+    """What the blocks keep for later calls, in words; empty if nothing is known."""
 
     @property
     def name(self) -> str:
@@ -263,27 +265,27 @@ def _with_roles(
         other = next((block.forward.name for block in blocks if block.is_handed), None)
         if other is not None and not why:
             why = f"token order is off: {other}, which does the blocks' work, may know where tokens lie"
-        placed = None if why else _by_place(repository, method, image, blocks, (double, single))
-        if placed is not None:
-            why = f"token order is off: {placed}"
+    placed, kept = _by_place(repository, method, image, blocks, (double, single))
+    if placed and not why:
+        why = f"token order is off: {placed}"
     return Model(
         owner, method, double.attribute, single.attribute, blocks[0], blocks[1],
-        image, None if why else ids, why, () if why else per_token,
+        image, None if why else ids, why, () if why else per_token, kept,
     )  # fmt: skip
 
 
 def _by_place(
     repository: Repository, method: Function, image: str, blocks: list[Block], found: tuple[Pass, Pass]
-) -> str | None:
-    """What treats image tokens by where they lie, in the model's forward and in what its blocks run."""
+) -> tuple[str, str]:
+    """What treats image tokens by where they lie, in the model's forward and in its blocks; what these keep."""
     objects = () if method.owner is None else ((method.scope.receiver, method.owner),)
     whole = Entry(method, frozenset({image}), objects)
-    entries = [whole]
+    entries: list[Entry] = []
     for block, each in zip(blocks, found, strict=True):
         given = {} if each.first == BY_NAME else bind(block.forward.node, each.call, skip=1, first=max(each.first, 0))
         made = frozenset(name for name, value in given.items() if is_made(repository, whole, value, each.step))
         entries.append(Entry(block.forward, frozenset(block.streams), ((block.receiver, block.owner),), made))
-    return by_place(repository, entries, blocks[0].owner.module)
+    return read(repository, whole, entries, blocks[0].owner.module)
 
 
 def _elsewhere(repository: Repository, owner: Class, attribute: str) -> str | None:

@@ -119,7 +119,7 @@ def test_what_blocks_keep_for_later_would_be_missing_if_they_were_skipped() -> N
     block = KEEPING[1].replace("{kept}", '        info["kept"]["keys"] = image_k\n')
     plan = plan_of(flow__model=KEEPING[0], flow__double=block)
     assert sites(plan, "left dense")["step-caching"] == [
-        "steps are not cached: PairBlock keeps what it computes in info"
+        "steps are not cached: PairBlock.forward keeps what it computes in info"
     ]
     assert plan.models[0].ids == "image_ids"
     read = KEEPING[1].replace("{kept}", '        image_k = image_k * info["scale"]\n')

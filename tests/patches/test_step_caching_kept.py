@@ -1,0 +1,92 @@
+"""Skipped steps would leave out more than the hidden state: then no step is skipped, and the report says why."""
+
+from __future__ import annotations
+
+import pytest
+
+from chipmunk.registry import load
+from chipmunk.rewrite import plan_repository
+from chipmunk.rewrite.minimal import FILES, MODEL, SINGLE, variant
+
+REGISTRY = load()
+CUT = "        x = x[:, text.shape[1] :]\n"
+BLOCK = "            x = block(x, rotation)\n"
+END = "        return x +"
+OUT = "        return self.out(x)\n"
+GIVEN = ("text_ids, time):", "text_ids, time, given=None):")
+TOLD = ("rotation):\n", "rotation, told=None):\n")
+KEEP = "def keep(store, feature):\n    mine = {}\n    mine[0] = feature\n    store['x'] = mine\n\n\nclass Joint"
+
+
+def verdict(files: dict[str, str]) -> str:
+    """`patched`, or why no steps are skipped."""
+    texts = {path: text.encode() for path, text in {**FILES, **files}.items()}
+    (site,) = [s for s in plan_repository(texts, REGISTRY).sites if s.patch == "step-caching"]
+    return "patched" if site.status.value == "patched" else site.reason.removeprefix("steps are not cached: ")
+
+
+IN_MODEL: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
+    "a difference in a dictionary that is given": (
+        (GIVEN, (CUT, f"        given['change'] = x - 1\n{CUT}")),
+        "what the blocks compute is kept in given",
+    ),
+    "one on the model": (
+        ((CUT, f"        self.store['change'] = x - 1\n{CUT}"),),
+        "what the blocks compute is kept in self.store",
+    ),
+    "an attribute": (((CUT, f"        self.last = x\n{CUT}"),), "self.last is assigned between the blocks"),
+    "a list on the model": (
+        ((BLOCK, f"{BLOCK}            self.features.append(x)\n"),),
+        "what the blocks compute is given to self.features.append",
+    ),
+    "a function that is told of each block": (
+        (GIVEN, (BLOCK, f"{BLOCK}            given(x)\n")),
+        "what the blocks compute is given to given",
+    ),
+    "a way out before the image is cut off": (
+        ((CUT, f"        if self.raw:\n            return x\n{CUT}"),),
+        "the forward returns from between the blocks",
+    ),
+    "the hidden state is kept: it is known on every step": (((OUT, f"        self.last = x\n{OUT}"),), "patched"),
+    "the text is kept before the blocks": (
+        (GIVEN, ("        x = torch.cat", "        given['text'] = text.shape\n        x = torch.cat")),
+        "patched",
+    ),
+    "it is printed": (((CUT, f"        print(x.mean())\n{CUT}"),), "patched"),
+    "something is added to the stream in place": (
+        (GIVEN, (BLOCK, f"{BLOCK}            x[:, 5:] = x[:, 5:] + given\n            x.add_(given)\n")),
+        "patched",
+    ),
+}
+IN_BLOCK: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
+    "an attribute of the block": (
+        ((END, f"        self.bank = mixed\n{END}"),),
+        "JointBlock.forward keeps what it computes in self.bank",
+    ),
+    "a dictionary among the keywords": (
+        (
+            ("rotation):\n", "rotation, **more):\n        store = more.get('store')\n"),
+            (END, f"        store['x'] = mixed\n{END}"),
+        ),
+        "JointBlock.forward keeps what it computes in store",
+    ),
+    "a helper keeps it in a dictionary of its own, and that in one that it is given": (
+        (TOLD, (END, f"        keep(told, mixed)\n{END}"), ("class Joint", KEEP)),
+        "keep keeps what it computes in store",
+    ),
+    "a note of the block's number": ((TOLD, (END, f"        told['kind'] = 'joint'\n{END}")), "patched"),
+    "a shape": ((TOLD, (END, f"        told['size'] = mixed.shape[1]\n{END}")), "patched"),
+    "a list of its own": (((END, f"        parts = []\n        parts.append(mixed)\n{END}"),), "patched"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_MODEL)
+def test_what_the_model_does_between_the_blocks(name: str) -> None:
+    changes, expected = IN_MODEL[name]
+    assert verdict({"flow/model.py": variant(MODEL, *changes)}) == expected
+
+
+@pytest.mark.parametrize("name", IN_BLOCK)
+def test_what_a_block_keeps(name: str) -> None:
+    changes, expected = IN_BLOCK[name]
+    assert verdict({"flow/single.py": variant(SINGLE, *changes)}) == expected
