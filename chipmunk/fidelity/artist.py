@@ -21,7 +21,7 @@ from chipmunk.fidelity.coverage import coverage
 from chipmunk.fidelity.flops import ModelCost
 from chipmunk.fidelity.recording import Recording, measure_cost, recording
 from chipmunk.fidelity.spec import Picture, Spec, Variant
-from chipmunk.fidelity.studio import Drawing, Studio
+from chipmunk.fidelity.studio import BuildError, Drawing, Studio
 from chipmunk.runtime.session import statistics
 from chipmunk.verify.order import PROGRESS
 
@@ -190,7 +190,10 @@ class Artist:
         other = torch.float16 if self.studio.dtype == torch.bfloat16 else torch.bfloat16
         self.studio.cast(other)
         name = str(other).removeprefix("torch.")
-        found[name] = self._floor(name, nullcontext)
+        try:
+            found[name] = self._floor(name, nullcontext)
+        except BuildError as error:  # a model made for bfloat16 may overflow in float16
+            self.studio.notes.append(f"no floor in {name}: {error}")
         return found
 
     def _floor(self, name: str, context: Callable[[], Any]) -> list[Result]:

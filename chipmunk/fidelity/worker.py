@@ -23,7 +23,7 @@ from chipmunk.fidelity.artist import Artist
 from chipmunk.fidelity.spec import Spec
 from chipmunk.fidelity.studio import BuildError, CheckoutError, OtherModelError
 from chipmunk.verify.order import read_order
-from chipmunk.verify.placeholders import PlaceholderUsed
+from chipmunk.verify.placeholders import PlaceholderUsed, to_install
 from chipmunk.verify.worker import environment, failure, require_device
 
 SO_FAR = "so-far.json"
@@ -141,7 +141,7 @@ def main(path: str) -> None:
     except CheckoutError as error:
         result = failure("import", error, error.next_command)
     except PlaceholderUsed as error:
-        result = failure("import", error, f"{sys.executable} -m pip install {error.name}")
+        result = failure("import", error, to_install(error.name or ""))
     except (BuildError, OtherModelError) as error:
         result = failure("build", error)
     except torch.cuda.OutOfMemoryError as error:
