@@ -112,8 +112,11 @@ class FluxProcessor(_Processor):
         return _out(attn, attended[:, tokens:].contiguous()), attn.to_add_out(attended[:, :tokens].contiguous())
 
 
-class ParallelProcessor(_Processor):
-    """The single blocks of FLUX.2: one linear for query, key, value and MLP, and one for attention and MLP."""
+class _OneStream(_Processor):
+    """What blocks have in common whose tokens all come in one sequence."""
+
+    has_mlp = False
+    """Whether the processor computes the block's MLP too."""
 
     def __call__(
         self,
@@ -123,12 +126,21 @@ class ParallelProcessor(_Processor):
         image_rotary_emb: Rotary = None,
     ) -> Any:
         state = state_of(attn)
-        if state is None or _is_plain(state, mlp=True):
+        if state is None or _is_plain(state, mlp=self.has_mlp):
             return self.previous_of(attn)(attn, hidden_states, attention_mask, image_rotary_emb)
         return self.compute(state, attn, hidden_states, attention_mask, image_rotary_emb)
 
     def compute(self, state: LayerState | None, attn: Any, x: Tensor, mask: Tensor | None, rotary: Rotary) -> Tensor:
-        """x: (B, N, C), all tokens; returns (B, N, C)."""
+        """x: (B, N, C), all tokens of the block; returns (B, N, C)."""
+        raise NotImplementedError
+
+
+class ParallelProcessor(_OneStream):
+    """The single blocks of FLUX.2: one linear for query, key, value and MLP, and one for attention and MLP."""
+
+    has_mlp = True
+
+    def compute(self, state: LayerState | None, attn: Any, x: Tensor, mask: Tensor | None, rotary: Rotary) -> Tensor:
         sizes = [3 * attn.inner_dim, attn.mlp_hidden_dim * attn.mlp_mult_factor]
         joint, mlp = split_linear(state, attn.to_qkv_mlp_proj, x, sizes)
         query, key, value = _heads(attn, joint.chunk(3, dim=-1))
@@ -136,23 +148,11 @@ class ParallelProcessor(_Processor):
         return cat_linear(state, attn.to_out, attended, attn.mlp_act_fn, mlp, kind="swiglu", of="Flux2SwiGLU")
 
 
-class Flux3Processor(_Processor):
+class Flux3Processor(_OneStream):
     """FLUX.3: the blocks of one kind of token, and the joint ones."""
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Rotary = None,
-    ) -> Any:
-        state = state_of(attn)
-        if state is None or _is_plain(state, mlp=False):
-            return self.previous_of(attn)(attn, hidden_states, attention_mask, image_rotary_emb)
-        return self.compute(state, attn, hidden_states, attention_mask, image_rotary_emb)
-
     def compute(self, state: LayerState | None, attn: Any, x: Tensor, mask: Tensor | None, rotary: Rotary) -> Tensor:
-        """x: (B, N, C), all tokens of the block; returns (B, N, C). Norms and rotation are in float32."""
+        """Norms and rotation are in float32."""
         query, key, value = _projections(attn, x, ("to_q", "to_k", "to_v"), "to_qkv")
         query, key = _rotated(attn.norm_q(query.float()), attn.norm_k(key.float()), rotary)
         query, key = query.to(value.dtype), key.to(value.dtype)

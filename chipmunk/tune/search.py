@@ -126,6 +126,10 @@ class Search:
     trail: list[Trial] = field(default_factory=list)
     """Configurations that held the floor, each cheaper than the one before."""
     tried: list[tuple[str, Trial]] = field(default_factory=list)
+    _cheaper: dict[str, Config] = field(default_factory=dict, init=False)
+    """By ladder, the configuration that its entry in the queue stands for."""
+    _one: dict[str, Trial] = field(default_factory=dict, init=False)
+    """The same, as it was measured on one picture."""
 
     def run(self, start: Config) -> Trial | None:
         """Search from `start`."""
@@ -222,10 +226,6 @@ class Search:
             fresh[name] = round_
             heapq.heappush(queue, (-worth, len(self.tried), name))
             return
-
-    def __post_init__(self) -> None:
-        self._cheaper: dict[str, Config] = {}
-        self._one: dict[str, Trial] = {}
 
 
 def confirmed(trail: list[Trial], confirm: Callable[[Config], Trial], floor: float) -> tuple[Trial, Trial] | None:
