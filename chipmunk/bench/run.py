@@ -20,6 +20,7 @@ from chipmunk.bench.process import BenchError, Progress, run_worker
 from chipmunk.bench.record import Record
 from chipmunk.bench.spec import Event, Spec
 from chipmunk.rewrite.plan import ModelFacts, Site
+from chipmunk.verify.configurations import configurations
 from chipmunk.verify.original import rebuild
 from chipmunk.verify.process import environment
 from chipmunk.verify.run import original_plan, patched_repository, target_of
@@ -259,17 +260,11 @@ def time_operators(python: str, work: Path) -> tuple[dict[str, Any], ...]:
 
 def _configs(options: BenchOptions, root: Path) -> dict[str, Path | None]:
     """The configurations by name; each is read, so that a wrong one is found before anything is timed."""
-    found = options.configs
-    if not found:
-        path = configuration.find(root)
-        if path is None:
-            return {"defaults": None}
-        found = (path,)
-    for path in found:
-        configuration.load(path)
-    stems = [path.stem for path in found]
-    names = stems if len(set(stems)) == len(stems) else [str(path) for path in found]
-    return {name: path.resolve() for name, path in zip(names, found, strict=True)}
+    found = configurations(options.configs, root)
+    for path in found.values():
+        if path is not None:
+            configuration.load(path)
+    return {name: None if path is None else path.resolve() for name, path in found.items()}
 
 
 def _model(models: tuple[ModelFacts, ...]) -> ModelFacts:

@@ -19,6 +19,7 @@ from chipmunk.fidelity.flops import DENSE, LayerCall, LayerShape, ModelCost
 from chipmunk.fidelity.report import FIGURES, FidelityError, FidelityReport, mean
 from chipmunk.fidelity.spec import Spec, Variant
 from chipmunk.rewrite.plan import ModelFacts, Plan, Site
+from chipmunk.verify.configurations import configurations
 from chipmunk.verify.original import rebuild
 from chipmunk.verify.process import Progress, run_workers
 from chipmunk.verify.report import VerifyError
@@ -126,7 +127,7 @@ def run(root: Path, options: FidelityOptions, progress: Progress | None = None) 
     with tempfile.TemporaryDirectory(prefix="chipmunk-fidelity-") as folder:
         work = Path(folder).resolve()
         prepared = prepare(root, options, work)
-        configs = config_variants(options.configs, prepared.root) if options.configs or not options.variants else []
+        configs = _sparse_variants(options.configs, prepared.root) if options.configs or not options.variants else []
         variants = (*configs, *options.variants)
         left_out = []
         if prepared.original.facts.installed and any(variant.method == "cache-dit" for variant in variants):
@@ -176,18 +177,11 @@ def work_on(spec: Spec, prepared: Prepared, options: FidelityOptions, progress: 
     raise FidelityError(message, next_command=error["next_command"] or f"chipmunk verify {quoted(prepared.root)}")
 
 
-def config_variants(paths: Sequence[Path], root: Path) -> list[Variant]:
+def _sparse_variants(paths: Sequence[Path], root: Path) -> list[Variant]:
     """A variant for each configuration; by default for the one that applies. Each is read and checked."""
-    if not paths:
-        found = configuration.find(root)
-        if found is None:
-            return [Variant("defaults", {}, family="sparse")]
-        paths = (found,)
-    stems = [path.stem for path in paths]
-    names = stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
     return [
-        Variant(name, _content(configuration.load(path)), family="sparse")
-        for name, path in zip(names, paths, strict=True)
+        Variant(name, {} if path is None else _content(configuration.load(path)), family="sparse")
+        for name, path in configurations(paths, root).items()
     ]
 
 
@@ -309,4 +303,4 @@ def _side_by_side(left: Path, right: Path, path: Path) -> None:
     pair.save(path, optimize=True)
 
 
-__all__ = ["FidelityOptions", "Prepared", "VerifyError", "config_variants", "prepare", "run", "work_on"]
+__all__ = ["FidelityOptions", "Prepared", "VerifyError", "prepare", "run", "work_on"]
