@@ -12,6 +12,17 @@ from chipmunk.config import Attention
 from chipmunk.verify.oracle.decisions import EVER_FURTHER, Decisions, groups_of
 
 
+@dataclass(frozen=True)
+class DenseAttention:
+    """The joint attention of a layer in one call, as the model computed it; tensors are (B, H, N, D)."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scale: float
+    output: Tensor
+
+
 @dataclass
 class AttentionCache:
     """What one layer's attention remembers in one call slot of one generation."""
@@ -30,21 +41,10 @@ class AttentionCache:
         self.count += 1
 
 
-def attention(
-    decisions: Decisions,
-    cache: AttentionCache,
-    layer: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    dense: Tensor,
-) -> Tensor:
-    """Output (B, H, N, D) of the joint attention of a layer in one call, given the dense one.
-
-    `query`, `key` and `value` are (B, H, N, D). What is chosen on a full step goes into `cache`.
-    """
+def attention(decisions: Decisions, cache: AttentionCache, layer: int, dense: DenseAttention) -> Tensor:
+    """Output (B, H, N, D) of the layer's joint attention; what is chosen on a full step goes into `cache`."""
     config = decisions.config.attn
+    query, key, value, scale = dense.query, dense.key, dense.value, dense.scale
     batch, heads, tokens, _ = query.shape
     groups = groups_of(tokens, config.mbm)
     keep, random = keys_kept(config, tokens)
@@ -53,7 +53,7 @@ def attention(
     everything = keep + random == tokens and config.top_keys < 1
     if decisions.stays_dense(layer, config.is_enabled, config.first_n_dense_layers, everything, groups):
         decisions.calls[layer, "attention", "dense"] += 1
-        return dense
+        return dense.output
 
     def sparse(b: int, h: int, rows: range, chosen: list[int]) -> Tensor:
         scores = query[b, h, rows.start : rows.stop] @ key[b, h, chosen].T * scale
@@ -73,7 +73,7 @@ def attention(
 
     decisions.calls[layer, "attention", "full"] += 1
     if step_is_full(config, count + 1):
-        return dense
+        return dense.output
     if cache.keys is None or config.recompute_mask:
         cache.keys = [[[] for _ in range(heads)] for _ in range(batch)]
         for b in range(batch):
@@ -83,12 +83,12 @@ def attention(
                     column_sums = torch.softmax(scores, dim=-1).sum(dim=0).tolist()
                     group = h * len(groups) + g
                     cache.keys[b][h].append(decisions.choose(column_sums, keep, random, count, layer, group))
-    cache.difference = dense.clone()
+    cache.difference = dense.output.clone()
     for b in range(batch):
         for h in range(heads):
             for g, rows in enumerate(groups):
                 cache.difference[b, h, rows.start : rows.stop] -= sparse(b, h, rows, cache.keys[b][h][g])
-    return dense
+    return dense.output
 
 
 def step_is_full(config: Attention, count: int) -> bool:

@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from chipmunk.rewrite.plan import BlockFacts, ModelFacts
+from chipmunk.verify.oracle.attention import DenseAttention
+from chipmunk.verify.oracle.mlp import DenseMlp
 
 
 class Listener(Protocol):
@@ -44,23 +46,14 @@ class Listener(Protocol):
     def after_block(self, layer: int, output: Any) -> Any:
         """Another output of the block, or None."""
 
-    def attention(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, dense: Tensor) -> Tensor:
-        """The output of a block's joint attention; all are (B, H, N, D)."""
+    def attention(self, layer: int, dense: DenseAttention) -> Tensor:
+        """The output of a block's joint attention, (B, H, N, D)."""
 
     def masked(self, layer: int) -> None:
         """A block's joint attention was asked for with a mask: it is left as it is."""
 
-    def mlp(
-        self,
-        layer: int,
-        x: Tensor,
-        activation: Tensor,
-        weight_in: Tensor,
-        bias_in: Tensor | None,
-        weight_out: Tensor,
-        dense: Tensor,
-    ) -> Tensor | None:
-        """Another output of a block's MLP (`oracle/mlp.py` says what is given), or None."""
+    def mlp(self, layer: int, dense: DenseMlp) -> Tensor | None:
+        """Another output of a block's MLP, or None."""
 
 
 class Hooks:
@@ -185,9 +178,9 @@ class Hooks:
             weight_out = linear_out.weight[:, of_mlp_out]
             attended, activation = args[0][..., of_attention], args[0][..., of_mlp_out]
             if attention_width == 0:
-                return self.listener.mlp(layer, x, activation, weight_in, bias_in, weight_out, dense)
-            dense = activation @ weight_out.T
-            output = self.listener.mlp(layer, x, activation, weight_in, bias_in, weight_out, dense)
+                return self.listener.mlp(layer, DenseMlp(x, activation, weight_in, bias_in, weight_out, dense))
+            part = DenseMlp(x, activation, weight_in, bias_in, weight_out, activation @ weight_out.T)
+            output = self.listener.mlp(layer, part)
             if output is None:
                 return None
             projected = attended @ linear_out.weight[:, of_attention].T
@@ -223,7 +216,7 @@ class _InterceptAttention(TorchFunctionMode):
         scale = call.get("scale")
         if scale is None:
             scale = query.shape[-1] ** -0.5
-        return self.hooks.listener.attention(layer, query, key, call["value"], scale, result)
+        return self.hooks.listener.attention(layer, DenseAttention(query, key, call["value"], scale, result))
 
 
 def _is_plain(linear: nn.Module) -> bool:

@@ -15,6 +15,24 @@ RENEW_ALWAYS_BEFORE = 10
 """A sparse step with a lower count of its own selects its neurons anew, whatever `block_mask_cache` says."""
 
 
+@dataclass(frozen=True)
+class DenseMlp:
+    """An MLP in one call, as the model computed it."""
+
+    x: Tensor
+    """What enters it, (B, N, C)."""
+    activation: Tensor
+    """Of all neurons, (B, N, F)."""
+    weight_in: Tensor
+    """Of fc1, (F, C), with a gate (2F, C)."""
+    bias_in: Tensor | None
+    """Of as many rows."""
+    weight_out: Tensor
+    """Of fc2, (C, F)."""
+    output: Tensor
+    """(B, N, C); in a single block the MLP's part of it, without bias."""
+
+
 @dataclass
 class MlpCache:
     """What one layer's MLP remembers in one call slot of one generation."""
@@ -39,24 +57,10 @@ class MlpCache:
         self.count += 1
 
 
-def mlp(
-    decisions: Decisions,
-    cache: MlpCache,
-    layer: int,
-    x: Tensor,
-    activation: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor | None,
-    weight_out: Tensor,
-    dense: Tensor,
-) -> Tensor | None:
-    """Output (B, N, C) of a sparse step of an MLP; None for any other step, whose output is the dense one.
-
-    `x` (B, N, C) is what enters it; `activation` (B, N, F) is that of all neurons; `weight_in` (F, C), with a gate
-    (2F, C), `bias_in` of as many rows, and `weight_out` (C, F) are fc1 and fc2; `dense` (B, N, C) is the layer's dense
-    output, in a single block the MLP's part of it without bias.
-    """
+def mlp(decisions: Decisions, cache: MlpCache, layer: int, dense: DenseMlp) -> Tensor | None:
+    """Output (B, N, C) of a sparse step of an MLP; None for any other step, whose output is the dense one."""
     config = decisions.config.mlp
+    x, activation = dense.x, dense.activation
     batch, tokens, _ = x.shape
     neurons = activation.shape[-1]
     groups = groups_of(tokens, config.bm)
@@ -70,15 +74,15 @@ def mlp(
 
     def means(b: int, rows: range) -> list[Tensor]:
         parts = [x[b, rows.start + part.start : rows.start + part.stop] for part in groups_of(len(rows), config.mbm)]
-        bias = 0.0 if bias_in is None else bias_in.double()
-        return [part.double().mean(dim=0) @ weight_in.double().T + bias for part in parts]
+        bias = 0.0 if dense.bias_in is None else dense.bias_in.double()
+        return [part.double().mean(dim=0) @ dense.weight_in.double().T + bias for part in parts]
 
     is_full, cache.overdue = step_is_full(config, count) or cache.overdue, False
     if is_full:
         decisions.calls[layer, "mlp", "full"] += 1
         cache.neurons = None
         cache.activation = activation.clone()
-        cache.output = dense.clone()
+        cache.output = dense.output.clone()
         cache.means = [[means(b, rows) for rows in groups] for b in range(batch)]
         return None
 
@@ -104,7 +108,7 @@ def mlp(
             chosen = cache.neurons[b][g]
             span = slice(rows.start, rows.stop)
             new, old = activation[b, span][:, chosen], cache.activation[b, span][:, chosen]
-            cache.output[b, span] += (new - old) @ weight_out[:, chosen].T
+            cache.output[b, span] += (new - old) @ dense.weight_out[:, chosen].T
             cache.activation[b, span, chosen] = new
     return cache.output.clone()
 

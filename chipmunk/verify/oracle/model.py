@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from chipmunk.config import Config
 from chipmunk.rewrite.plan import ModelFacts
-from chipmunk.verify.oracle.attention import AttentionCache, attention
+from chipmunk.verify.oracle.attention import AttentionCache, DenseAttention, attention
 from chipmunk.verify.oracle.decisions import Decisions
 from chipmunk.verify.oracle.hooks import Hooks
-from chipmunk.verify.oracle.mlp import MlpCache, mlp
+from chipmunk.verify.oracle.mlp import DenseMlp, MlpCache, mlp
 from chipmunk.verify.oracle.step_caching import StepOfModel, Steps
 from chipmunk.verify.oracle.token_order import others_by_token, restored, token_order
 
@@ -191,24 +191,15 @@ class Oracle:
     def masked(self, layer: int) -> None:
         self._decisions.calls[layer, "attention", "masked"] += 1
 
-    def attention(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, dense: Tensor) -> Tensor:
+    def attention(self, layer: int, dense: DenseAttention) -> Tensor:
         assert self._current is not None
         facts = self.facts.double_block if layer < self._double_layers else self.facts.single_block
         if not facts.attention:
-            return dense
+            return dense.output
         cache = self._current.attention.setdefault(layer, AttentionCache())
-        return attention(self._decisions, cache, layer, query, key, value, scale, dense)
+        return attention(self._decisions, cache, layer, dense)
 
-    def mlp(
-        self,
-        layer: int,
-        x: Tensor,
-        activation: Tensor,
-        weight_in: Tensor,
-        bias_in: Tensor | None,
-        weight_out: Tensor,
-        dense: Tensor,
-    ) -> Tensor | None:
+    def mlp(self, layer: int, dense: DenseMlp) -> Tensor | None:
         assert self._current is not None
         cache = self._current.mlp.setdefault(layer, MlpCache())
-        return mlp(self._decisions, cache, layer, x, activation, weight_in, bias_in, weight_out, dense)
+        return mlp(self._decisions, cache, layer, dense)
