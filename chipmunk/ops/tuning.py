@@ -22,7 +22,9 @@ from chipmunk.ops.launch import is_ahead
 Parameters = dict[str, int]
 
 # Capability → operator and shape class → parameters. Measured on an H100 (docs/kernels.md has the attempts).
-_SUMS: Parameters = {"queries": 256, "tile": 64, "warps": 4, "stages": 3, "splits": 2, "programs": 2}
+_TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
+_QUERIES = 256 if _TRITON < (3, 9) else 128  # Triton 3.9 wants more registers for 256 than there are
+_SUMS: Parameters = {"queries": _QUERIES, "tile": 64, "warps": 4, "stages": 3, "splits": 2, "programs": 2}
 _HOPPER: dict[str, Parameters] = {
     "attention_with_column_sums/64": _SUMS,
     "attention_with_column_sums/128": _SUMS,
