@@ -111,7 +111,7 @@ def joined(scope: Scope, double: Pass, single: Pass) -> Streams | None:
     if len(double.results) < 2:
         return None
     for step in scope.steps[double.step.index + 1 : single.step.index]:
-        if double.loop in step.loops:
+        if double.loop in step.loops or any(isinstance(node, cst.FunctionDef) for node, _ in step.chain):
             continue
         for expression in step.expressions:
             for call in walk(expression):

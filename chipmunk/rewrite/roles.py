@@ -189,6 +189,13 @@ def _model(repository: Repository, owner: Class, method: Function) -> Model | Lo
                     streams = find(scope, double, single)
                     if streams is not None:
                         return _with_roles(repository, owner, method, double, single, streams)
+    for double in found:
+        taken = {dotted(arg.value) for arg in double.given}
+        later = [p.attribute for p in found if p.attribute != double.attribute and p.step.index > double.step.index]
+        if later and len(double.results) == 2 and taken.issuperset(double.results):
+            lists = f"self.{double.attribute}, and then through self.{later[0]}"
+            reason = f"it goes through {lists}; how the streams are joined, or which is the image, is not understood"
+            return Lookalike(owner, method.node.name, reason)
     return None
 
 
@@ -209,7 +216,9 @@ def _with_roles(
         if not classes:
             elsewhere = _elsewhere(repository, owner, found.attribute.split(".")[0])
             reason = f"the class of the blocks in self.{found.attribute} was not found"
-            if elsewhere is not None:
+            if isinstance(elsewhere, Class):
+                reason = f"the blocks in self.{found.attribute} are {elsewhere.name}'s, which has no forward"
+            elif elsewhere is not None:
                 reason = f"the blocks in self.{found.attribute} are {elsewhere}'s, which is no code of this repository"
             if repository.unreadable:
                 reason += f"; it may be in a file that could not be read: {', '.join(sorted(repository.unreadable))}"
@@ -288,13 +297,22 @@ def _by_place(
     return read(repository, whole, entries, blocks[0].owner.module)
 
 
-def _elsewhere(repository: Repository, owner: Class, attribute: str) -> str | None:
-    """The class of another package that a list is made of: `nn.ModuleList([Block(…) for …])`."""
+def _elsewhere(repository: Repository, owner: Class, attribute: str) -> Class | str | None:
+    """The class that a list's elements are of, `nn.ModuleList([Block(…) for …])`; one of another package by its name.
+
+    Where the list is made in a class of another package that the owner inherits from, that class.
+    """
     for value, method, step in repository.values_of(owner, attribute):
         for call in walk(value):
             if is_call(call) and last_name(call.func) not in ("ModuleList", "Sequential", "range"):
                 meaning = repository.resolve(call.func, method, step)
-                return meaning.name if isinstance(meaning, External) else None
+                if isinstance(meaning, (Class, External)):
+                    return meaning if isinstance(meaning, Class) else meaning.name
+    if not repository.values_of(owner, attribute):
+        bases = [b.value for c in repository.bases(owner) for b in c.node.bases]
+        above = [repository.resolve(base, owner.module) for base in bases]
+        inherited = [m.name for m in above if isinstance(m, External) and not m.name.startswith("torch")]
+        return inherited[0] if inherited else None
     return None
 
 

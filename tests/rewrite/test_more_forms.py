@@ -467,3 +467,26 @@ class Trainer:
 """
     dense = [site for site in plan_of(flow__trainer=trainer).sites if site.patch == "command-line"]
     assert any("bare" in site.matched for site in dense if site.status.value == "left dense") is counted
+
+
+def test_blocks_without_a_forward_are_said_to_have_none() -> None:
+    """They have other methods, one for each way to run the model: which one counts is not known."""
+    plan = plan_of(
+        flow__double=variant(DOUBLE, ("def forward(self, image, text", "def run(self, image, text")),
+        flow__model=variant(MODEL, ("image, text = block(", "image, text = block.run(")),
+    )
+    reason = "the blocks in self.pairs are PairBlock's, which has no forward"
+    assert sites(plan, "left dense")["model-forward"] == [reason]
+    assert not plan.changes
+
+
+def test_a_model_whose_streams_are_joined_out_of_sight_is_said_to_be_one() -> None:
+    """The names in a function inside the forward are its own: here they are the other way round."""
+    inner = "        def join(image, text):\n            return torch.cat((image, text), 1)\n\n"
+    join = inner + "        x = join(text, image)\n"
+    plan = plan_of(flow__model=variant(MODEL, ("        x = torch.cat((text, image), dim=1)\n", join)))
+    reason = (
+        "it goes through self.pairs, and then through self.joints; how the streams are joined, or which is the image"
+    )
+    assert sites(plan, "left dense")["model-forward"] == [f"{reason}, is not understood"]
+    assert not plan.changes
