@@ -44,7 +44,6 @@ class Studio(Subject):
 
     def __init__(self, spec: Spec) -> None:
         self.order = spec
-        self._chosen: nn.Module | None = None
         super().__init__(
             verify.Spec(
                 side=spec.side,
@@ -94,7 +93,8 @@ class Studio(Subject):
             try:
                 self.pipeline = make(self.checkout.load, self.facts.file, autoencoder)
             except Exception as error:
-                raise BuildError(f"{autoencoder} cannot be used to decode: {type(error).__name__}: {error}") from error
+                what = autoencoder or f"what target '{self.target.NAME}' decodes with"
+                raise BuildError(f"{what} cannot be used to decode: {type(error).__name__}: {error}") from error
         if self.order.factory is None and self.order.weights is None and self.pipeline and self.pipeline.encodes:
             model: nn.Module = self.pipeline.model(self.order.device)
             return model

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from chipmunk.fidelity.metrics import CAP
-from chipmunk.fidelity.report import FidelityReport, Summary, covered, step_kinds
+from chipmunk.fidelity.report import FidelityReport, covered, step_kinds
 
 _STEPS_SHOWN = 8
 _VARIANTS_SHOWN = 4
@@ -119,11 +119,6 @@ def verdict(report: FidelityReport) -> Sequence[str]:
 def psnr(value: float) -> str:
     """dB, or that there is no difference."""
     return "same" if value >= CAP else f"{value:.1f}"
-
-
-def frontier(summaries: Sequence[Summary]) -> list[bool]:
-    """Of each, whether no other is both cheaper and closer."""
-    return [not any(o.flops < s.flops and o.fidelity > s.fidelity for o in summaries if o is not s) for s in summaries]
 
 
 def _ssim(value: float | None) -> list[str]:

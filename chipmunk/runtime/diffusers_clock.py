@@ -47,7 +47,6 @@ class _Run:
         self.callers: list[_Caller] = []
         self.stands_still = False
         """Whether the loop calls the transformer again and again at one position of its scheduler."""
-        self.touched = 0
 
 
 class SchedulerClock:
@@ -61,6 +60,7 @@ class SchedulerClock:
         self._calling: _Run | None = None
         self._timer: threading.Timer | None = None
         self._calls = 0
+        """How many there were: the timer asks whether any came since it was set."""
 
     def place(self, name: str, bound: BoundArguments) -> tuple[Generation, str] | str:
         """The generation and slot of a call tagged `name`, or why it has none."""
@@ -83,7 +83,7 @@ class SchedulerClock:
             run.generation.step += 1
         if run.stands_still:
             return self._by_timestep.place(name, bound)
-        self._calling, run.touched = run, self._calls
+        self._calling = run
         caller = self._caller(session, run, name, bound)
         if caller is None:
             return "its text inputs are made anew in every step"

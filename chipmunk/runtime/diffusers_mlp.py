@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from chipmunk.runtime import linears
 from chipmunk.runtime.layer_state import state_of
+from chipmunk.runtime.linears import HOOKED, is_hooked, name_of
 from chipmunk.runtime.sparse_mlp import activate, cat_linear, mlp, mlp_linear
 
 _PART = "_chipmunk_part"
 """Where a module that Chipmunk works in keeps its `_Part`, in its `__dict__`."""
-
-_HOOKED = "a hook watches or changes the MLP"
 
 Forward = Callable[..., Any]
 
@@ -36,22 +35,22 @@ class WholeMlp(NamedTuple):
 def form_of(ff: Any) -> WholeMlp | str:
     """What the MLP of a block consists of; or why that is not known."""
     kind = type(ff)
-    unknown = f"the MLP is a {_name_of(ff)} that is not understood"
+    unknown = f"the MLP is a {name_of(ff)} that is not understood"
     if not kind.__module__.startswith("diffusers."):
         return unknown
     if kind.__name__ == "FeedForward" and len(ff.net) == 3:
         gelu, dropout, second = ff.net
         if type(gelu).__name__ != "GELU" or type(dropout) is not nn.Dropout:
             return unknown
-        if _is_hooked(gelu) or _is_hooked(dropout):
-            return _HOOKED
+        if is_hooked(gelu) or is_hooked(dropout):
+            return HOOKED
         if dropout.p > 0 and dropout.training:
             return "dropout is active in the MLP"
         return WholeMlp(gelu.proj, "gelu_tanh" if gelu.approximate == "tanh" else "gelu", second)
     if kind.__name__ in ("Flux2FeedForward", "Flux3FeedForward"):
         if type(ff.act_fn).__name__ not in ("Flux2SwiGLU", "Flux3SwiGLU"):
             return unknown
-        return _HOOKED if _is_hooked(ff.act_fn) else WholeMlp(ff.linear_in, "swiglu", ff.linear_out)
+        return HOOKED if is_hooked(ff.act_fn) else WholeMlp(ff.linear_in, "swiglu", ff.linear_out)
     return unknown
 
 
@@ -64,7 +63,7 @@ def why_unlike(ff: Any, form: WholeMlp, device: torch.device) -> str | None:
     weight = next((p for p in ff.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2), None)
     width = getattr(first, "in_features", None)
     if weight is None or not isinstance(width, int):
-        return f"the MLP is a {_name_of(ff)} that is not understood"
+        return f"the MLP is a {name_of(ff)} that is not understood"
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 4, width, generator=generator)
     x = x.to(device if weight.device.type == "meta" else weight.device, weight.dtype)
@@ -84,7 +83,7 @@ def install_whole(ff: Any, form: WholeMlp) -> str | None:
     parts = f"first, {activation}, second"
     part = ff.__dict__.get(_PART)
     if part is not None and part.view.first is first and part.view.second is second and part.parts == parts:
-        return None if _is_installed(ff) else _HOOKED
+        return None if _is_installed(ff) else HOOKED
     return _install(ff, _run_whole_mlp, _WholeView(ff, first, second), parts)
 
 
@@ -92,9 +91,9 @@ def install_single(first: Any, activation: Any, second: Any) -> str | None:
     """Let the MLP of a single block of FLUX.1 run sparse, whose three pieces these are; or why it cannot."""
     for linear in (first, second):
         if type(linear) is not nn.Linear:
-            return f"the linear layer is a {_name_of(linear)}"
+            return f"the linear layer is a {name_of(linear)}"
     if type(activation) is not nn.GELU:
-        return f"the activation is a {_name_of(activation)} that is not understood"
+        return f"the activation is a {name_of(activation)} that is not understood"
     if all(_is_current(module) for module in (first, activation, second)):
         return None
     return (
@@ -170,22 +169,14 @@ class _WholeView(nn.Module):
 
 def _install(module: nn.Module, function: Forward, view: nn.Module, parts: str = "", width: int = 0) -> str | None:
     """Let `function` be the module's forward, if nothing else is; or why it cannot."""
-    if _PART not in module.__dict__ and _is_hooked(module):
-        return _HOOKED
+    if _PART not in module.__dict__ and is_hooked(module):
+        return HOOKED
     forward = MethodType(function, module) if _PART not in module.__dict__ else module.__dict__[_PART].forward
     if _PART in module.__dict__ and not _is_installed(module):
-        return _HOOKED
+        return HOOKED
     module.__dict__[_PART] = _Part(forward, view, parts, width)
     module.__dict__["forward"] = forward
     return None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
-def _name_of(module: object) -> str:
-    return f"{type(module).__module__}.{type(module).__name__}"
 
 
 def _is_installed(module: nn.Module) -> bool:

@@ -23,6 +23,8 @@ _PLAIN = (nn.Sequential, nn.ModuleList, nn.Identity, nn.GELU, nn.SiLU)
 _CASTING = {"comfy.ops": ("disable_weight_init.Linear", "manual_cast.Linear")}
 """Linear layers that bring their weight to the input's dtype and device, and change it by functions given to them."""
 
+HOOKED = "a hook watches or changes the MLP"
+
 
 class MlpForm(NamedTuple):
     """What an MLP is made of."""
@@ -66,10 +68,10 @@ def why_not_linear(linear: nn.Module, x: Tensor, width: int) -> str | None:
     None if it can.
     """
     if type(linear) is not nn.Linear and not _is_casting(linear):
-        return f"the linear layer is a {_name_of(linear)}"
+        return f"the linear layer is a {name_of(linear)}"
     if type(linear) is not nn.Linear and _changes_weight(linear):
         return "the linear layer changes its weight at each call, for a LoRA or an offloaded weight"
-    if _is_hooked(linear):
+    if is_hooked(linear):
         return "a hook watches or changes the linear layer"
     weight, bias = linear.weight, linear.bias
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
@@ -111,14 +113,14 @@ def activation_name(activation: Any, kind: str = "", of: str = "") -> str | None
         return activation if activation in GELUS or activation in GATED else None
     if kind:
         return kind if isinstance(activation, nn.Module) and _why_unseen(activation, of) is None else None
-    if type(activation) is not nn.GELU or _is_hooked(activation):
+    if type(activation) is not nn.GELU or is_hooked(activation):
         return None
     return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
 
 
 def gate_name(activation: object, value_first: bool) -> str | None:
     """The name of a gated activation, of which the code calls the gate's part; None if that is not understood."""
-    if activation is not functional.silu and (type(activation) is not nn.SiLU or _is_hooked(activation)):
+    if activation is not functional.silu and (type(activation) is not nn.SiLU or is_hooked(activation)):
         return None
     return "swiglu_value_first" if value_first else "swiglu"
 
@@ -147,7 +149,7 @@ def mlp_form(mlp: Any, x: Tensor, parts: str = "", of: str = "") -> MlpForm | st
             found[1] = _at(mlp, activation)
     else:
         if type(mlp) is not nn.Sequential:
-            return f"the MLP is a {_name_of(mlp)} that is not understood"
+            return f"the MLP is a {name_of(mlp)} that is not understood"
         activation = ""
         found = [part for part in mlp if type(part) is not nn.Identity and not _is_idle_dropout(part)]
         if len(found) != 3:
@@ -157,7 +159,7 @@ def mlp_form(mlp: Any, x: Tensor, parts: str = "", of: str = "") -> MlpForm | st
     if module is not None:
         name = activation_name(module)
         if name is None:
-            return f"the activation is a {_name_of(module)} that is not understood"
+            return f"the activation is a {name_of(module)} that is not understood"
         activation = name
     if None in first or second is None:
         return "the MLP has lost a part that the patch has seen"
@@ -178,15 +180,15 @@ def _why_unseen(module: nn.Module, of: str) -> str | None:
     """Why the module may do something else than the patch has read, apart from linear layers; None if it does not."""
     seen = of.split(", ")
     for part in module.modules():
-        if _is_hooked(part):
-            return "a hook watches or changes the MLP"
+        if is_hooked(part):
+            return HOOKED
         if type(part) in (*_PLAIN, nn.Linear) or _is_casting(part) or type(part).__name__ in seen:
             continue
         if type(part) is nn.Dropout:
             if not _is_idle_dropout(part):
                 return "dropout is active in the MLP"
             continue
-        return f"the MLP holds a {_name_of(part)}, which is not understood"
+        return f"the MLP holds a {name_of(part)}, which is not understood"
     return None
 
 
@@ -200,12 +202,13 @@ def _at(module: Any, path: str) -> Any:
     return module
 
 
-def _name_of(module: object) -> str:
+def name_of(module: object) -> str:
     """The class's name; with its module where it is not the one of that name in torch."""
     kind = type(module)
     is_torch = getattr(nn, kind.__name__, kind) is kind
     return kind.__name__ if is_torch else f"{kind.__module__}.{kind.__name__}"
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of the module does more than its class's forward, or something else."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
