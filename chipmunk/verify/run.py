@@ -23,7 +23,10 @@ from chipmunk.verify.process import Progress, run_workers
 from chipmunk.verify.report import Check, Unverified, VerifyError, VerifyReport
 from chipmunk.verify.spec import Spec
 
-HINT = ". Complete this file"
+HINT = ". Complete this"
+
+LAST_LINES = 8
+"""Of the trace of code that fails, shown to the user."""
 
 ANY = "by-signature"
 """The target for models that no other one recognises."""
@@ -284,15 +287,24 @@ def _refusal(error: dict[str, Any], theirs: Spec, ours: Spec) -> VerifyError:
     if uncalled:  # raised by the repository's own code, called as FLUX.1 is called
         message = f"the original code fails {error['place']}{message}: verify may not know what its forward needs"
     if error["kind"] == "build" or uncalled:
+        what = (
+            "file, save it here as `verify_factory.py` and name it (a family of models is better served by a target: "
+        )
+        what += "docs/adding-a-target.md)"
+        if theirs.factory is not None:
+            what = f"and add it to `{theirs.factory.partition(':')[0]}`, whose build works"
         return VerifyError(
-            f"{message}{HINT}, save it as `verify_factory.py` and name it (a family of models is better served by a "
-            f"target: docs/adding-a-target.md):\n\n{error['skeleton']}",
-            next_command=f"chipmunk verify {quoted(ours.root)} --factory verify_factory:build",
+            f"{message}{HINT} {what}:\n\n{error['skeleton']}",
+            next_command=f"chipmunk verify {quoted(ours.root)} --factory {theirs.factory or 'verify_factory:build'}",
         )
     if error["kind"] == "factory":
         return OtherModel(message)
     if error["kind"] == "crash":
-        message = f"the original code fails when verify runs it: {message}\n{error['trace']}"
+        subject = "the original code" if error.get("place") or theirs.factory is None else theirs.factory
+        where = f" {error['place']}" if error.get("place") else ": "
+        lines = [line for line in error["trace"].rstrip().splitlines() if line.strip(" ^~")]
+        last = "\n".join(lines[-LAST_LINES:]).replace(str(theirs.root), str(ours.root))
+        message = f"{subject} fails{where}{message}\n\n{last}"
     return VerifyError(message, next_command=error.get("next_command"))
 
 

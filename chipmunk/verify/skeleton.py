@@ -20,7 +20,10 @@ from chipmunk.target.sizes import shrunk
 _CALL = '''
 
 def inputs(model, batch, height, width, text_tokens, generator, reference=False):
-    """Tensors of one image of height x width tokens: `img` is the noise, `txt` and `vec` are the prompt."""
+    """Tensors of one image of height x width tokens, under names of your choice.
+
+    `img` has to be the noise; `txt` and `vec`, where there are any, are what a second prompt changes.
+    """
     weight = next(model.parameters())
 
     def noise(*shape):
@@ -41,11 +44,16 @@ def call(call_model, model, given, time, extra=None):
 '''
 
 
-def skeleton(model_class: type[nn.Module], calls: bool, values: Mapping[str, Any] | None = None) -> str:
+def skeleton(
+    model_class: type[nn.Module], calls: bool, values: Mapping[str, Any] | None = None, builds: bool = True
+) -> str:
     """The text of `verify_factory.py`; with `calls` also how the model is called, where building it is not enough.
 
-    values: what the target knows of the constructor's arguments, by name.
+    values: what the target knows of the constructor's arguments, by name. builds: whether it says how the model is
+    built.
     """
+    if not builds:
+        return "import torch\n" + _calls(model_class)
     name = model_class.__name__
     records: list[type] = []
     build = _call_of(name, _constructor(model_class, values or {}, records), records, "    ")
@@ -131,6 +139,9 @@ def _calls(model_class: type[nn.Module]) -> str:
         else:
             arguments.append(f'{name}=given["{key}"],')
             inputs.append(f'"{key}": {_shape(role, is_latents)}')
+    if not inputs:
+        inputs.append('"img": noise(batch, height * width, ...),  # and the rest; its channels')
+        arguments.append("...  # its signature names nothing: as the repository's own code calls it")
     if left_out:
         arguments.append(f"# it also takes {', '.join(left_out)}")
     return _CALL.format(

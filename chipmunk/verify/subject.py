@@ -70,6 +70,8 @@ class Subject:
             except (BuildError, self.target.CannotRun) as error:
                 raise BuildError(str(error), self.skeleton(calls=False)) from error
             except Exception as error:
+                if name == "model" and self.spec.factory is not None:
+                    raise  # the user's own code: its trace says more
                 says = f"{self.facts.name} cannot be built: {type(error).__name__}: {error}"
                 raise BuildError(says, self.skeleton(calls=False)) from error
             self._models[name] = self._callable(model.to(self.spec.device).eval().requires_grad_(False))
@@ -84,8 +86,8 @@ class Subject:
         return model
 
     def skeleton(self, calls: bool) -> str:
-        """A file for the user to complete, which builds the model; with `calls` also calls it."""
-        return skeleton(self.model_class, calls, self.target.SMALL)
+        """A file for the user to complete: it builds the model, unless a factory does; with `calls` it calls it too."""
+        return skeleton(self.model_class, calls, self.target.SMALL, builds=self.spec.factory is None)
 
     def in_dtype(self, name: str, dtype: torch.dtype) -> str:
         """The name of a copy of a model in another dtype."""
@@ -121,7 +123,13 @@ class Subject:
         module_name, _, function = factory.partition(":")
         if self.spec.factory_folder is not None:
             sys.path.append(str(self.spec.factory_folder))
-        module = importlib.import_module(module_name)
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise
+            where = f"{self.spec.factory_folder} or the repository"
+            raise CheckoutError(f"--factory {factory}: there is no module {error.name} in {where}") from error
         made = getattr(module, function or "build")()
         model, self.extra = made if isinstance(made, tuple) else (made, {})
         if not isinstance(model, self.model_class):

@@ -104,3 +104,22 @@ def test_tokens_want_positions() -> None:
     assert '"img": noise(batch, height * width, ...),' in text
     assert '"img_ids": ...,  # positions of the image tokens' in text
     assert "timesteps=times," in text
+
+
+def test_a_forward_that_names_nothing_says_where_to_look() -> None:
+    class Wrapped(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return torch.zeros(1)
+
+    text = skeleton(Wrapped, calls=True)
+    assert "...  # its signature names nothing: as the repository's own code calls it" in text
+    assert '"img": noise(batch, height * width, ...),' in text
+    compile(text, "verify_factory.py", "exec")
+
+
+def test_where_a_factory_builds_the_model_the_call_is_left() -> None:
+    text = skeleton(Called, calls=True, builds=False)
+    assert text.startswith("import torch\n\n\ndef inputs(")
+    assert "def build(" not in text
+    assert "def call(" in text
+    compile(text, "verify_factory.py", "exec")

@@ -177,6 +177,8 @@ def test_a_model_that_the_target_cannot_build_needs_a_factory(tmp_path: Path, mo
     factory = refused.value.message.partition("\n\n")[2]
     assert factory.count("...") == 1
     factory = factory.replace("flavour=...", 'flavour="oak"').replace("depth=5,", "depth=3,")
+    with pytest.raises(VerifyError, match=r"--factory verify_factory:build: there is no module verify_factory in /"):
+        run(root, VerifyOptions(factory="verify_factory:build"))
     Path("verify_factory.py").write_text(factory)
     report = run(root, VerifyOptions(factory="verify_factory:build", only=("denoise",)))
     assert failures(report) == {}
