@@ -76,6 +76,7 @@ class Artist:
         print(PROGRESS + json.dumps([self.done, max(self.total, self.done), what]), flush=True)
 
     def save_dense(self, index: int, drawing: Drawing, recorded: Recording) -> None:
+        """Leave a dense picture to `dense`, of this process and of the patched side's."""
         tensors = {
             "latents": torch.stack([latents.float().cpu() for latents in drawing.latents]).contiguous(),
             "seconds": torch.tensor([recorded.seconds, *recorded.step_seconds()], dtype=torch.float64),

@@ -38,6 +38,8 @@ from chipmunk.verify.subject import OtherModelError, Subject
 
 
 class Worker:
+    """One side's model, and what is run with it."""
+
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.subject = Subject(spec)
@@ -66,11 +68,13 @@ class Worker:
     # The original's side.
 
     def original(self) -> dict[str, Any]:
+        """Every scenario dense, and under the oracle unless the weights are the user's: that would take hours."""
         self.first_runs("dense")
         oracle = {} if self.spec.weights else {scenario.name: self.oracle(scenario) for scenario in self.scenarios}
         return {"parameters": self.parameters(), "oracle": oracle}
 
     def oracle(self, scenario: Scenario) -> dict[str, Any]:
+        """Run a scenario under the oracle, at the steps and slots of the dense run; what ran, and how close it was."""
         from chipmunk.verify.oracle import Oracle
 
         model = self.subject.model(scenario.model)
@@ -89,6 +93,7 @@ class Worker:
     # The patched side.
 
     def patched(self) -> dict[str, Any]:
+        """Every scenario with Chipmunk off, with everything kept and sparse; then off again, and the kernels."""
         configured = self.first_runs("off")
         for scenario in self.scenarios:
             self.enable(scenario.model, "kept")
@@ -183,6 +188,7 @@ class Worker:
     # Both.
 
     def draw(self, job: str, scenario: Scenario, index: int) -> Drawn:
+        """Draw one image; its outputs are kept as `job/scenario/image/…`, the model calls by number and the latents."""
         patched = self.spec.side == "patched"
         steps: Callable[[Any, Any], Any] = chipmunk.steps if patched else lambda model, iterable: iterable
         slot: Callable[[Any, str], Any] = chipmunk.slot if patched else lambda model, name: model

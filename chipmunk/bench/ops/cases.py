@@ -202,6 +202,8 @@ VARIANTS: dict[str, list[tuning.Parameters]] = {
 
 
 def cases(variants: str) -> Iterator[Case]:
+    """All lines of the table, in order. variants: `all` times every design that was tried, beside the tuned one."""
+
     def named(operator: str) -> list[tuple[str, tuning.Parameters | None]]:
         found = VARIANTS.get(operator, []) if variants == "all" else []
         return [("", None), *((" " + " ".join(f"{k[:2]}{v}" for k, v in p.items()), p) for p in found)]

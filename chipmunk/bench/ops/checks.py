@@ -18,6 +18,8 @@ from chipmunk.bench.ops.inputs import HEADS, NEURONS, projection, random_lists, 
 
 @dataclass
 class Check:
+    """One result of an operator. `error` and `bound` are relative L2 errors against float64."""
+
     name: str
     error: float
     bound: float
@@ -61,6 +63,7 @@ def _twice(run: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], bool]
 def check_attention(
     tokens: int, kept: int, group: int, width: int, dtype: torch.dtype, batch: int = 1
 ) -> Iterator[Check]:
+    """Dense attention with column sums, and sparse attention: alone, added to a tensor and subtracted from it."""
     heads, scale = 3, width**-0.5
     q, k, v = projection(tokens, heads, width, batch, dtype)
     label = f"N={tokens} K={kept} group={group} D={width} B={batch} {str(dtype)[6:]}"
@@ -94,6 +97,7 @@ def check_attention(
 def check_mlp(
     tokens: int, kept: int, group: int, activation: str, dtype: torch.dtype, **options: Any
 ) -> Iterator[Check]:
+    """Both linears, and that nothing but the chosen neurons changes in the cache. options: of `random_mlp`."""
     m = random_mlp(tokens, kept, group, dtype=dtype, **options)
     label = f"M={tokens} K={kept} group={group} {activation} {str(dtype)[6:]} {options or ''}"
     exact_cache, exact_out = m.act_cache.double(), m.out_cache.double()
@@ -135,6 +139,7 @@ def check_mlp(
 
 
 def check_selection(shape: tuple[int, ...], keep: int, random: int) -> Iterator[Check]:
+    """Selections have to be equal, ties and random ones too: their error is 0 or 1."""
     scores = torch.rand(shape, device="cuda")
     seed = torch.randint(0, 1000, (3,), device="cuda")
     for name, values in (("", scores), (" with ties", (scores * 50).round()), (" all equal", torch.zeros_like(scores))):
@@ -145,6 +150,7 @@ def check_selection(shape: tuple[int, ...], keep: int, random: int) -> Iterator[
 
 
 def check_neurons(shape: tuple[int, ...], neurons: int, keep: int, random: int) -> Iterator[Check]:
+    """The same for neurons, with the means that the selection refreshes. shape: of the means, (B, G, parts, rows)."""
     seed = torch.randint(0, 1000, (3,), device="cuda")
     new, means = torch.randn(2, *shape, device="cuda").bfloat16()
     refreshed = means.clone()
@@ -160,6 +166,7 @@ def check_neurons(shape: tuple[int, ...], neurons: int, keep: int, random: int) 
 
 
 def check_swiglu(tokens: int, kept: int, group: int, width: int, neurons: int, dtype: torch.dtype) -> Iterator[Check]:
+    """The first linear of a gated MLP, and that nothing but the chosen neurons changes in the cache."""
     m = random_mlp(tokens, kept, group, width=width, neurons=neurons, dtype=dtype)
     gate, value = m.weight_in, torch.randn_like(m.weight_in) * width**-0.5
     cache = m.act_cache.double()

@@ -50,6 +50,11 @@ def random_mlp(
     transposed_cache: bool = True,
     transposed_weight: bool = True,
 ) -> Mlp:
+    """An MLP of `neurons` neurons on (batch, tokens, width), of which each group of `group` rows keeps `kept`.
+
+    transposed_cache, transposed_weight: lie in memory neuron by neuron, as the runtime keeps them on a GPU.
+    """
+
     def random(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*shape, device="cuda") * scale).to(dtype)
 

@@ -75,6 +75,10 @@ def prepare(variants: str, pattern: str, workers: int) -> None:
 
 
 def time_cases(variants: str, pattern: str, repeats: int) -> list[dict[str, Any]]:
+    """Time the cases whose name holds a word of `pattern`, `repeats` times each, and print a line for each.
+
+    A line has `name`, `ms` (median), `spread_ms`, and where they make sense `tflops` and `ratio` (dense ms / its own).
+    """
     results: list[dict[str, Any]] = []
     times: dict[str, float] = {}
     for case in _listed(variants, pattern):

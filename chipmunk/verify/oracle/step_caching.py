@@ -47,6 +47,7 @@ class Steps:
         return -1 if rules.is_static else 1
 
     def skips(self, step: int) -> bool:
+        """Whether no block runs on `step`, 0-based; the steps before it have been told by `compute` and `skip`."""
         rules, total = self.config.step_caching, self.total
         if not self.computed or step == 0 or (total is not None and step == total - 1):
             return False
@@ -109,11 +110,13 @@ class Steps:
         return (before.double() + values[0]).to(before.dtype)
 
     def skip(self, step: int, before: Tensor) -> Tensor:
+        """`predicted`, for a step that is skipped: its expected error counts."""
         if not self.config.step_caching.is_static:
             self.expected += self.expected_error(step)
         return self.predicted(step, before)
 
     def compute(self, step: int, before: Tensor, hidden: Tensor) -> None:
+        """Take in a step on which the blocks ran; both tensors are (B, L, C)."""
         if self.order >= 0 and len(self.computed) > self.order:
             wrong = (self.predicted(step, before) - hidden).double().abs().mean()
             self.error = float(wrong / hidden.double().abs().mean())
