@@ -42,7 +42,9 @@ def _patch_block(context: Context, block: Block) -> None:
     if not found and not whole:
         source, node = block.forward.source, block.forward.node
         missing = "cat(attention, activation(MLP)) into a second linear is missing"
-        if any(finder.seconds for finder in finders):
+        if any(finder.several for finder in finders):
+            missing = "what makes its input has another form in each branch"
+        elif any(finder.seconds for finder in finders):
             missing = "its output's split into [query, key, value | MLP] is missing"
         elif any(finder.apart for finder in finders):
             missing = "the second linear and the concatenation that it takes are in different branches or `with` blocks"

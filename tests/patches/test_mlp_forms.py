@@ -402,3 +402,10 @@ def test_patched_forms_run(tmp_path: Path) -> None:
     results = run(tmp_path, cases)
     check(results)
     assert len(results) == len(DOUBLES) >= len(SINGLES)
+
+
+def test_an_mlp_whose_input_has_a_form_in_each_branch_says_so() -> None:
+    apart = f"if self.fused:{LINE}    {SPLIT}{LINE}else:{LINE}    qkv, hidden = self.qkv(x), self.other(self.enter)(x)"
+    plan = planned(single=variant(SINGLE, (SPLIT, apart)))
+    said = "no fused MLP was found: what makes its input has another form in each branch"
+    assert reasons(plan, "single-mlp") == {"left dense": [said]}

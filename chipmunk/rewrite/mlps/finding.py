@@ -24,6 +24,8 @@ class Finder:
         self.seconds = 0
         self.apart = 0
         """Second linears that stand in another branch, or under another `with`, than the concatenation they take."""
+        self.several = 0
+        """MLPs whose input is made in different branches."""
 
     def found(self) -> list[Pieces]:
         mlps: list[Pieces] = []
@@ -124,6 +126,8 @@ class Finder:
         value, step, path, passed = self.look.follow(activation.argument, activation.step)
         first = Cuts(self.look).first(value, step, path, passed)
         if first is None:
+            name = dotted(activation.argument)
+            self.several += name is not None and len(self.look.scope.reaching(name, activation.step)) > 1
             return None
         found, more = first
         return Pieces(self.look.where, second, activation, found, [*held, *passed, *more])
