@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import libcst as cst
 
@@ -29,6 +30,8 @@ _Import = ast.Import | ast.ImportFrom
 _Statement = cst.SimpleStatementLine | cst.BaseCompoundStatement
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+_WORTH_MENDING = 3
+"""Statements that an edited function must share with what it was."""
 _NEWLINE = re.compile(rb"\r\n?|\n")
 
 
@@ -59,11 +62,13 @@ class Edit:
 class _Part:
     """Whole lines of a file, parsed by themselves."""
 
-    def __init__(self, text: bytes, head: bytes) -> None:
-        """`head`: a line that makes an indented definition a file."""
+    def __init__(self, text: bytes, head: bytes, module: cst.Module | None = None) -> None:
+        """`head`: a line that makes an indented definition a file. `module`: the tree, if it is known."""
         self.text = text
         self.head = head
-        self.module = _parse((head + text).decode("utf-8"))
+        self.module = _parse((head + text).decode("utf-8")) if module is None else module
+        self.regions: list[bytes] | None = None
+        """Of a function, the lines up to the end of its first statement, and those of each further one."""
 
     @property
     def statements(self) -> Sequence[cst.BaseStatement]:
@@ -77,6 +82,47 @@ class _Part:
     @cached_property
     def printed(self) -> Printed:
         return Printed(self.module)
+
+    def mended(self, text: bytes, regions: list[bytes], newline: str) -> _Part | None:
+        """The part after an edit inside a function: statements whose lines are the same keep their trees."""
+        function = self.statements[0]
+        if not isinstance(function, cst.FunctionDef) or not isinstance(function.body, cst.IndentedBlock):
+            return None
+        before, known = list(function.body.body), self.regions or []
+        if len(before) != len(known):
+            return None
+        module, body = self.module, function.body
+        if regions[0] == known[0]:
+            first = before[0]
+        else:
+            start = _Part(regions[0], self.head)
+            module, changed = start.module, start.statements[0]
+            if not isinstance(changed, cst.FunctionDef) or not isinstance(changed.body, cst.IndentedBlock):
+                return None
+            function, body = changed, changed.body
+            first = body.body[0]
+        trees: dict[bytes, list[cst.BaseStatement]] = {}
+        for region, tree in zip(known[1:], before[1:], strict=True):
+            trees.setdefault(region, []).append(tree)
+        # as deep as in the function, so that what is the file's own indentation is so in every part
+        margin = text[: len(text) - len(text.lstrip(b" \t"))] if self.head else None
+        head = b"if 1:" + newline.encode() + (margin + b"if 1:" + newline.encode() if margin else b"")
+        statements = [first]
+        for region in regions[1:]:
+            if trees.get(region):
+                statements.append(trees[region].pop(0))
+                continue
+            inner = cst.ensure_type(_parse((head + region).decode("utf-8")).body[0], cst.If).body
+            if margin:
+                inner = cst.ensure_type(inner.body[0], cst.If).body
+            if len(inner.body) != 1 or not isinstance(inner.body[0], cst.BaseStatement):
+                return None
+            statements.append(inner.body[0])
+        whole: cst.BaseStatement = function.with_changes(body=body.with_changes(body=statements))
+        if self.head:
+            outer = cst.ensure_type(module.body[0], cst.If)
+            whole = outer.with_changes(body=outer.body.with_changes(body=[whole]))
+        return _Part(text, self.head, module.with_changes(body=[whole]))
 
     def survives(self) -> bool:
         return self.printed.text.encode("utf-8") == self.head + self.text
@@ -100,8 +146,13 @@ class Source:
         self._parts: dict[int, _Part] = {}
         """By the byte at which they start."""
         self._before: dict[bytes, _Part] = {}
+        self._edited: dict[str, list[_Part]] = {}
+        """Functions before the edit, by name."""
         if before is not None:
             self._before = {part.text: part for part in before._parts.values()}
+            for outline, part in before._functions():
+                if part.text not in self.text:
+                    self._edited.setdefault(outline.name, []).append(part)
 
     def _outline(self, text: str) -> ast.Module:
         try:
@@ -122,7 +173,7 @@ class Source:
         """The tree of a function or class of the outline."""
         start, end = self.lines(outline)
         head = f"if 1:{self.newline}".encode() if self.text[start : start + 1] in (b" ", b"\t") else b""
-        found = self._part(start, end, head).statements[0]
+        found = self._part(start, end, head, outline).statements[0]
         assert isinstance(found, (cst.FunctionDef, cst.ClassDef))
         return found
 
@@ -170,12 +221,53 @@ class Source:
         before = [end for other in self.outline.body if (end := self.lines(other)[1]) <= start]
         return bool(before) and b"#" in self.text[max(before) : start]
 
-    def _part(self, start: int, end: int, head: bytes = b"") -> _Part:
+    def _functions(self) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, _Part]]:
+        """The functions whose trees were asked for, with the lines of their statements."""
+        for outline in ast.walk(self.outline):
+            if isinstance(outline, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                part = self._parts.get(self.lines(outline)[0])
+                if part is not None:
+                    part.regions = self._regions(outline)
+                    yield outline, part
+
+    def _regions(self, outline: Definition) -> list[bytes]:
+        at = self.lines(outline)[0]
+        found: list[tuple[int, int]] = []
+        for statement in outline.body:
+            start, end = self.lines(statement)
+            if found and start < at:  # it shares its line with the one before
+                found[-1] = (found[-1][0], end)
+            else:
+                found.append((at, end))
+            at = end
+        return [self.text[start:end] for start, end in found]
+
+    def _mended(self, outline: Definition, head: bytes) -> _Part | None:
+        """An edited function of which only the edited statements are parsed; None where that is not possible."""
+        regions = self._regions(outline)
+        same = [(len({*regions} & {*(part.regions or ())}), part) for part in self._edited.get(outline.name, ())]
+        shared, before = max(same, key=lambda pair: pair[0], default=(0, None))
+        if before is None or before.head != head or shared < _WORTH_MENDING:
+            return None
+        # taken out: no two functions share a tree
+        self._edited[outline.name].remove(before)
+        if self._before.get(before.text) is before:
+            del self._before[before.text]
+        start, end = self.lines(outline)
+        try:
+            return before.mended(self.text[start:end], regions, self.newline)
+        except cst.ParserSyntaxError:  # told by parsing all of it, with the right line
+            return None
+
+    def _part(self, start: int, end: int, head: bytes = b"", outline: Definition | None = None) -> _Part:
         if start not in self._parts:
             text = self.text[start:end]
             try:
                 # taken out: of two functions with the same text, each has its own tree
-                self._parts[start] = self._before.pop(text) if text in self._before else _Part(text, head)
+                found = self._before.pop(text, None)
+                if found is None and outline is not None and self._edited:
+                    found = self._mended(outline, head)
+                self._parts[start] = found or _Part(text, head)
             except cst.ParserSyntaxError as error:
                 line = bisect_right(self._rows, start) + error.raw_line - (2 if head else 1)
                 raise SourceError(self.path, "parse", f"LibCST cannot parse it: {error.message}", line) from error
@@ -204,11 +296,7 @@ class Source:
 
     @cached_property
     def _line_starts(self) -> list[int]:
-        starts, at = [0], self.text.find(b"\n")
-        while at >= 0:
-            starts.append(at + 1)
-            at = self.text.find(b"\n", at + 1)
-        return starts
+        return [0, *accumulate(len(line) + 1 for line in self.text.split(b"\n")[:-1])]
 
     def _printed_span(self, node: cst.CSTNode) -> tuple[int, int]:
         for at, part in self._parts.items():

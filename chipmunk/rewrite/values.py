@@ -10,7 +10,7 @@ import ast
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import PurePosixPath
 
 import libcst as cst
@@ -33,9 +33,12 @@ _INSIDE = {"module", "_orig_mod"}
 _ANY_CLASS = {"Any", "Callable", "Module", "ModelMixin", "ConfigMixin", "TypeVar"}
 """Annotations that say nothing about a model."""
 _LOOP = re.compile(rb"^[ \t]*(?:async[ \t]+)?for\b", re.MULTILINE)
+_FROM_HERE = re.compile(rb"from(?<!\wfrom)\s+\.+\s+import(?!\w)")
 _SETTING = {"setattr", "add_module", "register_module", "__setattr__"}
 
-_VALUES = (cst.Attribute, cst.Call, cst.Tuple, cst.List, cst.IfExp, cst.NamedExpr)
+# Asked of a node's `type`: LibCST's classes are abstract ones, of which `isinstance` is slow.
+_VALUES = {cst.Attribute, cst.Call, cst.Tuple, cst.List, cst.IfExp, cst.NamedExpr}
+_KNOWN_VALUES = {cst.Name, *_VALUES}
 
 Value = frozenset[str] | tuple["Value", ...]
 NOTHING: frozenset[str] = frozenset()
@@ -206,9 +209,10 @@ class Values:
         for name, stems in self._known.items():
             if name.encode() not in content or (path, name, len(stems)) in self._unseen:
                 continue
-            if re.search(rb"\b" + name.encode() + rb"(?:[ \t]*[^\w \t]|\s+as\b|\Z)", content):
-                sources = "|".join([*sorted(re.escape(stem) for stem in stems), r"from\s+\.+\s+import"])
-                if re.search(rb"(?<!\w)(?:" + sources.encode() + rb")(?!\w)", content):
+            if _word(name, r"(?:[ \t]*[^\w \t]|\s+as\b|\Z)").search(content):
+                if any(stem.encode() in content and _word(stem, r"(?!\w)").search(content) for stem in stems):
+                    return True
+                if _FROM_HERE.search(content):
                     return True
             self._unseen.add((path, name, len(stems)))
         return False
@@ -318,9 +322,9 @@ class Values:
 
     def _may_be_warm(self, node: cst.BaseExpression, place: Place, warm: Collection[str]) -> bool:
         """The cheap test before an expression is valued. `warm`: the place's own names that may have a label."""
-        if isinstance(node, cst.Name):
+        if type(node) is cst.Name:
             return node.value in warm or (id(place.module), node.value) in self._globals
-        return isinstance(node, _VALUES)
+        return type(node) in _VALUES
 
     def _returns(self, function: Function, value: Value) -> None:
         merged = _merge(self.returns.get(id(function), NOTHING), value)
@@ -410,6 +414,12 @@ class Values:
         """The labels of an expression's value; a tuple of them for a tuple."""
         if node is None or depth > 12:
             return NOTHING
+        if type(node) not in _KNOWN_VALUES:
+            return NOTHING
+        if isinstance(node, (cst.Name, cst.Attribute)):
+            return self._name(node, step, place, depth)
+        if isinstance(node, cst.Call):
+            return self._call(node, step, place, depth)
         if isinstance(node, (cst.Tuple, cst.List)):
             parts = elements(node)
             return tuple(self.value(part, step, place, depth + 1) for part in parts) if parts is not None else NOTHING
@@ -417,13 +427,7 @@ class Values:
             return _merge(
                 self.value(node.body, step, place, depth + 1), self.value(node.orelse, step, place, depth + 1)
             )
-        if isinstance(node, (cst.Name, cst.Attribute)):
-            return self._name(node, step, place, depth)
-        if isinstance(node, cst.NamedExpr):
-            return self.value(node.value, step, place, depth + 1)
-        if isinstance(node, cst.Call):
-            return self._call(node, step, place, depth)
-        return NOTHING
+        return self.value(node.value, step, place, depth + 1) if isinstance(node, cst.NamedExpr) else NOTHING
 
     def _call(self, node: cst.Call, step: Step, place: Place, depth: int) -> Value:
         name = last_name(node.func)
@@ -531,6 +535,13 @@ class Values:
         return min((int(label.split(":")[1]) for label in labels if label.startswith("model:")), default=None)
 
 
+@cache
+def _word(word: str, then: str) -> re.Pattern[bytes]:
+    """A whole word, and what comes after it. That the pattern begins with plain text makes it fast."""
+    text = re.escape(word)
+    return re.compile(f"{text}(?<!\\w{text}){then}".encode())
+
+
 def _gives(keywords: Collection[str], content: bytes) -> bool:
     """Whether a file may have a loop in which something is called with all these keywords."""
     words = [keyword.encode() for keyword in keywords]
@@ -546,7 +557,7 @@ def _calls_with(function: Function, keywords: set[str]) -> bool:
         and isinstance(node.func, ast.Name)
         and node.func.id in function.parameters
         and keywords <= {keyword.arg for keyword in node.keywords}
-        for node in ast.walk(function.outline)
+        for node in outlines.walk(function.outline.body)
     )
 
 
