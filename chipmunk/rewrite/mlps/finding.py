@@ -127,7 +127,8 @@ class Finder:
         first = Cuts(self.look).first(value, step, path, passed)
         if first is None:
             name = dotted(activation.argument)
-            self.several += name is not None and len(self.look.scope.reaching(name, activation.step)) > 1
+            made = [] if name is None else self.look.scope.reaching(name, activation.step)
+            self.several += len(made) > 1 and made[-1].step.excludes(made[0].step)
             return None
         found, more = first
         return Pieces(self.look.where, second, activation, found, [*held, *passed, *more])
