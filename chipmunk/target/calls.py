@@ -7,6 +7,7 @@ be, the model tells: `probe` calls it with tensors of some width, sees which lay
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -40,6 +41,8 @@ class Signature:
     """Rows and columns of latents that make one token."""
     axes: int = 3
     """Columns of the positions."""
+    ids_by_image: bool = False
+    """Whether positions are given for each image of the batch, (B, N, axes); else (N, axes)."""
     widths: Mapping[str, int] = field(default_factory=dict)
     """Channels of the tensors, by parameter."""
     outputs: int = 0
@@ -172,9 +175,10 @@ def probe(model: nn.Module, extra: Mapping[str, Any] | None = None) -> Signature
     patch, axes = _patch_of(model), _axes_of(model)
     failed: dict[int, str] = {}
     # positions belong to tokens; without them an image is a grid
-    for dimensions in (3,) if "image ids" in roles.values() else (4, 5, 3):
-        for variant in _variants(parameters):
-            signature = Signature(variant, dimensions, patch, axes)
+    has_ids = "image ids" in roles.values()
+    for dimensions in (3,) if has_ids else (4, 5, 3):
+        for variant, by_image in itertools.product(_variants(parameters), (False, True) if has_ids else (False,)):
+            signature = Signature(variant, dimensions, patch, axes, by_image)
             try:
                 with torch.no_grad():
                     return _with_widths(signature, model, extra)
@@ -275,12 +279,17 @@ def _tensors(
         elif role == "mask":
             given[name] = torch.ones(batch, text_tokens, dtype=torch.bool, device=like.device)
         elif role == "image ids":
-            given[name] = grid(height, width, 0, signature.axes).to(like.device)
+            given[name] = _by_image(grid(height, width, 0, signature.axes), signature, batch).to(like.device)
         elif role == "text ids":
-            given[name] = torch.zeros(text_tokens, signature.axes, device=like.device)
+            ids = torch.zeros(text_tokens, signature.axes)
             if signature.axes > 3:
-                given[name][:, 3] = torch.arange(text_tokens)
+                ids[:, 3] = torch.arange(text_tokens)
+            given[name] = _by_image(ids, signature, batch).to(like.device)
     return given
+
+
+def _by_image(ids: Tensor, signature: Signature, batch: int) -> Tensor:
+    return ids.repeat(batch, 1, 1) if signature.ids_by_image else ids
 
 
 def _arguments(

@@ -110,6 +110,16 @@ def test_widths_are_found_by_asking() -> None:
     assert "guidance" not in found.roles  # the model does not run with it
 
 
+def test_positions_may_be_given_for_each_image() -> None:
+    class Batched(Tokens):
+        def forward(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, t: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+            assert img_ids.shape == (*img.shape[:2], 4)
+            return super().forward(img, img_ids[0], txt, txt_ids[0], t, y)
+
+    assert probe(Batched()).ids_by_image
+    assert not probe(Tokens()).ids_by_image
+
+
 def test_latents_masks_and_a_condition_beside_the_image() -> None:
     found = probe(Latents())
     assert found.widths == {"x": 5, "context": 10}
