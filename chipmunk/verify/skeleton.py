@@ -131,7 +131,7 @@ def _calls(model_class: type[nn.Module]) -> str:
         if role == "time":
             arguments.append(f"{name}=times,")
         elif role == "guidance":
-            arguments.append(f"{name}=torch.full_like(times, 3.5),")
+            arguments.append(f"{name}=torch.full_like(times, 3.5),  # not where the model was built without guidance")
         elif name == "return_dict":
             arguments.append("return_dict=False,")
         elif role is None and not is_required(parameter):
