@@ -63,6 +63,15 @@ class _Meta(type):
         return None
 
 
+def missing_base(model_class: type) -> str | None:
+    """The package that is not installed and that a class inherits from; None if there is none."""
+    for base in model_class.__mro__:
+        path = vars(base).get("_path")
+        if isinstance(base, _Meta) and isinstance(path, str):
+            return path.partition(".")[0]
+    return None
+
+
 class _Module(ModuleType):
     """A package that is not there."""
 

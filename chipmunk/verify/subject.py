@@ -21,6 +21,7 @@ from chipmunk.rewrite.plan import LoopFacts
 from chipmunk.verify.building import BuildError, installed_object, load_file, randomise, refuse_large
 from chipmunk.verify.checkout import Checkout, CheckoutError
 from chipmunk.verify.drawn import Drawn, record, unwrapped
+from chipmunk.verify.placeholders import missing_base, to_install
 from chipmunk.verify.skeleton import skeleton
 from chipmunk.verify.spec import IMAGES, LARGE_IMAGES, Image, Scenario, Spec
 
@@ -50,6 +51,11 @@ class Subject:
             self.target.prepare(self.checkout.load, self.facts.file, spec.device)
         find = installed_object if self.facts.installed else self.checkout.object
         self.model_class: type[nn.Module] = find(self.facts.file, self.facts.name)
+        if (package := missing_base(self.model_class)) is not None:
+            raise CheckoutError(
+                f"{self.facts.name} inherits from a class of '{package}', which is not installed for {sys.executable}",
+                to_install(package),
+            )
         self.loops = self._load_loops()
         self._models: dict[str, nn.Module] = {}
         self._calls: ModuleType = self.target

@@ -11,7 +11,7 @@ import pytest
 
 from chipmunk.verify.checkout import Checkout, CheckoutError, import_root
 from chipmunk.verify.original import rebuild
-from chipmunk.verify.placeholders import PlaceholderUsed, to_install
+from chipmunk.verify.placeholders import PlaceholderUsed, missing_base, to_install
 from chipmunk.verify.worker import require_device
 
 
@@ -133,6 +133,25 @@ def reads(): return other.thing
         module.uses()
     with pytest.raises(PlaceholderUsed, match=r"nowhere\.other\.thing"):
         module.reads()
+
+
+def test_a_class_that_inherits_from_a_missing_package_is_told_from_others(tmp_path: Path) -> None:
+    text = """
+from enum import Enum
+import encoderlib.models as models
+
+class Near(Enum):
+    A = 1
+
+class Far(models.Mixin, models.deep.Base):
+    pass
+
+class Farther(Far):
+    pass
+"""
+    module = Checkout(write(tmp_path, net__model=text)).load("net/model.py")
+    assert missing_base(module.Near) is None
+    assert missing_base(module.Far) == missing_base(module.Farther) == "encoderlib"
 
 
 def test_what_only_an_application_holds_is_not_to_be_installed() -> None:
