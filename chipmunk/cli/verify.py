@@ -112,7 +112,7 @@ def show_report(out: Console, report: VerifyReport) -> None:
             f"All {len(report.checks)} checks hold; {len(report.unverified)} patched models were not verified.",
             style="bold yellow",
         )
-        commands = [(each.next_command, each.model) for each in report.unverified if each.next_command is not None]
+        commands = [(each.next_command, f"for {each.model}") for each in report.unverified if each.next_command]
         next_commands(out, commands)
     elif report.holds:
         out.print(f"All {len(report.checks)} checks hold.", style="bold green")
