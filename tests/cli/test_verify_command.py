@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from chipmunk.apply import revert
 from chipmunk.cli import verify as command
 from chipmunk.cli.terminal import screen
 from chipmunk.verify import Check, VerifyReport
+from chipmunk.verify.report import Unverified
 
 
 def report(*checks: Check) -> VerifyReport:
@@ -34,6 +36,16 @@ def test_the_report_names_each_check_and_what_decides(capsys: pytest.CaptureFixt
     assert "  FAILS  oracle  differs by 3.0e-01" in shown
     assert "1 of 2 checks fail: do not use the patched code." in shown
     assert any(line.startswith("  chipmunk revert 'my repository'   ") for line in shown)
+
+
+def test_models_that_were_not_verified_come_with_what_to_run(capsys: pytest.CaptureFixture[str]) -> None:
+    left = Unverified("Packed", "video.py", "needs 'indices'", "chipmunk verify mine --model Packed")
+    given = replace(report(Check("off", True, "the same")), unverified=(left,))
+    command.show_report(screen(), given)
+    shown = capsys.readouterr().out.splitlines()
+    assert "  not verified  Packed of video.py: needs 'indices'" in shown
+    assert "All 1 checks hold; 1 patched models were not verified." in shown
+    assert shown[-1].split() == ["chipmunk", "verify", "mine", "--model", "Packed", "for", "Packed"]
 
 
 def test_what_cannot_be_verified_is_refused(starter: Path) -> None:
