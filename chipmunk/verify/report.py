@@ -53,6 +53,8 @@ class VerifyReport:
     seconds: float = 0.0
     unverified: tuple[Unverified, ...] = ()
     """Models that no check covers."""
+    interrupted: bool = False
+    """Stopped when some models were verified; the rest is among `unverified`."""
 
     @property
     def holds(self) -> bool:
@@ -60,11 +62,11 @@ class VerifyReport:
 
     @property
     def exit_code(self) -> int:
-        return 0 if self.holds else 1
+        return 1 if not self.holds else 130 if self.interrupted else 0
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "status": "verified" if self.holds else "failed",
+            "status": "failed" if not self.holds else "interrupted" if self.interrupted else "verified",
             "target": self.target,
             "root": str(self.root),
             "files": sorted({site.file for site in self.sites}),

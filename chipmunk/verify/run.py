@@ -130,7 +130,8 @@ def verify(
 ) -> VerifyReport:
     """Verify `patched` against `original`, two folders; `plan` is the original's. Works in the folder `work`.
 
-    A model that cannot be run is reported as such if another one can. Raises VerifyError where none can.
+    A model that cannot be run is reported as such if another one can, and so is one that an interruption (Ctrl-C)
+    leaves over. Raises VerifyError where none can.
     """
     targets = registry.load(options.plugins).targets
     checks: list[Check] = []
@@ -147,8 +148,13 @@ def verify(
         )
     if options.target is not None:
         targets = {options.target: targets[options.target]}
+    interrupted = False
     for number, (name, facts) in enumerate(zip(names, plan.models, strict=True)):
         if options.model not in (None, name):
+            continue
+        alone = f"chipmunk verify {quoted(patched)} --model {shlex.quote(name)}"
+        if interrupted:
+            unverified.append(Unverified(facts.name, facts.file, "interrupted", alone))
             continue
         base = Spec(
             side="original",
@@ -169,8 +175,13 @@ def verify(
                 if len(names) == 1 or options.model is not None:
                     raise
                 found = _checks(replace(base, factory=None), patched, plan.sites, options, progress)
+        except KeyboardInterrupt:
+            if not checks:
+                raise
+            interrupted = True
+            unverified.append(Unverified(facts.name, facts.file, "interrupted", alone))
+            continue
         except VerifyError as error:
-            alone = f"chipmunk verify {quoted(patched)} --model {shlex.quote(name)}"
             needs_factory = HINT in error.message
             if needs_factory and len(names) > 1:
                 error.next_command = f"{alone} --factory verify_factory:build"
@@ -189,7 +200,7 @@ def verify(
         raise refusals[0]
     return VerifyReport(
         patched, plan.target, tuple(checks), notes=tuple(dict.fromkeys(notes)), environment=environment,
-        unverified=tuple(unverified),
+        unverified=tuple(unverified), interrupted=interrupted,
     )  # fmt: skip
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from chipmunk.rewrite.plan import Plan
+from chipmunk.verify.report import Check
 from chipmunk.verify.run import HINT, _refusal
 from chipmunk.verify.spec import Spec
 from tests.verify.test_checks import FACTS
+
+verifying = importlib.import_module("chipmunk.verify.run")  # `chipmunk.verify.run` is a function too
 
 THEIRS = Spec("original", Path("/tmp/work/original-repository"), Path("/tmp/work/original"), FACTS, Path("flux.py"))
 OURS = replace(THEIRS, side="patched", root=Path("/home/me/flux"), out=Path("/tmp/work/patched"))
@@ -48,3 +55,29 @@ def test_a_factory_that_builds_is_asked_for_the_call_alone() -> None:
     told = _refusal(error("build", skeleton="def inputs(): ..."), with_mine, OURS)
     assert "Complete this and add it to `mine.small`, whose build works" in told.message
     assert told.next_command == "chipmunk verify /home/me/flux --factory mine.small:build"
+
+
+def test_an_interruption_keeps_the_models_that_were_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three models the second one is at work."""
+    plan = Plan("flux", (), (), tuple(replace(FACTS, name=name) for name in ("First", "Second", "Third")))
+    asked = []
+
+    def checks(base: Spec, *rest: Any) -> list[tuple[str, list[Check], dict[str, Any]]]:
+        asked.append(base.facts.name)
+        if len(asked) > 1:
+            raise KeyboardInterrupt
+        return [("", [Check("off", True, "the same bits")], {})]
+
+    monkeypatch.setattr(verifying, "_checks", checks)
+    report = verifying.verify(tmp_path, tmp_path, plan, verifying.VerifyOptions(), tmp_path)
+    assert asked == ["First", "Second"]
+    assert [check.name for check in report.checks] == ["off, First"]
+    assert [(each.model, each.reason) for each in report.unverified] == [
+        ("Second", "interrupted"),
+        ("Third", "interrupted"),
+    ]
+    assert report.unverified[1].next_command == f"chipmunk verify {tmp_path} --model Third"
+    assert (report.exit_code, report.to_json()["status"]) == (130, "interrupted")
+    asked.append("so that the first one is interrupted")
+    with pytest.raises(KeyboardInterrupt):
+        verifying.verify(tmp_path, tmp_path, plan, verifying.VerifyOptions(), tmp_path)
