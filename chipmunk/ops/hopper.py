@@ -13,7 +13,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from chipmunk.ops import balance
+
 synchronize = getattr(gl, "thread_barrier", None) or gl.barrier  # its name since Triton 3.7
+
+# The same source, for the other compiler: how Gluon itself takes over functions of Triton's.
+pieces = gluon.jit(balance.pieces.fn)
+piece = gluon.jit(balance.piece.fn)
 
 
 @gluon.jit
@@ -28,23 +34,6 @@ def release(barrier):
     """Tell the producer that all of this warpgroup has read a tile."""
     synchronize()
     mbarrier.arrive(barrier, count=1)
-
-
-@gluon.jit
-def pieces(program, programs, whole, left, parts):
-    """As `balance.pieces`."""
-    return (whole - program + programs - 1) // programs + gl.where(program < left * parts, 1, 0)
-
-
-@gluon.jit
-def piece(number, program, programs, steps, whole, left, run):
-    """As `balance.piece`."""
-    tile = program + number * programs
-    cut = tile >= whole
-    part = gl.where(cut, program // gl.maximum(left, 1), -1)
-    first = gl.where(cut, part * run, 0)
-    last = gl.where(cut, gl.minimum(first + run, steps), steps)
-    return gl.where(cut, whole + program % gl.maximum(left, 1), tile), first, last, part
 
 
 @gluon.jit
