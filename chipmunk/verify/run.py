@@ -311,7 +311,8 @@ def _refusal(error: dict[str, Any], theirs: Spec, ours: Spec) -> VerifyError:
     if error["kind"] == "factory":
         return OtherModel(message)
     if error["kind"] == "crash":
-        subject = "the original code" if error.get("place") or theirs.factory is None else theirs.factory
+        mine = None if error.get("place") or theirs.factory is None else theirs.factory.partition(":")[0]
+        subject = "the original code" if mine is None else f"`{mine}`"
         where = f" {error['place']}" if error.get("place") else ": "
         lines = [line for line in error["trace"].rstrip().splitlines() if line.strip(" ^~")]
         last = "\n".join(lines[-LAST_LINES:]).replace(str(theirs.root), str(ours.root))

@@ -28,7 +28,7 @@ def inputs(model, batch, height, width, text_tokens, generator, reference=False)
 
     def noise(*shape):
         return torch.randn(*shape, generator=generator).to(weight)
-
+{positions}
     return {{
 {inputs}
     }}
@@ -42,6 +42,10 @@ def call(call_model, model, given, time, extra=None):
     )
     return result if isinstance(result, torch.Tensor) else result[0]
 '''
+
+_POSITIONS = """
+    positions = torch.cartesian_prod(torch.arange(1), torch.arange(height), torch.arange(width)).to(weight)
+"""
 
 
 def skeleton(
@@ -145,6 +149,7 @@ def _calls(model_class: type[nn.Module]) -> str:
     if left_out:
         arguments.append(f"# it also takes {', '.join(left_out)}")
     return _CALL.format(
+        positions="" if is_latents else _POSITIONS,
         inputs="\n".join(f"        {line}" for line in inputs),
         arguments="\n".join(f"        {line}" for line in arguments),
     )
@@ -159,6 +164,6 @@ def _shape(role: str | None, is_latents: bool) -> str:
         "text": "noise(batch, text_tokens, ...),  # its channels",
         "pooled": "noise(batch, ...),  # its channels",
         "mask": "torch.ones(batch, text_tokens, dtype=torch.bool, device=weight.device),",
-        "image ids": "...,  # positions of the image tokens, (batch, height * width, 3) say",
-        "text ids": "...,  # positions of the text tokens, (batch, text_tokens, 3) say",
+        "image ids": "positions.expand(batch, -1, -1),  # (batch, height * width, 3), or as forward wants them",
+        "text ids": "torch.zeros(batch, text_tokens, 3).to(weight),  # or as forward wants them",
     }.get(role or "", "...,")

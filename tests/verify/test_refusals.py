@@ -32,7 +32,7 @@ def error(kind: str, **more: Any) -> dict[str, Any]:
 def test_code_that_fails_is_shown_where_it_fails_and_no_more() -> None:
     told = _refusal(error("crash"), replace(THEIRS, factory="verify_factory:build"), OURS)
     first, _, rest = told.message.partition("\n\n")
-    assert first == "verify_factory:build fails: TypeError: no"
+    assert first == "`verify_factory` fails: TypeError: no"
     lines = rest.splitlines()
     assert len(lines) == 8
     assert lines[-2:] == ['  File "/home/me/flux/model.py", line 39, in forward', "    y = f39(x)"]

@@ -102,7 +102,15 @@ def test_tokens_want_positions() -> None:
 
     text = skeleton(Tokens, calls=True)
     assert '"img": noise(batch, height * width, ...),' in text
-    assert '"img_ids": ...,  # positions of the image tokens' in text
+    assert '"img_ids": positions.expand(batch, -1, -1),  # (batch, height * width, 3)' in text
+    module = ModuleType("verify_factory")
+    text = text.replace("noise(batch, height * width, ...)", "noise(batch, height * width, 4)")
+    text = text.replace("noise(batch, text_tokens, ...)", "noise(batch, text_tokens, 6)").partition("def inputs")[2]
+    exec("import torch\n\n\ndef inputs" + text, vars(module))
+    given = module.inputs(nn.Linear(1, 1), 2, 3, 5, 7, torch.Generator().manual_seed(0))
+    assert given["img_ids"].shape == (2, 15, 3)
+    assert given["img_ids"][1, 7].tolist() == [0, 1, 2], "row by row, behind a column of zeros"
+    assert given["txt_ids"].shape == (2, 7, 3)
     assert "timesteps=times," in text
 
 
