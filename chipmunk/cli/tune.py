@@ -114,9 +114,11 @@ def show_report(out: Console, report: TuneReport, path: Path) -> None:
     from rich.table import Table
 
     from chipmunk.apply.errors import quoted
-    from chipmunk.cli.terminal import next_commands, say
+    from chipmunk.cli.terminal import next_commands, say, sentence
 
     say(out, f"Tried {len(report.tried)} configurations in {report.seconds:.0f} s, floor {report.floor:g} dB.")
+    about = report.about
+    sentence(out, f"{about['model']}, weights: {about['weights']}, {about['dtype']}", label="Model")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("taken, one after the other", overflow="fold")
     for name in ("PSNR", report.cost):
@@ -129,6 +131,9 @@ def show_report(out: Console, report: TuneReport, path: Path) -> None:
         confirmed = report.confirmed
         table.add_row("confirmed on other seeds", f"{confirmed['fidelity']:.1f}", f"{confirmed['cost']:.1%}")
     out.print(table)
+    if about["weights"] == "random":
+        says = "random weights say nothing about pictures: --weights, or --factory, tunes on your model"
+        sentence(out, says, label="Note", style="yellow", indent=0)
     if report.tuned is None:
         best = max(report.tried, key=lambda trial: trial["fidelity"])
         say(out, f"Nothing holds {report.floor:g} dB; the closest had {best['fidelity']:.1f} dB.", "bold red")

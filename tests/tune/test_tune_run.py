@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from chipmunk.cli.tune import show_report
 from chipmunk.config import load
 from chipmunk.fidelity import FidelityOptions
-from chipmunk.tune import TuneOptions, run
+from chipmunk.tune import TuneOptions, TuneReport, run
 from tests.cli.command_line import chipmunk
 from tests.fidelity.test_fidelity_run import patched_starter
 
@@ -91,3 +95,22 @@ def test_a_floor_is_a_number_of_decibels(tmp_path: Path, floor: str) -> None:
     done = chipmunk("tune", tmp_path, f"--floor={floor}")
     assert done.code == 2
     assert "30dB say" in done.err
+
+
+def test_what_was_tuned_on_random_weights_says_so() -> None:
+    trial = {"what": "the start", "config": {}, "fidelity": 31.0, "cost": 0.8, "pictures": 1}
+    about = {"model": "Flux of flux/model.py, 3.0 million parameters", "weights": "random", "dtype": "float32"}
+    report = TuneReport(
+        root=Path("flux"), target="flux", floor=30.0, trail=(trial,), tried=(trial,), tuned=trial, confirmed=trial,
+        interrupted=False, cost="FLOPs", about={**about, "device": "CPU"}, text="mlp: {}", command="", seconds=1.0,
+    )  # fmt: skip
+
+    def shown(found: TuneReport) -> str:
+        out = io.StringIO()
+        show_report(Console(file=out, width=100), found, Path("chipmunk-config.yml"))
+        return " ".join(out.getvalue().split())
+
+    assert "Model Flux of flux/model.py, 3.0 million parameters, weights: random, float32" in shown(report)
+    assert "random weights say nothing about pictures" in shown(report)
+    trained = replace(report, about={**report.about, "weights": "of the repository"})
+    assert "say nothing" not in shown(trained)
