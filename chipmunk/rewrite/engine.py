@@ -78,7 +78,7 @@ def plan_repository(
         except SourceError as unread:  # Python reads the file, LibCST does not
             parsed = {**parsed, unread.path: unread}
             continue
-        unfit = {path: error for path in context.edits if (error := _unfit(repository, path)) is not None}
+        after, unfit, problem = _results(repository, context)
         found = {_key(model) for model in context.models if _NEED_FORWARD & set(chosen) and _is_hopeless(model)}
         if not unfit and not found:
             break
@@ -89,11 +89,7 @@ def plan_repository(
     sites = [*context.sites.values(), *_refused(repository, context)]
     facts = tuple(_facts(model, index, context) for index, model in enumerate(context.models))
     facts += tuple(context.installed)
-    try:
-        after = context.results()
-        problem = _check(files, after, context, registry, chosen, hopeless)
-    except OverlapError as error:
-        after, problem = {}, ("chipmunk", str(error))
+    problem = problem or _check(files, after, context, registry, chosen, hopeless)
     if problem is not None:
         patch, reason = problem
         sites = [
@@ -138,6 +134,33 @@ def _run(
     return repository, context
 
 
+def _results(
+    repository: Repository, context: Context
+) -> tuple[dict[str, bytes], dict[str, SourceError], tuple[str, str] | None]:
+    """The changed files; those that must not be edited, though they could be parsed; why nothing may be written."""
+    unfit: dict[str, SourceError] = {}
+    for path in context.edits:
+        if not _module(repository, path).source.survives():
+            unfit[path] = SourceError(path, "parse", "it does not survive parsing and printing unchanged")
+    if unfit:
+        return {}, unfit, None
+    after: dict[str, bytes] = {}
+    problem: tuple[str, str] | None = None
+    try:
+        after = context.results()
+    except OverlapError as overlap:
+        problem = "chipmunk", str(overlap)
+    for path in context.edits:
+        error = _compile_error(path, after[path]) if after else ""
+        if error is None:
+            continue  # nor does the file itself fail to, then
+        if (own := _compile_error(path, _module(repository, path).source.content)) is not None:
+            unfit[path] = SourceError(path, "parse", f"this Python does not compile it as it is ({own})")
+        elif problem is None:
+            problem = "chipmunk", f"the changed {path} would not compile ({error})"
+    return after, unfit, problem
+
+
 def _check(
     files: Mapping[str, bytes],
     after: Mapping[str, bytes],
@@ -146,10 +169,7 @@ def _check(
     chosen: list[str],
     hopeless: Collection[str],
 ) -> tuple[str, str] | None:
-    """Why the result must not be written: it does not compile, or a second run would change it again."""
-    for path, content in after.items():
-        if (error := _compile_error(path, content)) is not None:
-            return "chipmunk", f"the changed {path} would not compile ({error})"
+    """Why the result must not be written: a second run would change it again."""
     if not after:
         return None
     # Everything is worked out anew but for the trees of files, and of statements, whose text is the same.
@@ -179,16 +199,6 @@ def _key(model: Model) -> str:
 def _is_hopeless(model: Model) -> bool:
     double, single = model.double_block, model.single_block
     return not any(block.attention or block.mlp or block.linear_in for block in (double, single))
-
-
-def _unfit(repository: Repository, path: str) -> SourceError | None:
-    """Why a file must not be edited, though it could be parsed."""
-    source = _module(repository, path).source
-    if not source.survives():
-        return SourceError(path, "parse", "it does not survive parsing and printing unchanged")
-    if (error := _compile_error(path, source.content)) is not None:
-        return SourceError(path, "parse", f"this Python does not compile it as it is ({error})")
-    return None
 
 
 def _compile_error(path: str, content: bytes) -> str | None:

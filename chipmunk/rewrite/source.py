@@ -222,8 +222,9 @@ class Source:
         return bool(before) and b"#" in self.text[max(before) : start]
 
     def _functions(self) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, _Part]]:
-        """The functions whose trees were asked for, with the lines of their statements."""
-        for outline in ast.walk(self.outline):
+        """The functions and methods whose trees were asked for, with the lines of their statements."""
+        classes = (statement for statement in self.outline.body if isinstance(statement, ast.ClassDef))
+        for outline in (*self.outline.body, *(statement for owner in classes for statement in owner.body)):
             if isinstance(outline, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 part = self._parts.get(self.lines(outline)[0])
                 if part is not None:
@@ -249,15 +250,14 @@ class Source:
         shared, before = max(same, key=lambda pair: pair[0], default=(0, None))
         if before is None or before.head != head or shared < _WORTH_MENDING:
             return None
-        # taken out: no two functions share a tree
-        self._edited[outline.name].remove(before)
-        if self._before.get(before.text) is before:
-            del self._before[before.text]
+        self._edited[outline.name].remove(before)  # no two functions share a tree
         start, end = self.lines(outline)
         try:
-            return before.mended(self.text[start:end], regions, self.newline)
+            found = before.mended(self.text[start:end], regions, self.newline)
         except cst.ParserSyntaxError:  # told by parsing all of it, with the right line
             return None
+        # A comment behind a block may belong to the statement before it, which was parsed again without it.
+        return found if found is not None and found.survives() else None
 
     def _part(self, start: int, end: int, head: bytes = b"", outline: Definition | None = None) -> _Part:
         if start not in self._parts:

@@ -191,6 +191,17 @@ def test_of_an_edited_function_only_edited_statements_are_parsed_again(monkeypat
     assert len({*map(id, news)}) == len(news)
 
 
+def test_a_comment_behind_an_edited_block_is_not_lost() -> None:
+    text = LONG.replace("            i()\n", "            i()\n            # in the loop\n")
+    file = Source("x.py", text.encode())
+    file.definition(next(node for node in ast.walk(file.outline) if isinstance(node, ast.FunctionDef)))
+    at = text.index("i()")
+    new = file.edited({Edit(at, at, "chipmunk.")})
+    method = new.definition(next(node for node in ast.walk(new.outline) if isinstance(node, ast.FunctionDef)))
+    assert new.code(method).endswith("        return b")
+    assert "# in the loop" in new.code(method)
+
+
 def test_two_functions_of_one_name_do_not_share_statements() -> None:
     body = "".join(f"        a{n} = x\n" for n in range(5))
     text = f"class A:\n    def f(self, x):\n{body}class B:\n    def f(self, x):\n{body}"
