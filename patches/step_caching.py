@@ -125,7 +125,25 @@ def _loops(context: Context, model: Model, attribute: str) -> list[_Loop]:
             found.append(_Loop(step, step.node, node, done))
     if not found:
         raise _DoesNotFit(f"the loop over self.{attribute} was not found")
+    if not _always_runs(found):
+        raise _DoesNotFit(f"the forward has a way around self.{attribute}", found[0].node)
     return found
+
+
+def _always_runs(loops: list[_Loop]) -> bool:
+    """Whether each call of the forward goes through one of the loops: on all of its ways, or where each arm has one.
+
+    A forward that leaves its blocks out itself, as caches do, would be told of a step that it never comes to.
+    """
+    chains = {tuple((n, b) for n, b in loop.step.chain if not isinstance(n, (cst.With, cst.Try))) for loop in loops}
+    for chain in sorted(chains, key=len, reverse=True):
+        while chain and isinstance(chain[-1][0], cst.If):
+            *around, (node, branch) = chain
+            if (*around, (node, "orelse" if branch == "body" else "body")) not in chains:
+                break
+            chain = tuple(around)
+            chains.add(chain)
+    return () in chains
 
 
 def _runs_blocks(scope: Scope, loop: cst.For) -> bool:

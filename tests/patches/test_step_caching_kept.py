@@ -58,6 +58,16 @@ IN_MODEL: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
         "patched",
     ),
 }
+JOINTS = "        for block in self.joints:\n" + BLOCK
+BRANCH = "".join(f"    {line}\n" for line in JOINTS.splitlines())
+IN_MODEL |= {
+    "a way around the blocks": (
+        ((JOINTS, f"        if self.busy:\n{BRANCH}"),),
+        "the forward has a way around self.joints",
+    ),
+    "two ways through them": (((JOINTS, f"        if self.busy:\n{BRANCH}        else:\n{BRANCH}"),), "patched"),
+    "a context around them": (((JOINTS, f"        with torch.autocast('cpu'):\n{BRANCH}"),), "patched"),
+}
 IN_BLOCK: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
     "an attribute of the block": (
         ((END, f"        self.bank = mixed\n{END}"),),
