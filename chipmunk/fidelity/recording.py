@@ -18,9 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import chipmunk
 from chipmunk.fidelity.flops import LayerCall, LayerShape, ModelCost
-from chipmunk.runtime import model_call
 from chipmunk.runtime.layer_state import DONE, LayerState
-from chipmunk.runtime.session import statistics
+from chipmunk.runtime.session import ATTRIBUTE, Session, statistics
 
 
 @dataclass
@@ -74,29 +73,37 @@ def recording(model: nn.Module, blocks: list[nn.Module], watched: bool = False) 
             found.calls.append(dict(ran))
         dense_calls[0] = dense
 
-    original = model_call._record
-
-    def noted(
-        session: Any, slot: str, index: int, state: LayerState | None, attention: str, mlp: str, discard: bool
-    ) -> None:
+    def noted(index: int, state: LayerState | None) -> None:
         ran[index] = layer_call(state)
-        original(session, slot, index, state, attention, mlp, discard)
 
     dense_calls[0] = sum(statistics(model).dense_model_calls.values())
     handles = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
     for number, block in enumerate(blocks if watched else []):
         handles.append(block.register_forward_pre_hook(lambda *_, number=number: ran.update({number: LayerCall()})))
-    model_call._record = noted
     start = time.perf_counter()
     try:
-        yield found
+        with _told(model, noted):
+            yield found
     finally:
         if cuda:
             torch.cuda.synchronize()
         found.seconds = time.perf_counter() - start
-        model_call._record = original
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _told(model: nn.Module, watch: Callable[[int, LayerState | None], object]) -> Iterator[None]:
+    """While this is open, `watch` is told of each layer after each call; of none where Chipmunk is off."""
+    session: Session | None = model.__dict__.get(ATTRIBUTE) or None
+    if session is None:
+        yield
+        return
+    session.recorder.watch = watch
+    try:
+        yield
+    finally:
+        session.recorder.watch = None
 
 
 def layer_call(state: LayerState | None) -> LayerCall:
@@ -145,20 +152,15 @@ def measure_cost(model: nn.Module, blocks: list[nn.Module], draw: Callable[[], o
     """
     shapes = [LayerShape() for _ in blocks]
 
-    def noted(
-        session: Any, slot: str, index: int, state: LayerState | None, attention: str, mlp: str, discard: bool
-    ) -> None:
+    def noted(index: int, state: LayerState | None) -> None:
         if state is not None:
             shapes[index] = layer_shape(state)
-        original(session, slot, index, state, attention, mlp, discard)
 
-    original = model_call._record
-    model_call._record = noted
     chipmunk.enable(model, SHOW)
     try:
-        draw()
+        with _told(model, noted):
+            draw()
     finally:
-        model_call._record = original
         chipmunk.disable(model)
 
     counts, counter, handles = [0] * len(blocks), FlopCounterMode(display=False), []

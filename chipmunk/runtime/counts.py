@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from textwrap import fill
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from chipmunk.runtime.clock import Generation
+    from chipmunk.runtime.layer_state import LayerState
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ class Recorder:
         self.restarts: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
         self.peak_cache_bytes = 0
+        self.watch: Callable[[int, LayerState | None], object] | None = None
+        """Told of every layer after a call, with its caches and what it did; None where a layer is always dense."""
         self.skipped_model_calls = 0
         self.no_step_caching: str | None = None
         self._generation: weakref.ref[object] | None = None

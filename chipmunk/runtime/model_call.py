@@ -284,7 +284,9 @@ def _record(
     session: Session, slot: str, index: int, state: LayerState | None, attention: str, mlp: str, discard: bool
 ) -> None:
     """Count what a layer did, and start over what did not go to plan."""
-    count = session.recorder.count
+    count, watch = session.recorder.count, session.recorder.watch
+    if watch is not None:
+        watch(index, state)
     if state is None:
         count(index, "attention", slot, attention)
         count(index, "mlp", slot, mlp)

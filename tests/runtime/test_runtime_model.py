@@ -292,6 +292,20 @@ def test_statistics_read_well() -> None:
     assert "  single_blocks.0 to 2 mlp [negative]: 10 sparse, 2 full" in lines
 
 
+def test_a_watcher_is_told_of_each_layer_after_each_call() -> None:
+    model, told = build(), dict[int, list[str | None]]()
+    chipmunk.enable(model, small())
+    model.__dict__["_chipmunk_session"].recorder.watch = lambda layer, state: told.setdefault(layer, []).append(
+        None if state is None else f"{state.attention}, {state.attention_done}, {state.keys is not None}"
+    )
+    denoise(model, 9, **inputs())
+    model(**inputs(), timesteps=torch.ones(1))  # outside of a loop: dense as a whole
+    assert told.pop(0) == [None] * 9
+    assert list(told) == [1, 2, 3, 4, 5]
+    for kinds in told.values():
+        assert kinds == ["dense, done, False", "full, done, True", *["sparse, done, True"] * 7]
+
+
 def test_public_names() -> None:
     import chipmunk.runtime
 
