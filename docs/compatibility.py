@@ -31,6 +31,11 @@ change in before, those in which it still has nothing to change. Written by
 `python docs/compatibility.py NAME@COMMIT=PATH …` from repositories at hand.
 """
 
+UNVERIFIED = """
+`chipmunk verify REPOSITORY --model CLASS` prints a file to complete, with all that signatures tell: how such a model is
+built small, and how it is called. `--factory` names it.
+"""
+
 COLUMNS = [
     "repository",
     "commit",
@@ -68,8 +73,11 @@ def main() -> None:
     print(HEAD)
     print(f"| {' | '.join(COLUMNS).replace('_', ' ')} |\n{'|---' * len(COLUMNS)}|")
     print("\n".join(row(known[label]) for label in labels))
-    for title, key in (("Left dense, and why", "left"), ("Patched, but not verified", "unverified")):
-        print(f"\n## {title}\n")
+    for title, key, note in (
+        ("Left dense, and why", "left", ""),
+        ("Patched, but not verified", "unverified", UNVERIFIED),
+    ):
+        print(f"\n## {title}\n{note}")
         print("\n".join(line for label in labels for line in listed(known[label], key)) or "nothing")
 
 
@@ -87,7 +95,7 @@ def examine(source: Path, python: str) -> dict[str, Any]:
         once = tree_hash(root)
         again = chipmunk("patch", root)[0] == 0 and tree_hash(root) == once
         verified, report, verify_seconds = chipmunk("verify", root, "--python", python)
-        checks = report.get("checks", [])
+        checks, unverified = report.get("checks", []), report.get("unverified", [])
         return {
             "exit": 0,
             "seconds": seconds,
@@ -101,7 +109,7 @@ def examine(source: Path, python: str) -> dict[str, Any]:
             "checks": [sum(check["holds"] for check in checks), len(checks)],
             "models": len({check["name"].partition(", ")[2] for check in checks}),
             "failed": [check for check in checks if not check["holds"]],
-            "unverified": report.get("unverified", []),
+            "unverified": [{**each, "reason": each["reason"].replace(python, "python")} for each in unverified],
             "refusal": report if verified == 2 else None,
             "reverted": chipmunk("revert", root)[0] == 0 and tree_hash(root) == before,
         }
