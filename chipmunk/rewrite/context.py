@@ -7,11 +7,12 @@ from functools import cached_property
 import libcst as cst
 
 from chipmunk.rewrite.flow import Step
+from chipmunk.rewrite.imports import PACKAGE, import_edit, runtime_name
 from chipmunk.rewrite.loops import Loops, find_loops
 from chipmunk.rewrite.plan import LoopFacts, ModelFacts, Site, SiteStatus
 from chipmunk.rewrite.repository import External, Function, Module, Repository
 from chipmunk.rewrite.roles import Model, Roles
-from chipmunk.rewrite.source import PACKAGE, Edit, Source, import_edit, runtime_name
+from chipmunk.rewrite.source import Edit, Source
 from chipmunk.rewrite.syntax import dotted, last_name, parameters
 from chipmunk.rewrite.values import Values
 

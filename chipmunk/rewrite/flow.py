@@ -62,7 +62,6 @@ class Scope:
     """The statements of a function, or of a module outside its functions and classes."""
 
     node: cst.FunctionDef | cst.Module
-    outer: Scope | None = None
     steps: list[Step] = field(default_factory=list)
     bindings: dict[str, list[Binding]] = field(default_factory=dict)
     calls: list[tuple[cst.Call, Step]] = field(default_factory=list)

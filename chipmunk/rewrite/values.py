@@ -10,13 +10,14 @@ import ast
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from pathlib import PurePosixPath
 
 import libcst as cst
 
 from chipmunk.rewrite import outlines
-from chipmunk.rewrite.flow import Binding, Scope, Step
+from chipmunk.rewrite.flow import Binding, Step
+from chipmunk.rewrite.modules import Place
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
 from chipmunk.rewrite.roles import Model
 from chipmunk.rewrite.syntax import bind, dotted, elements, is_call, last_name, parameters, self_attribute, walk
@@ -32,7 +33,6 @@ _INSIDE = {"module", "_orig_mod"}
 """Attributes under which wrappers hold what they wrap."""
 _ANY_CLASS = {"Any", "Callable", "Module", "ModelMixin", "ConfigMixin", "TypeVar"}
 """Annotations that say nothing about a model."""
-_LOOP = re.compile(rb"^[ \t]*(?:async[ \t]+)?for\b", re.MULTILINE)
 _FROM_HERE = re.compile(rb"from(?<!\wfrom)\s+\.+\s+import(?!\w)")
 _SETTING = {"setattr", "add_module", "register_module", "__setattr__"}
 
@@ -51,47 +51,6 @@ def label_of(index: int) -> str:
 def args_label(call: cst.Call) -> str:
     """The label of what this call of `parse_args` returns."""
     return f"{ARGS}{id(call)}"
-
-
-@dataclass(eq=False)
-class Place:
-    """A function, or a module's own statements."""
-
-    module: Module
-    function: Function | None
-
-    @property
-    def scope(self) -> Scope:
-        return self.module.scope if self.function is None else self.function.scope
-
-    @cached_property
-    def words(self) -> frozenset[str]:
-        """Every name that occurs in it, and what aliases stand for; told without its tree."""
-        words = self.module.words if self.function is None else self.function.words
-        return words | {self.module.aliases[word] for word in words & self.module.aliases.keys()}
-
-    @cached_property
-    def loops(self) -> bool:
-        """Whether it has a `for` statement; told without its tree."""
-        text = self.module.source.plain_text if self.function is None else self.function.text
-        return _LOOP.search(text) is not None
-
-    @property
-    def outline(self) -> outlines.Outline:
-        return self.module.values if self.function is None else self.function.values
-
-    @property
-    def uses(self) -> outlines.Uses:
-        return self.module.uses if self.function is None else self.function.uses
-
-    @property
-    def name(self) -> str:
-        return "<module>" if self.function is None else self.function.name
-
-    @property
-    def names(self) -> Function | Module:
-        """What names are resolved in."""
-        return self.module if self.function is None else self.function
 
 
 @dataclass(eq=False)

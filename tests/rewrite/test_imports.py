@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from chipmunk.rewrite.source import Source, import_edit, runtime_name
+from chipmunk.rewrite.imports import import_edit, runtime_name
+from chipmunk.rewrite.source import Source
 
 OWN = {"flow", "layers"}
 
