@@ -13,8 +13,8 @@ from chipmunk.cli.options import Json
 
 @command
 def apply(
-    patch_file: Annotated[Path, typer.Argument(help="What `chipmunk diff --output` wrote.")],
-    repo: Annotated[Path, typer.Argument(help="The copy of the repository.")] = Path("."),
+    patch_file: Annotated[Path, typer.Argument(metavar="PATCH", help="What `chipmunk diff --output` wrote.")],
+    repo: Annotated[Path, typer.Argument(metavar="REPO", help="The copy of the repository.")] = Path("."),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change and write nothing.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if there is work to do.")] = False,
     as_json: Json = False,

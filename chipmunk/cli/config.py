@@ -18,14 +18,14 @@ app = typer.Typer(help="Write, check and show a chipmunk-config.yml.", no_args_i
 
 Place = Annotated[
     Path | None,
-    typer.Argument(help="The file, or its folder; left out, the one that applies here."),
+    typer.Argument(metavar="PLACE", help="The file, or its folder; left out, the one that applies here."),
 ]
 
 
 @app.command()
 @command
 def init(
-    place: Annotated[Path, typer.Argument(help="Where to write it: a folder or a file.")] = Path("."),
+    place: Annotated[Path, typer.Argument(metavar="PLACE", help="Where to write it: a folder or a file.")] = Path("."),
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write the default configuration, commented."""

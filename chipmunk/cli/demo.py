@@ -21,7 +21,7 @@ STEPS = "50"
 
 @command
 def demo(
-    folder: Annotated[Path, typer.Argument(help="A folder to make, for the starter repository.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder to make, for the starter repository.")],
     pictures: Annotated[bool, typer.Option(help="Draw pictures, dense and sparse: two minutes on two cores.")] = True,
 ) -> None:
     """Write a small FLUX repository and try it all.

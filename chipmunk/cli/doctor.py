@@ -25,7 +25,7 @@ _OLDEST_TORCH = (2, 6)
 @command
 def doctor(
     repo: Annotated[
-        Path | None, typer.Argument(help="A FLUX repository: is it the one that would be imported?")
+        Path | None, typer.Argument(metavar="REPO", help="A FLUX repository: is it the one that would be imported?")
     ] = None,
     python: Python = None,
     as_json: Json = False,

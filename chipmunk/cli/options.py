@@ -10,7 +10,7 @@ import typer
 
 from chipmunk.cli.failure import Failure
 
-Repo = Annotated[Path, typer.Argument(help="The FLUX repository: the folder that holds its code.")]
+Repo = Annotated[Path, typer.Argument(metavar="REPO", help="The FLUX repository: the folder that holds its code.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Only = Annotated[
     list[str] | None,

@@ -29,7 +29,7 @@ def list_patches(plugins: Plugins = None) -> None:
 @app.command("show")
 @command
 def show_patch(
-    name: Annotated[str, typer.Argument(help="The patch's name, as the list gives it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The patch's name, as the list gives it.")],
     plugins: Plugins = None,
 ) -> None:
     """Explain one change that Chipmunk makes, with its examples."""

@@ -29,7 +29,7 @@ def list_targets(plugins: Plugins = None) -> None:
 @app.command("show")
 @command
 def show_target(
-    name: Annotated[str, typer.Argument(help="The target's name, as the list gives it.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The target's name, as the list gives it.")],
     plugins: Plugins = None,
 ) -> None:
     """Explain one family of code base, and what is built and run of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,19 @@ def test_usage_errors_are_code_2_and_leave_stdout_alone(words: str) -> None:
     done = chipmunk(*words.split())
     assert (done.code, done.out) == (2, "")
     assert "Error" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "usage"),
+    [
+        (["patch"], "REPO"),
+        (["apply"], "PATCH REPO"),
+        (["demo"], "DIR"),
+        (["doctor"], "REPO"),
+        (["config", "init"], "PLACE"),
+        (["patches", "show"], "NAME"),
+    ],
+)
+def test_arguments_are_called_as_in_the_readme(words: list[str], usage: str) -> None:
+    first = chipmunk(*words, "--help").out.splitlines()[0]
+    assert re.sub(r"[\[\]{}]", "", first).endswith(f"OPTIONS {usage}")
