@@ -86,6 +86,10 @@ def _patch_loop(context: Context, found: SamplingLoop) -> None:
         through = next((f" (in {call.helper})" for call in calls if call.helper), "")
         reason = f"each step of this loop calls the model as {' and '.join(models)}{through}{many}"
         context.patched(source, loop, reason, matched=matched)
+    for call in calls:
+        if call.step.loops and call.step.loops[-1] is not loop and loop in call.step.loops:
+            again = "a loop inside the step calls the model here: of its calls in one step, all but the first run dense"
+            context.left_dense(source, call.call, again)
     parameter = models[0] if models[0] in place.scope.parameters else None
     facts = LoopFacts(source.path, place.name, source.line(loop), parameter, tuple(slots))
     context.loops.setdefault(calls[0].model, []).append(facts)

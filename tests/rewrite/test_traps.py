@@ -365,6 +365,9 @@ def test_only_the_outer_of_two_loops_is_the_steps() -> None:
             "        image = image + (then",
         ),
     )
+    (again,) = sites(plan_of(sampling=text), "step-clock", "left dense")
+    assert (again.file, again.line) == ("flow/sampling.py", 11)
+    assert "all but the first run dense" in again.reason
     result = loop_of(text)
     assert result.count("chipmunk.steps") == 1
     assert "for now, then in chipmunk.steps(model, zip" in result
