@@ -88,6 +88,12 @@ class _Reader:
                 for node in walk(expression):
                     if isinstance(node, cst.BinaryOperation):
                         yield from self._table(entry, node, step)
+                    elif (
+                        isinstance(node, cst.Subscript)
+                        and _is_fixed_slice(node)
+                        and self._holds(entry, node.value, step)
+                    ):
+                        yield Found(f"{function.name} goes by where tokens lie (a slice at a fixed place)")
         for call, step in function.scope.calls:
             yield from self._by_name(entry, call, step)
             yield from self._through(entry, call, step, objects, depth)
@@ -382,6 +388,18 @@ def _along_tokens(axes: cst.BaseExpression | None, call: cst.Call) -> bool:
             if integer(axis) not in (0, -1, 3):
                 return True
     return not given
+
+
+def _is_fixed_slice(node: cst.Subscript) -> bool:
+    """Whether it cuts the tokens' axis at a number that is written out: `x[:, :512]`, `keys[:, :, 512:, :]`."""
+    parts = node.slice
+    if any(isinstance(p.slice, cst.Index) and isinstance(p.slice.value, cst.Ellipsis) for p in parts[:3]):
+        return False
+    for place in {2: (1,), 3: (1,), 4: (1, 2)}.get(len(parts), ()):
+        cut = parts[place].slice
+        if isinstance(cut, cst.Slice) and any(integer(end) for end in (cut.lower, cut.upper, cut.step)):
+            return True
+    return False
 
 
 def _splits_tokens(call: cst.Call) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import libcst as cst
 
 from chipmunk.rewrite.candidates import may_hold_model, may_run_blocks
+from chipmunk.rewrite.flow import Scope
 from chipmunk.rewrite.handed import work_of
 from chipmunk.rewrite.image_tokens import ids_parameter, image_parameter, other_spatial
 from chipmunk.rewrite.passes import BY_NAME, CONCATENATIONS, Pass, Streams, joined, joined_inside, passes
@@ -191,12 +192,20 @@ def _model(repository: Repository, owner: Class, method: Function) -> Model | Lo
                         return _with_roles(repository, owner, method, double, single, streams)
     for double in found:
         taken = {dotted(arg.value) for arg in double.given}
-        later = [p.attribute for p in found if p.attribute != double.attribute and p.step.index > double.step.index]
+        later = [p for p in found if p.attribute != double.attribute and _is_made_between(scope, double, p)]
         if later and len(double.results) == 2 and taken.issuperset(double.results):
-            lists = f"self.{double.attribute}, and then through self.{later[0]}"
+            lists = f"self.{double.attribute}, and then through self.{later[0].attribute}"
             reason = f"it goes through {lists}; how the streams are joined, or which is the image, is not understood"
             return Lookalike(owner, method.node.name, reason)
     return None
+
+
+def _is_made_between(scope: Scope, double: Pass, single: Pass) -> bool:
+    """Whether the second loop's blocks are given something that is made after the first loop: the joint stream."""
+    between = range(double.step.index + 1, single.step.index)
+    names = [dotted(arg.value) or "" for arg in single.given]
+    made = [b.step for name in names for b in scope.bindings.get(name, ()) if b.step.index in between]
+    return any(double.loop not in step.loops and step.node is not single.loop for step in made)
 
 
 def _with_roles(

@@ -74,8 +74,8 @@ BY_PLACE: dict[str, tuple[dict[str, str], str]] = {
         },
         "PairBlock.forward goes by where tokens lie (avg_pool1d)",
     ),
-    "a roll of the image's part of the joint stream": (
-        {"single": variant(SINGLE, (END, "        x = torch.cat((x[:, :5], x[:, 5:].roll(1, 1)), 1)\n" + END))},
+    "a roll of the joint stream": (
+        {"single": variant(SINGLE, (END, "        x = x + 0.1 * x.roll(1, 1)\n" + END))},
         "JointBlock.forward goes by where tokens lie (roll)",
     ),
     "a running sum after the blocks": (
@@ -125,6 +125,10 @@ BY_PLACE: dict[str, tuple[dict[str, str], str]] = {
         },
         "attend computes attention with a mask of the model's own",
     ),
+    "a slice at a fixed place": (
+        {"single": variant(SINGLE, (END, "        x = torch.cat((x[:, :20] * 0.5, x[:, 20:]), 1)\n" + END))},
+        "JointBlock.forward goes by where tokens lie (a slice at a fixed place)",
+    ),
     "the first half of the image alone": (
         {
             "double": variant(
@@ -155,6 +159,9 @@ def test_tokens_keep_their_order_where_it_matters(name: str, tmp_path: Path) -> 
 
 ALIKE: dict[str, dict[str, str]] = {
     "a roll along the channels": {"single": variant(SINGLE, (END, "        x = x + x.roll(1, -1).flip(-1)\n" + END))},
+    "a slice of the channels": {
+        "single": variant(SINGLE, (END, "        x = torch.cat((x[:, :, 16:], x[..., :16]), -1)\n" + END))
+    },
     "halves of the channels": {
         "double": variant(DOUBLE, (MIX, "        image = torch.cat(image.chunk(2, dim=-1)[::-1], -1)\n" + MIX))
     },
