@@ -7,11 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from chipmunk.registry import Patch, load
-from chipmunk.rewrite import Plan, SelectionError, SiteStatus, plan_repository
+from chipmunk.rewrite import Plan, SelectionError, SiteStatus, engine, plan_repository
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.minimal import FILES, MODEL, SINGLE
 
@@ -233,3 +234,34 @@ def test_planning_needs_neither_torch_nor_the_disk() -> None:
         "assert not {'torch', 'triton', 'typer', 'rich'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_the_checking_run_sees_what_a_run_from_nothing_sees(newline: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on with trees of the first run, and must not be mistaken for it."""
+    contexts: list[Context] = []
+    run = engine._run
+
+    def remember(*given: Any, **named: Any) -> Any:
+        found = run(*given, **named)
+        contexts.append(found[1])
+        return found
+
+    monkeypatch.setattr(engine, "_run", remember)
+    files = {path: content.replace(b"\n", newline.encode()) for path, content in SOURCES.items()}
+    changed = after(files, plan_repository(files, REGISTRY))
+    checking = contexts[-1]
+    assert len(contexts) == 2
+    fresh = run(changed, REGISTRY, [*REGISTRY.patches], {}, None)[1]
+
+    def told(context: Context) -> set[tuple[str, str, SiteStatus]]:
+        return {(site.file, site.patch, site.status) for site in context.sites.values()}
+
+    assert told(checking) == told(fresh) != set()
+    assert not checking.edits
+    for path in changed:
+        module, anew = (context.repository.module(path) for context in (checking, fresh))
+        assert module is not None
+        assert anew is not None
+        for one, other in zip(module.all_functions(), anew.all_functions(), strict=True):
+            assert one.node.deep_equals(other.node)
