@@ -131,7 +131,7 @@ def _loops(context: Context, model: Model, attribute: str) -> list[_Loop]:
 
 
 def _always_runs(loops: list[_Loop]) -> bool:
-    """Whether each call of the forward goes through one of the loops: on all of its ways, or where each arm has one.
+    """Whether each call of the forward goes through one of the loops: no other arm does something in their place.
 
     A forward that leaves its blocks out itself, as caches do, would be told of a step that it never comes to.
     """
@@ -139,7 +139,8 @@ def _always_runs(loops: list[_Loop]) -> bool:
     for chain in sorted(chains, key=len, reverse=True):
         while chain and isinstance(chain[-1][0], cst.If):
             *around, (node, branch) = chain
-            if (*around, (node, "orelse" if branch == "body" else "body")) not in chains:
+            other = (*around, (node, "orelse" if branch == "body" else "body"))
+            if other not in chains and (branch == "orelse" or getattr(node, "orelse", None) is not None):
                 break
             chain = tuple(around)
             chains.add(chain)
@@ -213,6 +214,8 @@ def _is_cut(node: cst.Subscript) -> bool:
 
 def _check(model: Model, loops: list[_Loop], hidden: _Hidden) -> None:
     """Raise _DoesNotFit if anything but the hidden state is missing, or wrong, where the loops iterate nothing."""
+    if any(isinstance(node, cst.If) for node, _ in hidden.step.chain):
+        raise _DoesNotFit("the forward has a way around its blocks", hidden.step.node)
     scope = model.forward.scope
     nodes = [loop.node for loop in loops]
     start = min(loop.step.index for loop in loops)

@@ -61,10 +61,11 @@ IN_MODEL: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
 JOINTS = "        for block in self.joints:\n" + BLOCK
 BRANCH = "".join(f"    {line}\n" for line in JOINTS.splitlines())
 IN_MODEL |= {
-    "a way around the blocks": (
-        ((JOINTS, f"        if self.busy:\n{BRANCH}"),),
+    "something else in their place": (
+        ((JOINTS, f"        if self.busy:\n{BRANCH}        else:\n            x = 2 * x\n"),),
         "the forward has a way around self.joints",
     ),
+    "nothing in their place": (((JOINTS, f"        if self.busy:\n{BRANCH}"),), "patched"),
     "two ways through them": (((JOINTS, f"        if self.busy:\n{BRANCH}        else:\n{BRANCH}"),), "patched"),
     "a context around them": (((JOINTS, f"        with torch.autocast('cpu'):\n{BRANCH}"),), "patched"),
 }
