@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from chipmunk.runtime.layer_state import LayerState
 from chipmunk.runtime.step_caching import StepCache
 from chipmunk.runtime.token_order import TokenOrder
+from chipmunk.runtime.weights_seen import WeightsSeen
 
 if TYPE_CHECKING:
     from chipmunk.runtime.session import Session
@@ -28,13 +29,21 @@ _EXACT_ITERATORS = tuple(type(iter(example)) for example in _EXAMPLES)
 class CallSlot:
     """What one place that calls the model remembers during one generation."""
 
-    def __init__(self, layers: list[LayerState | None], signature: tuple[object, ...], inference: bool) -> None:
+    def __init__(
+        self,
+        layers: list[LayerState | None],
+        signature: tuple[object, ...],
+        inference: bool,
+        weights: WeightsSeen,
+    ) -> None:
         self.layers = layers
         """By layer index; None where a layer always runs dense."""
         self.signature = signature
         """Shape, dtype and device of every tensor the model is given."""
         self.inference = inference
         """Whether the caches were made in inference mode: they cannot be updated outside it."""
+        self.weights = weights
+        """Those under which the caches were made."""
         self.order: TokenOrder | None = None
         self.steps: StepCache | None = None
         """Where steps may be skipped: what the computed ones left."""

@@ -21,6 +21,7 @@ from chipmunk.runtime.schedule import attention_is_full, attention_step, mlp_is_
 from chipmunk.runtime.step_caching import ATTRIBUTE as STEP_ATTRIBUTE
 from chipmunk.runtime.step_caching import StepCache, StepCall
 from chipmunk.runtime.timestep_clock import shapes_of
+from chipmunk.runtime.weights_seen import WeightsSeen
 
 if TYPE_CHECKING:
     from chipmunk.runtime.session import Session
@@ -188,9 +189,12 @@ def _slot(
     if slot is not None:
         changed = "shape, dtype or device of the inputs" if slot.inference == inference else "inference mode"
         if slot.signature == signature and slot.inference == inference:
-            if slot.order is None or why_by_token(session, bound) is None:
+            if not slot.weights.are_those_of(blocks):
+                changed = "weights"
+            elif slot.order is None or why_by_token(session, bound) is None:
                 return slot
-            changed = "what belongs to the image tokens one by one"  # it would not be moved with them
+            else:
+                changed = "what belongs to the image tokens one by one"  # it would not be moved with them
         session.recorder.restarts[f"{changed} changed"] += 1
         slot.forget()
     attn, mlp = AttentionRules.of(session.config.attn), MlpRules.of(session.config.mlp)
@@ -200,7 +204,7 @@ def _slot(
         else LayerState(attn, mlp, session.config.implementation)
         for index in range(len(blocks))
     ]
-    slot = generation.slots[name] = CallSlot(layers, signature, inference)
+    slot = generation.slots[name] = CallSlot(layers, signature, inference, WeightsSeen(blocks))
     if session.config.mlp.is_enabled and session.config.implementation != "reference":
         session.layout.prepare(blocks, bound.arguments[session.spec.image].device)
     if any(layers):
