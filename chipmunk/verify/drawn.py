@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
 from typing import Any
@@ -37,15 +38,62 @@ def unwrapped(function: Callable[..., Any]) -> Any:
     return getattr(function, "__func__", function)
 
 
-@contextmanager
-def record(model: nn.Module, loop: CodeType, drawn: Drawn) -> Iterator[None]:
-    """While this is open, note each call of `model`, with the step and the line of `loop` that it comes from.
+def loop_at(source: str | bytes, line: int) -> ast.For | None:
+    """The `for` on this line of a file; None if there is none, or if its body begins on the loop's own lines."""
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.For) and node.lineno == line]
+    return found[0] if found and found[0].body[0].lineno > (found[0].iter.end_lineno or line) else None
 
-    A step ends where a line makes a call that stands above, or is, one that has made a call in it already. A new
-    activation of the loop starts again at step 0.
+
+def iterates(loop: ast.For) -> bool:
+    """Whether there are loops inside the loop: lines that run several times do not tell its rounds then."""
+    return any(isinstance(node, (ast.For, ast.While)) for node in ast.walk(loop) if node is not loop)
+
+
+class Rounds:
+    """Counts the rounds of `head`, a loop of the function `loop`, by the lines that run, while the `with` block lasts.
+
+    A round is a line of the body after one of the loop's head; the head reached from elsewhere begins at round 0.
+    """
+
+    def __init__(self, loop: CodeType, head: ast.For) -> None:
+        self.loop = loop
+        self.head = range(head.lineno, head.body[0].lineno)
+        self.body = range(head.body[0].lineno, (head.body[-1].end_lineno or head.body[-1].lineno) + 1)
+        self.round = -1
+        self._line = 0
+        """Of this function, the last one that ran."""
+
+    def __enter__(self) -> Rounds:
+        self._before = sys.gettrace()
+        sys.settrace(self._enter)
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        sys.settrace(self._before)
+
+    def _enter(self, frame: FrameType, event: str, value: Any) -> Any:
+        return self._line_runs if frame.f_code is self.loop else None
+
+    def _line_runs(self, frame: FrameType, event: str, value: Any) -> Any:
+        if event == "line":
+            before, self._line = self._line, frame.f_lineno
+            if self._line in self.head and before not in self.head and before not in self.body:
+                self.round = -1
+            self.round += self._line in self.body and before in self.head
+        return self._line_runs
+
+
+@contextmanager
+def record(model: nn.Module, loop: CodeType, drawn: Drawn, head: ast.For | None = None) -> Iterator[None]:
+    """While this is open, note each call of `model`, with the step and the line of the function `loop` it comes from.
+
+    A step is a round of `head`, the function's sampling loop, where that has loops inside it. Else a step ends where a
+    line makes a call that stands above, or is, one that has made a call in it already, and a new activation of the
+    function starts again at step 0.
     """
     activation: FrameType | None = None
     step, line = -1, 0
+    rounds = Rounds(loop, head) if head is not None and iterates(head) else None
 
     def after(model: nn.Module, args: Any, output: Any) -> None:
         nonlocal activation, step, line
@@ -55,13 +103,14 @@ def record(model: nn.Module, loop: CodeType, drawn: Drawn) -> Iterator[None]:
         if frame is not activation:
             activation, step, line = frame, -1, 1 << 30
         here = 0 if frame is None else frame.f_lineno
-        step += here <= line
+        step = step + (here <= line) if rounds is None else rounds.round
         line = here
         result = output[0] if isinstance(output, tuple) else output
         drawn.calls.append(ModelCall(step, str(here), result.detach().clone()))
 
     handle = model.register_forward_hook(after)
     try:
-        yield
+        with rounds or nullcontext():
+            yield
     finally:
         handle.remove()

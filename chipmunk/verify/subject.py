@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import functools
 import importlib
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from chipmunk.rewrite.plan import LoopFacts
 from chipmunk.verify.building import BuildError, installed_object, load_file, randomise, refuse_large
 from chipmunk.verify.checkout import Checkout, CheckoutError
-from chipmunk.verify.drawn import Drawn, record, unwrapped
+from chipmunk.verify.drawn import Drawn, loop_at, record, unwrapped
 from chipmunk.verify.placeholders import missing_base, to_install
 from chipmunk.verify.skeleton import skeleton
 from chipmunk.verify.spec import IMAGES, LARGE_IMAGES, Image, Scenario, Spec
@@ -250,12 +251,17 @@ class Subject:
                 facts, function, _ = entry
                 if scenario.variant == "cfg":
                     given |= {f"neg_{name}": other[name] for name in ("txt", "txt_ids", "vec")}
-                code = unwrapped(function).__code__
-                with record(model, code, drawn):
+                with record(model, unwrapped(function).__code__, drawn, self._head(facts)):
                     drawn.latents = self.target.run_loop(
                         function, facts.model_parameter, model, given, times, scenario.variant
                     )
         return drawn
+
+    def _head(self, loop: LoopFacts) -> ast.For | None:
+        """The sampling loop itself, where its line is known: in the original."""
+        if self.spec.side != "original":
+            return None
+        return loop_at((self.checkout.root / loop.file).read_bytes(), loop.line)
 
     def _own_loop(
         self,

@@ -228,3 +228,31 @@ def test_two_slots_the_second_from_step_2(original: Repository, patched: Reposit
             if step >= 2:
                 outputs.append(call(chipmunk.slot(model, "neg_pred"), second, step))
     assert relative(outputs, expected) < 1e-4
+
+
+@pytest.mark.parametrize("caching", [{}, {"step_caching": {"is_enabled": True, "keep": 0.5, "max_consecutive": 1}}])
+def test_a_second_call_from_one_place_in_a_step_is_dense(
+    original: Repository, patched: Repository, caching: dict[str, Any]
+) -> None:
+    """A loop that iterates inside its steps: each step's first call goes on where the last one's left off."""
+    config, steps, rounds = small_config(**caching), 16, (3, 1, 2)
+    arguments = inputs()
+    calls = [(step, again) for step in range(steps) for again in range(rounds[step % 3])]
+
+    with torch.no_grad(), Oracle(original.model(), FACTS, config, steps) as oracle:
+        oracle.follow([(step, "guess") for step, _ in calls])
+        expected = [call(oracle.model, arguments, step + 0.3 * again) for step, again in calls]
+    with torch.no_grad():
+        dense = [call(original.model(), arguments, step + 0.3 * again) for step, again in calls]
+
+    model = patched.model()
+    chipmunk.enable(model, config)
+    outputs = []
+    with torch.no_grad():
+        for step in chipmunk.steps(model, range(steps)):
+            outputs += [call(model, arguments, step + 0.3 * again) for again in range(rounds[step % 3])]
+    assert relative(outputs, expected) < 1e-4
+    repeated = [index for index, (_, again) in enumerate(calls) if again]
+    assert all(torch.equal(expected[index], dense[index]) for index in repeated)
+    assert list(chipmunk.statistics(model).dense_model_calls.values()) == [len(repeated)]
+    assert chipmunk.statistics(model).skipped_model_calls == len(oracle.skipped)

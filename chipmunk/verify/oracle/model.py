@@ -32,6 +32,8 @@ class Slot:
     mlp: dict[int, MlpCache] = field(default_factory=dict)
     steps: Steps | None = None
     model_calls: int = 0
+    last_step: int = -1
+    """Of the loop, where its steps are told."""
 
 
 class Oracle:
@@ -42,7 +44,8 @@ class Oracle:
 
     The caller says which call is which: either `auto_step()`, where each model call is a step of a single slot, or
     `begin_step(index)` and `slot(name)` before each call, or `follow([(index, name), …])` for all calls of a generation
-    in advance. A step before the last one begins a new generation, and so does the call after `end_generation()`.
+    in advance. A step before the last one begins a new generation, and so does the call after `end_generation()`. All
+    but a slot's first call in a step are left as they are.
     """
 
     def __init__(self, model: nn.Module, facts: ModelFacts, config: Config, steps: int | None = None) -> None:
@@ -140,7 +143,11 @@ class Oracle:
             self.slot(name)
         given, facts = arguments.arguments, self.facts
         image = given[facts.image]
-        self._current = self._slots.setdefault(self._name, Slot())
+        slot = self._slots.setdefault(self._name, Slot())
+        if 0 <= self._last_step == slot.last_step:
+            return  # a second call from this place in one step: not a step of its own, and so left as it is
+        slot.last_step = self._last_step
+        self._current = slot
         self._begin_step_of(self._current, image.shape[1] if image.ndim == 3 else None)
 
         if facts.ids is None or not config.patchify.is_enabled:
