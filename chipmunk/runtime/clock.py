@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-_running: ContextVar[dict[Session, Generation]] = ContextVar("chipmunk_running")
-"""The generation whose loop this thread (or task) advanced last, by session."""
+_running: ContextVar[dict[Session, tuple[Generation, int]]] = ContextVar("chipmunk_running")
+"""The generation whose loop this thread (or task) advanced last, by session, and the step that it advanced to."""
 
 _EXAMPLES: tuple[Iterable[object], ...] = ([], (), range(0), range(1 << 70), {}, set(), reversed([]), reversed({}))
 _EXACT_ITERATORS = tuple(type(iter(example)) for example in _EXAMPLES)
@@ -81,10 +81,11 @@ class Generation:
 
     def close(self) -> None:
         """Free all caches; the loop around this one, if it is alive, goes on."""
+        session = self._session()
+        is_current = session is not None and current_generation(session) is self
         self.closed = True
         self.drop_caches()
-        session = self._session()
-        if session is not None and current_generation(session) is self:
+        if is_current:
             outer = self._outer
             while outer is not None and outer.closed:
                 outer = outer._outer
@@ -102,13 +103,17 @@ class Generation:
         if session is not None:
             running.pop(session, None)
             if generation is not None:
-                running[session] = generation
+                running[session] = generation, generation.step
         _running.set(running)
 
 
 def current_generation(session: Session) -> Generation | None:
-    """The generation that a model call made here and now belongs to."""
-    return _running.get({}).get(session)
+    """The generation that a model call made here and now belongs to.
+
+    None where another thread has since ended the loop or gone on with it: the call may be another picture's.
+    """
+    generation, step = _running.get({}).get(session, (None, -1))
+    return None if generation is None or generation.closed or generation.step != step else generation
 
 
 def run_steps(session: Session, iterable: Iterable[Item]) -> Iterator[Item]:

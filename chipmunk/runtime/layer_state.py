@@ -8,6 +8,7 @@ every step.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -76,6 +77,8 @@ class LayerState:
         self.attention_rules = attention_rules
         self.mlp_rules = mlp_rules
         self.implementation = implementation
+        self.thread = 0
+        """Which thread's call of the model is running."""
 
         # The plan for this call, written by the session.
         self.attention = "dense"
@@ -168,6 +171,8 @@ def state_of(block: nn.Module | LayerState | None) -> LayerState | None:
         return block
     # getattr, not __dict__: Dynamo guards on the absence of an attribute, but not on that of a key.
     state: LayerState | None = getattr(block, ATTRIBUTE, None)
+    if state is not None and not torch.compiler.is_compiling() and state.thread != threading.get_ident():
+        return None  # the block is run by another thread too, by itself or as another model's
     if state is not None and torch.is_grad_enabled() and state.single_mlp == "dense":
         # Turned on inside the model. What has begun sparse must end so: the second half of a single block's MLP.
         state.attention_done = state.mlp_done = "autograd is on"

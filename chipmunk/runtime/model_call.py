@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -39,12 +40,11 @@ def run_model_call(
     """`forward(model, *args, **kwargs)` from the call slot `name`, sparse where it can be."""
     blocks = _blocks(session, model)
     if session.model() is not model:  # a DataParallel replica or a shallow copy: the session is another model's
-        for block in blocks:
-            block.__dict__.pop(ATTRIBUTE, None)
         model.__dict__.pop(STEP_ATTRIBUTE, None)
         session.recorder.model_calls += 1
         session.recorder.dense_model_calls["a replica of the model"] += 1
-        return forward(model, *args, **kwargs)
+        with _found_states_taken_away(blocks):
+            return forward(model, *args, **kwargs)
     with session.lock:
         session.recorder.model_calls += 1
         if session.installed or STEP_ATTRIBUTE in model.__dict__:
@@ -344,16 +344,44 @@ def _states_installed(
     assert model is not None
     if step is not None:
         model.__dict__[STEP_ATTRIBUTE] = step
-    for module, state in holders(blocks, slot.layers):
-        module.__dict__[ATTRIBUTE] = state
-        session.installed.append(module)
     try:
-        yield
+        with _installing:
+            is_free = all(block.__dict__.get(ATTRIBUTE) is None for block in blocks)
+            for module, state in holders(blocks, slot.layers) if is_free else ():
+                state.thread = threading.get_ident()
+                module.__dict__[ATTRIBUTE] = state
+                session.installed.append(module)
+        if not is_free and (step is None or not step.skip):
+            session.recorder.dense_model_calls["another model's call runs these blocks"] += 1
+        with nullcontext() if is_free else _found_states_taken_away(blocks):
+            yield
     finally:
         for block in session.installed:
             block.__dict__.pop(ATTRIBUTE, None)
         session.installed.clear()
         model.__dict__.pop(STEP_ATTRIBUTE, None)
+
+
+_installing = threading.Lock()
+"""Models in several threads may share blocks: the one whose call comes first runs sparse."""
+
+
+@contextmanager
+def _found_states_taken_away(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """While this is open, the blocks run as if Chipmunk were off, whatever call of this thread they are part of.
+
+    Another thread's states are left to it: `state_of` does not give them to this one.
+    """
+    modules = [module for block in blocks for module in (block, *block.children())]
+    found = [(module, module.__dict__.get(ATTRIBUTE)) for module in modules]
+    own = [(module, state) for module, state in found if state and state.thread == threading.get_ident()]
+    for module, _ in own:
+        module.__dict__.pop(ATTRIBUTE, None)
+    try:
+        yield
+    finally:
+        for module, state in own:
+            module.__dict__[ATTRIBUTE] = state
 
 
 @contextmanager
