@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -136,30 +137,32 @@ def inputs(
     model's device in its dtype (ids in float32, with a column for each axis); with `reference` also the tokens of a
     smaller reference image, `img_cond_seq` and `img_cond_seq_ids`, and the same as lists, `ref_img` and `ref_img_ids`;
     where the model takes more channels than it returns, the rest as `img_cond`; TaylorSeer's caches as `state`.
+    Raises CannotRun where a layer does not tell its width.
     """
     import torch
 
-    weight = model.get_parameter("img_in.weight")
-    out_channels = model.get_parameter("final_layer.linear.weight").shape[0]
-    text = model.get_parameter("txt_in.weight").shape[1]
+    (in_channels, _), (_, out_channels) = shared.widths(model, "img_in"), shared.widths(model, "final_layer.linear")
+    text, _ = shared.widths(model, "txt_in")
+    first = itertools.chain(model.get_submodule("img_in").parameters(), model.parameters())
+    like = next(parameter for parameter in first if parameter.is_floating_point())
     axes = len(getattr(getattr(model, "pe_embedder", None), "axes_dim", "123"))
 
-    noise = shared.random_tensors(weight, generator)
+    noise = shared.random_tensors(like, generator)
     given: dict[str, Any] = {
         "img": noise(batch, height * width, out_channels),
-        "img_ids": _grid(batch, height, width, 0, axes).to(weight.device),
+        "img_ids": _grid(batch, height, width, 0, axes).to(like.device),
         "txt": noise(batch, text_tokens, text),
-        "txt_ids": torch.zeros(batch, text_tokens, axes, device=weight.device),
+        "txt_ids": torch.zeros(batch, text_tokens, axes, device=like.device),
     }
     if axes == 4:
         given["txt_ids"][:, :, 3] = torch.arange(text_tokens)
     if hasattr(model, "vector_in"):
-        given["vec"] = noise(batch, model.get_parameter("vector_in.in_layer.weight").shape[1])
-    if weight.shape[1] > out_channels:
-        given["img_cond"] = noise(batch, height * width, weight.shape[1] - out_channels)
+        given["vec"] = noise(batch, shared.widths(model, "vector_in.in_layer")[0])
+    if in_channels > out_channels:
+        given["img_cond"] = noise(batch, height * width, in_channels - out_channels)
     if reference:
         given["img_cond_seq"] = noise(batch, (height - 2) * (width - 1), out_channels)
-        given["img_cond_seq_ids"] = _grid(batch, height - 2, width - 1, 1, axes).to(weight.device)
+        given["img_cond_seq_ids"] = _grid(batch, height - 2, width - 1, 1, axes).to(like.device)
         given["ref_img"], given["ref_img_ids"] = [given["img_cond_seq"]], [given["img_cond_seq_ids"]]
     state = _own_cache(model)
     return given if state is None else {**given, "state": state}

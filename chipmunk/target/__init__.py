@@ -9,7 +9,7 @@ from __future__ import annotations
 from chipmunk.target.calls import call, inputs
 from chipmunk.target.construct import SHRINK, construct, parameter_names
 from chipmunk.target.signature import CannotRun, refuse_unknown
-from chipmunk.target.tensors import depth, grid, random_tensors, shapes_of
+from chipmunk.target.tensors import depth, grid, random_tensors, shapes_of, widths
 from chipmunk.target.without_loop import run_loop, sample
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "run_loop",
     "sample",
     "shapes_of",
+    "widths",
 ]

@@ -171,6 +171,63 @@ def test_a_model_with_more_channels_in_than_out_gets_the_rest_as_condition(start
     assert flux.call(wide, wide, made, 0.5).shape == (2, 35, 16)
 
 
+class Wrapped(nn.Module):
+    """A linear layer with a LoRA beside it, under names of its own; its small matrices come first."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.zeros(2, linear.in_features))
+        self.up = nn.Parameter(torch.zeros(linear.out_features, 2))
+        self.base = linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + x @ self.down.T @ self.up.T
+
+
+class Packed(Wrapped):
+    """Its weight is packed, and says nothing of its widths; the layer does."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        linear.register_buffer("packed", linear.weight.data.half().flatten())
+        linear.weight = None  # type: ignore[assignment]
+        del self.down, self.up
+
+
+class Silent(nn.Module):
+    """Whatever it does, it does not say how wide."""
+
+
+LINEARS = {"img_in": "", "txt_in": "", "vector_in": "in_layer", "final_layer": "linear"}
+
+
+def wrap(model: nn.Module, wrapper: type[nn.Module]) -> nn.Module:
+    for name, inside in LINEARS.items():
+        holder, last = (model.get_submodule(name), inside) if inside else (model, name)
+        setattr(holder, last, wrapper(getattr(holder, last)) if wrapper is not Silent else Silent())
+    return model
+
+
+@pytest.mark.parametrize("wrapper", [Wrapped, Packed])
+def test_widths_are_asked_of_linears_that_are_wrapped(starter: ModuleType, wrapper: type[nn.Module]) -> None:
+    plain = flux.build(starter.Flux, {**flux.SMALL, "in_channels": 40}).requires_grad_(False)
+    wanted = given(plain)
+    wrapped = wrap(plain, wrapper)
+    made = given(wrapped)
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[name], wanted[name]) for name in wanted)
+
+
+def test_a_layer_that_does_not_tell_its_widths_is_named(starter: ModuleType) -> None:
+    model = wrap(flux.build(starter.Flux, flux.SMALL), Silent)
+    with pytest.raises(flux.CannotRun, match="'img_in', a Silent, does not tell how wide"):
+        given(model)
+    del model.img_in
+    with pytest.raises(flux.CannotRun, match="no layer 'img_in'"):
+        given(model)
+
+
 def test_call_goes_through_the_slot_and_takes_the_first_of_several_results(model: nn.Module) -> None:
     def slot(**arguments: Any) -> Any:
         assert set(arguments) == {"img", "img_ids", "txt", "txt_ids", "timesteps", "y", "guidance"}
