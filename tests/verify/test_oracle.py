@@ -196,6 +196,30 @@ def test_a_subclass_of_linear_stays_dense(model: TinyFlux) -> None:
     assert {part for _, part, _ in oracle.calls} == {"attention"}
 
 
+class AroundLinear(nn.Module):
+    """A LoRA layer that holds the linear layer, and matrices of its own."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self.down, self.up = nn.Parameter(torch.ones(2, linear.in_features)), nn.Parameter(torch.ones(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_layer_around_a_linear_stays_dense(place: int) -> None:
+    torch.manual_seed(0)
+    model = TinyFlux(1, 1)
+    mlp = model.double_blocks[0].img_mlp
+    mlp[place] = AroundLinear(mlp[place])
+    model.single_blocks[0].linear2 = AroundLinear(model.single_blocks[0].linear2)
+    with Oracle(model, FACTS, config()) as oracle:
+        denoise(model, inputs(), 4)
+    assert {part for _, part, _ in oracle.calls} == {"attention"}
+
+
 def test_a_modulation_that_is_a_sequence_is_no_stream() -> None:
     class Pair(nn.Module):
         def forward(self, img: Tensor, txt: Tensor, modulation: Tensor) -> Tensor:

@@ -138,8 +138,9 @@ class Hooks:
             return
         mlp = attrgetter(facts.mlp)(block)
         linears = [part for part in mlp.modules() if isinstance(part, nn.Linear)]
-        if len(linears) != 2 or not all(map(_is_plain, linears)):
-            return  # a LoRA or quantised layer: the MLP stays as it is
+        theirs = {id(parameter) for linear in linears for parameter in linear.parameters()}
+        if len(linears) != 2 or not all(map(_is_plain, linears)) or {id(x) for x in mlp.parameters()} != theirs:
+            return  # a LoRA or quantised layer, or one around a linear layer: the MLP stays as it is
         self._hook_linears(layer, [linears[0]], linears[1], facts)
 
     def _hook_named_mlp(self, block: nn.Module, layer: int, facts: BlockFacts) -> None:
