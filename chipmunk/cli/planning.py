@@ -40,10 +40,14 @@ def refuse_if_nothing_fits(update: Update) -> None:
     again = f"chipmunk patch --dry-run {quoted(root)}   (once these files can be read)"
     if not update.plan.models:
         count = len(update.repository.files)
+        why = "no forward is known to go through one list of blocks with two streams, then one with a single stream"
+        near = [site for site in update.plan.sites if site.status is SiteStatus.LEFT_DENSE]
+        if near:
+            why = "what is nearest to one is left as it is"
         raise Failure(
-            f"no FLUX model was found in {root} ({count} Python {'file' if count == 1 else 'files'}): no forward that "
-            "goes through one list of blocks with two streams and then one with a single stream. Nothing was written",
-            places,
+            f"no FLUX model that can be patched was found in {root} ({count} Python "
+            f"{'file' if count == 1 else 'files'}): {why}. Nothing was written",
+            (*places, *(Where(site.file, site.line, site.reason) for site in near)),
             again if refused else "chipmunk targets   (what is known)",
         )
     if refused:

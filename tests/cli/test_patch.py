@@ -32,6 +32,28 @@ class Net(torch.nn.Module):
 """
 
 
+NEARLY_FLUX = """\
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.double_blocks = nn.ModuleList([Pair()])
+        self.single_blocks = nn.ModuleList([One()])
+
+    def forward(self, img, txt):
+        for block in self.double_blocks:
+            img, txt = block(img, txt)
+        x = self.join(torch.cat, (txt, img))
+        for block in self.single_blocks:
+            x = block(x)
+        return self.cut(torch.cat((x,)), txt)
+"""
+"""How the streams are joined is out of sight."""
+
+
 def git_apply(patch: bytes, folder: Path, *options: str) -> int:
     done = subprocess.run(["git", "apply", *options, "-"], input=patch, cwd=folder, check=False)
     return done.returncode
@@ -247,9 +269,9 @@ def test_apply_takes_a_saved_patch_to_another_copy(starter: Path, patched: Path,
     [
         (lambda folder: None, "there is no such folder"),
         (lambda folder: folder.write_text("x = 1\n"), "is a file; give the folder it is in"),
-        (lambda folder: folder.mkdir(), "no FLUX model was found"),
-        (lambda folder: (folder.mkdir(), (folder / "net.py").write_text(NOT_FLUX)), "no FLUX model was found"),
-        (lambda folder: (folder.mkdir(), (folder / "broken.py").write_text("def f(:")), "no FLUX model was found"),
+        (lambda folder: folder.mkdir(), "no FLUX model that can be patched was found"),
+        (lambda folder: (folder.mkdir(), (folder / "net.py").write_text(NOT_FLUX)), "no FLUX model that can be patched was found"),
+        (lambda folder: (folder.mkdir(), (folder / "broken.py").write_text("def f(:")), "no FLUX model that can be patched was found"),
     ],
 )
 def test_what_is_no_flux_repository_is_refused(
@@ -428,3 +450,16 @@ def test_a_script_with_a_pipeline_has_the_pipelines_loop(tmp_path: Path) -> None
     assert done.lines[0] == "Model  FluxTransformer2DModel of the installed diffusers"
     assert done.lines[1].strip() == "target: diffusers; sampling loops: the pipeline's own"
     assert "Would change 1 file: 2 lines added, 0 removed." in done.out
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_forward_with_two_lists_of_blocks_is_not_said_to_be_none(tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "net.py").write_text(NEARLY_FLUX)
+    done = chipmunk("patch", tmp_path, *words)
+    assert done.code == 2
+    message = " ".join(done.err.split())
+    assert "no forward" not in message
+    assert "what is nearest to one is left as it is" in message
+    assert "net.py:11" in message
+    assert "how the streams are joined, or which is the image, is not understood" in message
+    assert (tmp_path / "net.py").read_text() == NEARLY_FLUX
