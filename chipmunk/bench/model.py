@@ -81,7 +81,11 @@ def build(spec: Spec) -> tuple[nn.Module, Loop]:
             continue
         checkout.placeholders.arm()
         return model.eval().requires_grad_(False), Loop(target, function, parameter, variant)
-    raise CannotTime("build", "; ".join(["No sampling loop of this repository can be run by itself", *why]))
+    instead = (
+        f"chipmunk fidelity {shlex.quote(str(spec.root))} --device {spec.device}" if spec.side == "patched" else None
+    )
+    reason = "; ".join(["No sampling loop of this repository can be run by itself", *why])
+    raise CannotTime("build", reason, instead if spec.side == "patched" else None)
 
 
 def size_of(spec: Spec, target: ModuleType, model_class: type[nn.Module]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from chipmunk import config as configuration
 from chipmunk import registry
+from chipmunk.apply.errors import quoted
 from chipmunk.bench.measurement import Comparison, Run, compare, steady
 from chipmunk.bench.process import BenchError, Progress, run_worker
 from chipmunk.bench.record import Record
@@ -127,7 +128,7 @@ def run(
         raise BenchError(f"there is no file {options.weights}")
     originals = {file.path: file.unpatched for file in state.files if file.unpatched is not None}
     plan = original_plan(state, originals, target=options.target, plugins=options.plugins)
-    facts = _model(plan.models)
+    facts = _model(plan.models, root, options.device)
     assert state.journal is not None
     empty = BenchReport(
         root=state.root,
@@ -267,10 +268,14 @@ def _configs(options: BenchOptions, root: Path) -> dict[str, Path | None]:
     return {name: None if path is None else path.resolve() for name, path in found.items()}
 
 
-def _model(models: tuple[ModelFacts, ...]) -> ModelFacts:
+def _model(models: tuple[ModelFacts, ...], root: Path, device: str) -> ModelFacts:
     """The model to time: the first that a loop takes as a parameter, or that is an installed package's."""
     for facts in models:
         if facts.installed or any(loop.model_parameter is not None for loop in facts.loops):
             return facts
     places = ", ".join(f"{loop.file}:{loop.line}" for facts in models for loop in facts.loops) or "none was found"
-    raise BenchError(f"no sampling loop of this repository takes the model as a parameter ({places}): nothing to time")
+    raise BenchError(
+        f"no sampling loop of this repository takes the model as a parameter ({places}): nothing to time. fidelity "
+        "says what steps cost, in plain Euler steps of its own",
+        next_command=f"chipmunk fidelity {quoted(root)}" + (" --device cuda" if device.startswith("cuda") else ""),
+    )

@@ -196,6 +196,18 @@ def test_a_repository_that_is_not_patched(tmp_path: Path) -> None:
     assert "chipmunk patch" in str(caught.value.next_command)
 
 
+def test_a_loop_that_does_not_take_the_model_names_what_measures_without_it(tmp_path: Path) -> None:
+    folder = tmp_path / "repository"
+    shutil.copytree(data_path("templates") / "flux-starter", folder)
+    sampling = folder / "flux/sampling.py"
+    text = sampling.read_text().replace("    model: Flux,\n", "    holder,\n").replace("= model(", "= holder.model(")
+    sampling.write_text(text)
+    chipmunk("patch", folder).communicate()
+    with pytest.raises(BenchError, match=r"takes the model as a parameter \(flux/sampling.py:\d+\)") as caught:
+        run(folder, BenchOptions(device="cpu"))
+    assert caught.value.next_command == f"chipmunk fidelity {folder}"
+
+
 def test_a_wrong_configuration_or_no_checkpoint(starter: Path, tmp_path: Path) -> None:
     (tmp_path / "wrong.yml").write_text("mlp: {top_keys: 7}\n")
     with pytest.raises(ConfigError):

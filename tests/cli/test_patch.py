@@ -32,6 +32,8 @@ class Net(torch.nn.Module):
 """
 
 
+NO_MODEL = "no FLUX model that can be patched was found"
+
 NEARLY_FLUX = """\
 import torch
 from torch import nn
@@ -269,9 +271,15 @@ def test_apply_takes_a_saved_patch_to_another_copy(starter: Path, patched: Path,
     [
         (lambda folder: None, "there is no such folder"),
         (lambda folder: folder.write_text("x = 1\n"), "is a file; give the folder it is in"),
-        (lambda folder: folder.mkdir(), "no FLUX model that can be patched was found"),
-        (lambda folder: (folder.mkdir(), (folder / "net.py").write_text(NOT_FLUX)), "no FLUX model that can be patched was found"),
-        (lambda folder: (folder.mkdir(), (folder / "broken.py").write_text("def f(:")), "no FLUX model that can be patched was found"),
+        (lambda folder: folder.mkdir(), NO_MODEL),
+        (
+            lambda folder: (folder.mkdir(), (folder / "net.py").write_text(NOT_FLUX)),
+            NO_MODEL,
+        ),
+        (
+            lambda folder: (folder.mkdir(), (folder / "broken.py").write_text("def f(:")),
+            NO_MODEL,
+        ),
     ],
 )
 def test_what_is_no_flux_repository_is_refused(
