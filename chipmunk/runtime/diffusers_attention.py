@@ -208,17 +208,17 @@ def why_unlike(attn: nn.Module, device: torch.device) -> str | None:
         weight = next((p for p in attn.parameters() if p.is_floating_point() and p.dtype.itemsize >= 2), None)
     if weight is None:
         return "the attention layer has no weights to be checked with"
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     device = device if weight.device.type == "meta" else weight.device
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, weight.dtype)
+        return torch.randn(*shape, generator=generator, device="cpu").to(device, weight.dtype)
 
     tokens, text = 8, None
     if getattr(layer, "added_kv_proj_dim", None) is not None:
         text = noise(1, 4, layer.added_kv_proj_dim)
     image = noise(1, tokens, layer.query_dim)
-    angles = torch.rand(tokens + (0 if text is None else 4), layer.head_dim // 2, generator=generator)
+    angles = torch.rand(tokens + (0 if text is None else 4), layer.head_dim // 2, generator=generator, device="cpu")
     angles = angles.repeat_interleave(2, dim=1).to(device)
     rotary = (angles.cos(), angles.sin())
     streams = (image, text) if isinstance(processor, FluxProcessor) else (image,)

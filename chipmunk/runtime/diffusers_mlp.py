@@ -64,8 +64,8 @@ def why_unlike(ff: Any, form: WholeMlp, device: torch.device) -> str | None:
     width = getattr(first, "in_features", None)
     if weight is None or not isinstance(width, int):
         return f"the MLP is a {name_of(ff)} that is not understood"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 4, width, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(1, 4, width, generator=generator, device="cpu")
     x = x.to(device if weight.device.type == "meta" else weight.device, weight.dtype)
     try:
         with torch.no_grad():

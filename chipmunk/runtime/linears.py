@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules import module as all_modules
 
 from chipmunk.runtime.guards import is_cast
 
@@ -211,4 +212,5 @@ def name_of(module: object) -> str:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a call of the module does more than its class's forward, or something else."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    own = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return bool(own or all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks)

@@ -270,7 +270,7 @@ def _compared(caller: _Caller, given: list[Tensor], image: Tensor) -> tuple[Tens
 
 def _all_equal(first: list[Tensor], second: list[Tensor]) -> Tensor:
     """1 if the tensors, of equal shapes, hold the same numbers, else 0."""
-    equal = torch.ones(())
+    equal = torch.ones((), device="cpu")
     for a, b in zip(first, second, strict=True):
         equal = equal.to(a.device) * (a == b).all()
     return equal
@@ -288,7 +288,7 @@ def _read(
 ) -> tuple[float, list[tuple[float, float, float]]] | str:
     """The timestep as a number, and the results of the comparisons, all in one read from the device."""
     if isinstance(timestep, int | float):
-        timestep = torch.tensor([timestep], dtype=torch.float32)
+        timestep = torch.tensor([timestep], dtype=torch.float32, device="cpu")
     if not isinstance(timestep, Tensor) or timestep.numel() == 0 or timestep.is_complex():
         return "the timestep is no number"
     times = timestep.detach().float()

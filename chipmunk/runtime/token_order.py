@@ -54,7 +54,7 @@ def find_grid(ids: Tensor) -> tuple[int, int] | str:
     rows, columns = host[:tokens, 1] - host[0, 1], host[:tokens, 2] - host[0, 2]
     next_row = rows != 0
     width = int(next_row.int().argmax()) if bool(next_row.any()) else tokens
-    index = torch.arange(tokens)
+    index = torch.arange(tokens, device="cpu")  # whatever torch.set_default_device says
     if tokens % width or not (_is_even(rows, index // width, width) and _is_even(columns, index % width, 1)):
         return "the ids are not a grid"
     return tokens // width, width
@@ -75,9 +75,9 @@ def find_order(ids: Tensor, tokens: int, patchify: Patchify, device: torch.devic
         return None, f"kept: {grid}"
     height, width = grid
     order = patch_order(height, width, patchify.chunk_size_1, patchify.chunk_size_2)
-    if bool((order == torch.arange(height * width)).all()):
+    if bool((order == torch.arange(height * width, device="cpu")).all()):
         return None, "kept: the grid is in patch order already"
-    order = torch.cat((order, torch.arange(height * width, tokens)))
+    order = torch.cat((order, torch.arange(height * width, tokens, device="cpu")))
     return TokenOrder(order.to(device), height * width), "reordered"
 
 
@@ -86,10 +86,10 @@ def patch_order(height: int, width: int, outer: int, inner: int) -> Tensor:
 
     Tokens are sorted by outer patch, then by inner patch inside it, then by row and column; 1 turns a level off.
     """
-    rows = torch.arange(height)[:, None].expand(height, width)
-    columns = torch.arange(width)[None].expand(height, width)
+    rows = torch.arange(height, device="cpu")[:, None].expand(height, width)
+    columns = torch.arange(width, device="cpu")[None].expand(height, width)
     keys = (rows // outer, columns // outer, rows % outer // inner, columns % outer // inner, rows, columns)
-    rank = torch.zeros(height, width, dtype=torch.int64)
+    rank = torch.zeros(height, width, dtype=torch.int64, device="cpu")
     for key in keys:
         rank = rank * max(height, width) + key
     return torch.argsort(rank.flatten(), stable=True)
