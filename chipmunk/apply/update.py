@@ -85,7 +85,9 @@ def plan_update(root: Path, planner: Callable[[dict[str, bytes]], Plan]) -> Upda
     touched = {change.path for change in changes}
     untouched = {path for path in files if repository.links.get(path, path) not in touched}
     told_by_rules = plan.sites
-    sites = [_as_on_disk(site, repository, files, untouched, taken_out) for site in told_by_rules]
+    # what another file does for a place (a loop's steps are told at the model's forward) was done before if that stays
+    before = set() if touched & standing.keys() else {_identity(site) for site in journal.sites}
+    sites = [_as_on_disk(site, repository, files, untouched, taken_out, before) for site in told_by_rules]
     plan = replace(plan, changes=tuple(changes), sites=(*repository.problems, *sites))
     # The journal tells the sites from the originals: a line number there means the same whatever is on the disk.
     recorded = (*repository.problems, *told_by_rules)
@@ -210,17 +212,23 @@ def _as_on_disk(
     planned_on: Mapping[str, bytes],
     untouched: set[str],
     taken_out: Mapping[str, set[str]],
+    before: set[tuple[str, ...]],
 ) -> Site:
-    """A site of the unpatched file, told from the file on the disk."""
+    """A site of the unpatched file, told from the file on the disk. `before`: what an earlier patch did for a place."""
     current, unpatched = repository.files.get(site.file), planned_on.get(site.file)
-    if current is None or unpatched is None or current == unpatched:
-        return site
-    line = map_line(unpatched, current, site.line)
-    if site.status is SiteStatus.PATCHED and site.file in untouched:
+    line, differs = site.line, False
+    if current is not None and unpatched is not None and current != unpatched:
+        line, differs = map_line(unpatched, current, site.line), True
+    if site.status is SiteStatus.PATCHED and site.file in untouched and (differs or _identity(site) in before):
         return replace(site, line=line, status=SiteStatus.ALREADY, reason="Chipmunk patched it before")
-    if site.patch in taken_out.get(site.file, ()):
+    if differs and site.patch in taken_out.get(site.file, ()):
         return replace(site, line=line, reason=f"{site.reason}; what Chipmunk had changed here is taken out")
     return replace(site, line=line)
+
+
+def _identity(site: Site) -> tuple[str, ...]:
+    """What a site is known by when the lines around it have moved."""
+    return site.file, site.patch, site.status.value, site.matched or "", site.reason
 
 
 def _as_in_original(site: Site, standing: Mapping[str, FileStatus]) -> Site:

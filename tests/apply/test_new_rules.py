@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from apply_toys import FILES, LAYERS, MATH, edit, make, rules, rules_2, snapshot
 
-from chipmunk.apply import Conflict, Refused, State, Store, carry_out, plan_update, revert, status
-from chipmunk.rewrite.plan import FileChange, Plan, SiteStatus
+from chipmunk.apply import Conflict, Refused, State, Store, Update, carry_out, plan_update, revert, status
+from chipmunk.rewrite.plan import FileChange, Plan, Site, SiteStatus
 
 
 def test_new_rules_replace_old_ones_and_the_originals_stay(patched: Path) -> None:
@@ -45,6 +45,31 @@ def test_rules_that_leave_a_file_alone_now_give_its_original_back(patched: Path)
     carry_out(plan_update(patched, fewer))
     assert (patched / "src/flux/layers.py").read_bytes() == LAYERS
     assert b"chipmunk" in (patched / "src/flux/math.py").read_bytes()
+
+
+def elsewhere(files: dict[str, bytes], version: int = 1) -> Plan:
+    """The attention of another file, which is none of the plan's to change, is told of by what changes in math.py."""
+    plan = rules(files, version)
+    site = Site("src/flux/loop.py", 1, "clock", SiteStatus.PATCHED, "while True", "told by what math.py calls")
+    return replace(plan, sites=(*plan.sites, site), patches={**plan.patches, "clock": "1"})
+
+
+def test_what_another_file_does_for_a_place_is_patched_once(patched: Path) -> None:
+    def of_loop(update: Update) -> list[SiteStatus]:
+        return [site.status for site in update.plan.sites if site.file == "src/flux/loop.py"]
+
+    loop = patched / "src/flux/loop.py"
+    loop.write_text("while True: pass\n")
+    first = plan_update(patched, lambda files: elsewhere(files, 2))
+    assert of_loop(first) == [SiteStatus.PATCHED]
+    carry_out(first)
+    again = plan_update(patched, lambda files: elsewhere(files, 2))
+    assert again.changes == ()
+    assert of_loop(again) == [SiteStatus.ALREADY]
+    loop.write_text("# moved\nwhile True: pass\n")
+    assert of_loop(plan_update(patched, lambda files: elsewhere(files, 2))) == [SiteStatus.ALREADY]
+    revert(patched)
+    assert of_loop(plan_update(patched, lambda files: elsewhere(files, 2))) == [SiteStatus.PATCHED]
 
 
 def test_rules_that_find_nothing_at_all_take_nothing_out(patched: Path) -> None:
