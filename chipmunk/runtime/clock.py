@@ -43,7 +43,7 @@ class CallSlot:
         self.inference = inference
         """Whether the caches were made in inference mode: they cannot be updated outside it."""
         self.weights = weights
-        """Those under which the caches were made."""
+        """Those that the last call left: the caches are not for others."""
         self.order: TokenOrder | None = None
         self.steps: StepCache | None = None
         """Where steps may be skipped: what the computed ones left."""

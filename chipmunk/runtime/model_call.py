@@ -163,6 +163,7 @@ def _attempt(
             torch.cuda.empty_cache()
         return AGAIN
     slot.last_step, slot.skipped = generation.step, skip
+    slot.weights = WeightsSeen(blocks)  # after the call, in which offloading may write to them
     if slot.order is not None:
         note_own_features(session, bound)
     if slot.steps is not None:

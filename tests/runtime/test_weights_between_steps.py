@@ -148,6 +148,23 @@ def test_the_same_weights_go_on(nothing: Callable[[Flux], Any]) -> None:
     assert not chipmunk.statistics(model).restarts
 
 
+@pytest.mark.parametrize("how", ["written to", "exchanged"])
+def test_weights_that_are_brought_during_the_call(how: str) -> None:
+    """Streaming copies a block's weights into place before it runs; FSDP exchanges its parameters."""
+    model, other, given = build(), build(), inputs()
+    for each in (model, other):
+        chipmunk.enable(each, small())
+    for block in (*model.double_blocks, *model.single_blocks):
+        content = {name: value.clone() for name, value in block.state_dict().items()}
+
+        def bring(module: nn.Module, *_: Any, content: dict[str, Tensor] = content) -> None:
+            module.load_state_dict(content, assign=how == "exchanged")
+
+        block.register_forward_pre_hook(bring)
+    assert same(denoise(model, 10, **given), denoise(other, 10, **given))
+    assert not chipmunk.statistics(model).restarts
+
+
 def test_weights_made_in_inference_mode() -> None:
     """They have no version, and are known by what they are."""
     with torch.inference_mode():
