@@ -43,6 +43,9 @@ _log = logging.getLogger("chipmunk")
 
 _slot_name: ContextVar[tuple[Session, str] | None] = ContextVar("chipmunk_slot", default=None)
 
+_beginning = threading.Lock()
+"""A server's first requests may come at once: one of them begins the session."""
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Item = TypeVar("Item")
 
@@ -364,8 +367,10 @@ def session_of(model: nn.Module) -> Session | None:
     config = None if spec is None else _find_config(spec)
     if spec is None or config is None:
         return None
-    session = model.__dict__[ATTRIBUTE] = Session(model, spec, config)
-    return session
+    with _beginning:
+        if model.__dict__.get(ATTRIBUTE) is None:
+            model.__dict__[ATTRIBUTE] = Session(model, spec, config)
+    return _stored(model)
 
 
 def _stored(model: nn.Module) -> Session | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +127,30 @@ def test_two_models_with_the_same_blocks_in_turns() -> None:
     expected = [call(alone, step, given) for step in chipmunk.steps(alone, range(STEPS))]
     assert same(got[0], expected)
     assert same(got[1], expected)
+
+
+def test_threads_that_begin_at_once_share_one_session(tmp_path: Path) -> None:
+    """A server's first requests come together: the model finds its configuration once, and all of them run sparse."""
+    (tmp_path / "chipmunk-config.yml").write_text(json.dumps(small()))
+    model, given = build(), inputs()
+    together, results = threading.Barrier(4, timeout=60), list[list[Tensor]]()
+
+    def work() -> None:
+        with torch.no_grad():
+            together.wait()
+            results.append(denoise(model, STEPS, **given))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    expected = fresh(given)
+    assert len(results) == 4
+    assert all(same(got, expected) for got in results)
+    statistics = chipmunk.statistics(model)
+    assert statistics.dense_model_calls == {}
+    assert statistics.model_calls == 4 * STEPS
 
 
 # Loops that threads hand on.
