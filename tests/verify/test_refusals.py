@@ -17,8 +17,8 @@ from tests.verify.test_checks import FACTS
 
 verifying = importlib.import_module("chipmunk.verify.run")  # `chipmunk.verify.run` is a function too
 
-THEIRS = Spec("original", Path("/tmp/work/original-repository"), Path("/tmp/work/original"), FACTS, Path("flux.py"))
-OURS = replace(THEIRS, side="patched", root=Path("/home/me/flux"), out=Path("/tmp/work/patched"))
+THEIRS = Spec("original", Path("/tmp/verify/original-repository"), Path("/tmp/verify/original"), FACTS, Path("flux.py"))
+OURS = replace(THEIRS, side="patched", root=Path("/home/me/flux"), out=Path("/tmp/verify/patched"))
 TRACE = "Traceback (most recent call last):\n" + "".join(
     f'  File "{THEIRS.root}/model.py", line {line}, in forward\n    y = f{line}(x)\n        ^^^^^\n'
     for line in range(40)
