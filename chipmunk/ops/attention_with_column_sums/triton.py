@@ -5,9 +5,9 @@ probability is one exponential. Scores are computed transposed, keys × queries,
 within a thread. A program owns `queries` query rows (whole groups, or a part of one) and walks a part of the keys;
 several programs share a multiprocessor: one's exponentials run beside another's products. A product reads both of its
 operands from shared memory, which is the limit: with the copies into it, 256 queries need a quarter less than 128.
-Blocks of queries left over after the full rounds of programs are cut along the keys until they fill a round, which costs
-nothing but a further load of the queries. Every row is looked at: sums over some of the rows keep too little of the
-mass (docs/kernels.md).
+Blocks of queries left over after the full rounds of programs are cut along the keys until they fill a round: that costs
+only a further load of the queries. Every row is looked at: sums over some of the rows keep too little of the mass
+(docs/kernels.md).
 """
 
 # The kernels are in Triton's language, which has no types.
