@@ -19,7 +19,7 @@ from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Scope, Step, value_names
 from chipmunk.rewrite.minimal import MODEL, variant
 from chipmunk.rewrite.roles import Model
-from chipmunk.rewrite.syntax import dotted, self_attribute, target_names, walk
+from chipmunk.rewrite.syntax import dotted, self_list, target_names, walk
 
 NAME = "step-caching"
 API = 1
@@ -116,7 +116,7 @@ def _loops(context: Context, model: Model, attribute: str) -> list[_Loop]:
             continue
         parts = list(walk(step.node.iter))
         for node in parts:
-            if not isinstance(node, cst.Attribute) or self_attribute(node, scope.receiver) != attribute:
+            if not isinstance(node, cst.BaseExpression) or self_list(node, scope.receiver) != attribute:
                 continue
             if any(isinstance(parent, cst.Attribute) and parent.value is node for parent in parts):
                 raise _DoesNotFit(f"what the loop over self.{attribute} iterates is not understood", step.node)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import libcst as cst
 
 from chipmunk.rewrite.flow import Scope, Step, value_names
-from chipmunk.rewrite.syntax import dotted, elements, is_call, self_attribute, target_names, text_of_string, walk
+from chipmunk.rewrite.syntax import dotted, elements, is_call, self_list, target_names, walk
 
 BY_NAME = -1
 CONCATENATIONS = ("cat", "concat", "concatenate")
@@ -59,17 +59,13 @@ def _iterated(iterable: cst.BaseExpression, receiver: str) -> str | None:
 
     `lists.image` for `self.lists["image"]`.
     """
-    key = ""
     while True:
-        attribute = self_attribute(iterable, receiver)
+        attribute = self_list(iterable, receiver)
         if attribute is not None:
-            return attribute + key
+            return attribute
         if isinstance(iterable, cst.Call) and iterable.args:
             iterable = iterable.args[0].value
         elif isinstance(iterable, cst.Subscript):
-            index = iterable.slice[0].slice
-            name = text_of_string(index.value) if isinstance(index, cst.Index) else None
-            key = f".{name}" if name is not None and name.isidentifier() else ""
             iterable = iterable.value
         else:
             return None

@@ -67,6 +67,14 @@ def self_attribute(node: cst.CSTNode | None, receiver: str = "self") -> str | No
     return None
 
 
+def self_list(node: cst.CSTNode | None, receiver: str = "self") -> str | None:
+    """`blocks` for the expression `self.blocks`, `lists.image` for `self.lists["image"]`."""
+    if isinstance(node, cst.Subscript) and len(node.slice) == 1 and isinstance(node.slice[0].slice, cst.Index):
+        attribute, key = self_attribute(node.value, receiver), text_of_string(node.slice[0].slice.value)
+        return f"{attribute}.{key}" if attribute is not None and key is not None and key.isidentifier() else None
+    return self_attribute(node, receiver)
+
+
 def last_name(node: cst.CSTNode | None) -> str:
     """`cat` for `torch.cat` and for `cat`; empty for other expressions."""
     if isinstance(node, cst.Attribute):

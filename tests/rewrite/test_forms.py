@@ -154,6 +154,31 @@ def test_a_list_in_a_dictionary_has_a_dotted_name() -> None:
     assert (plan.models[0].double, plan.models[0].single) == ("pairs.image", "joints")
 
 
+def test_steps_are_skipped_in_a_list_in_a_dictionary() -> None:
+    files, _ = FORMS["a list for each stream"]
+    both = [*ONLY, "step-caching"]
+
+    def patched(given: Files) -> str:
+        plan = plan_repository({path: text.encode() for path, text in given.items()}, REGISTRY, only=both)
+        again = {path: text.encode() for path, text in after(given, plan).items()}
+        assert not plan_repository(again, REGISTRY, only=both).changes
+        return after(given, plan)["flow/model.py"]
+
+    text = patched(files)
+    assert 'in chipmunk.blocks(self.pairs["image"], self, image):' in text
+    assert 'in self.pairs["more"]:' in text
+    assert "in self.text_pairs:" in text
+    assert "in chipmunk.blocks(self.joints, self):" in text
+    assert "image = chipmunk.hidden(self, content[:, :size])" in text
+    model = files["flow/model.py"]
+    some, other = (
+        patched({**files, "flow/model.py": variant(model, ('in self.pairs["image"]:', f'in self.pairs["image"]{more}:'))})
+        for more in ("[1:]", ".children()")
+    )
+    assert 'in chipmunk.blocks(self.pairs["image"], self, image)[1:]:' in some
+    assert "chipmunk.blocks" not in other
+
+
 def test_a_function_is_told_which_parameter_is_the_model() -> None:
     files, _ = FORMS["a function of the model"]
     text = " ".join(after(files, plan_of(files))["flow/model.py"].split())
