@@ -172,7 +172,9 @@ def test_steps_are_skipped_in_a_list_in_a_dictionary() -> None:
     assert "image = chipmunk.hidden(self, content[:, :size])" in text
     model = files["flow/model.py"]
     some, other = (
-        patched({**files, "flow/model.py": variant(model, ('in self.pairs["image"]:', f'in self.pairs["image"]{more}:'))})
+        patched(
+            {**files, "flow/model.py": variant(model, ('in self.pairs["image"]:', f'in self.pairs["image"]{more}:'))}
+        )
         for more in ("[1:]", ".children()")
     )
     assert 'in chipmunk.blocks(self.pairs["image"], self, image)[1:]:' in some
