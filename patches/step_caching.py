@@ -214,8 +214,11 @@ def _is_cut(node: cst.Subscript) -> bool:
 
 def _check(model: Model, loops: list[_Loop], hidden: _Hidden) -> None:
     """Raise _DoesNotFit if anything but the hidden state is missing, or wrong, where the loops iterate nothing."""
-    if any(isinstance(node, cst.If) for node, _ in hidden.step.chain):
+    branches = [node for node, _ in hidden.step.chain if isinstance(node, cst.If)]
+    if any(node is branch for loop in loops for node, _ in loop.step.chain for branch in branches):
         raise _DoesNotFit("the forward has a way around its blocks", hidden.step.node)
+    if branches:
+        raise _DoesNotFit("where the image stream is cut off hangs on a condition", hidden.step.node)
     scope = model.forward.scope
     nodes = [loop.node for loop in loops]
     start = min(loop.step.index for loop in loops)

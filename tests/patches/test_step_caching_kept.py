@@ -61,6 +61,14 @@ IN_MODEL: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
 JOINTS = "        for block in self.joints:\n" + BLOCK
 BRANCH = "".join(f"    {line}\n" for line in JOINTS.splitlines())
 IN_MODEL |= {
+    "the loop and the cut in one branch": (
+        ((JOINTS + CUT, f"        if self.busy:\n{BRANCH}    {CUT}"),),
+        "the forward has a way around its blocks",
+    ),
+    "another cut in another branch": (
+        (GIVEN, (CUT, f"        if given:\n            x = x[:, -given:]\n        else:\n    {CUT}")),
+        "where the image stream is cut off hangs on a condition",
+    ),
     "something else in their place": (
         ((JOINTS, f"        if self.busy:\n{BRANCH}        else:\n            x = 2 * x\n"),),
         "the forward has a way around self.joints",
