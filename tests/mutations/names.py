@@ -178,11 +178,11 @@ def files_of_core(program: Program, rng: random.Random) -> Files | None:
     """Other names for the files that hold models, blocks and attention, where no `__init__.py` is among them."""
     moved = {path: path for path in program.core if not path.endswith("__init__.py") and "/" in path}
     words: dict[str, str] = {}
+    own = [part for path in program.files for part in path.removesuffix(".py").split("/")[:-1]]
     stems = [path.removesuffix(".py").split("/")[-1] for path in program.files]
     for path in list(moved):
         stem = path.removesuffix(".py").split("/")[-1]
-        folder = path.split("/")[-2]
-        if stems.count(stem) > 1 or f"{folder}/{stem}/" in " ".join(program.files):
+        if stems.count(stem) > 1 or stem in own:  # what an import means by the name is not seen in its text
             continue
         words[stem] = fresh(rng, "x")
         moved[path] = path.removesuffix(stem + ".py") + words[stem] + ".py"
@@ -191,7 +191,7 @@ def files_of_core(program: Program, rng: random.Random) -> Files | None:
     files: Files = {}
     imports = re.compile(r"^([ \t]*(?:from[ \t].*?[ \t]import|import)\b)(.*)$", re.MULTILINE)
     paths = re.compile(r"(?<=[ .])(?:" + "|".join(words) + r")(?=[ .\n]|$)")
-    own = {part for path in program.files for part in path.removesuffix(".py").split("/")}
+    own += stems
 
     def line(match: re.Match[str]) -> str:
         head, rest = match.groups()

@@ -127,6 +127,14 @@ def test_some_together(original: torch.Tensor, tmp_path: Path) -> None:
         check(judge(label, files, WANTED), files, original, tmp_path / str(number))
 
 
+def test_a_file_with_the_name_of_a_folder_keeps_it(original: torch.Tensor, tmp_path: Path) -> None:
+    inner = {"flow/attention/attention.py": FILES["flow/attention.py"], "flow/attention/__init__.py": ""}
+    inner["flow/attention/__init__.py"] = "from .attention import attend\n"
+    others = {path: text for path, text in FILES.items() if path != "flow/attention.py"}
+    files = rewritten(Program.of({**others, **inner}), "rename the files", seed=0)
+    check(judge("rename the files", files, WANTED), files, original, tmp_path)
+
+
 def test_the_judge_sees_what_is_missing() -> None:
     lost = variant(
         PROGRAM.files["flow/layers.py"], ("self.image_mlp(self.image_norm(image))", "self.image_norm(image)")
