@@ -23,8 +23,8 @@ from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.minimal import ATTENTION, DOUBLE, SINGLE, variant
 from chipmunk.rewrite.objects import Held, held_by
 from chipmunk.rewrite.repository import External, Function, Meaning
-from chipmunk.rewrite.roles import Block, Model
-from chipmunk.rewrite.syntax import argument, bind, dotted, parameters, self_attribute, walk
+from chipmunk.rewrite.roles import CONCATENATIONS, Block, Model
+from chipmunk.rewrite.syntax import argument, bind, dotted, elements, is_call, parameters, self_attribute, walk
 
 NAME = "attention"
 API = 1
@@ -87,6 +87,8 @@ class _Leaf:
     done: bool
     at: int | None = None
     """Which hop the report is about if it is not the last one that knows the block; -1: the attention call itself."""
+    is_part: bool = False
+    """Whether query, key and value are all cut out of the joint ones."""
 
 
 def rule(context: Context) -> None:
@@ -171,8 +173,12 @@ class _Search:
         block_name: str | None,
         module_name: str | None,
         path: tuple[_Hop, ...] = (),
+        absent: frozenset[str] = frozenset(),
     ) -> Iterator[_Leaf]:
-        """Attention calls in `function`, and up to DEPTH calls below. `streams`: what its parameters hold of them."""
+        """Attention calls in `function`, and up to DEPTH calls below.
+
+        `streams`: what its parameters hold of them; `absent`: parameters that are not given, and are None.
+        """
         for call, step in function.scope.calls:
             hop = _Hop(function, call, step, block_name, module_name)
             callee, shift, done = call.func, 0, False
@@ -183,7 +189,13 @@ class _Search:
             problem = _unfit(meaning)
             if names is not None:
                 inputs = [argument(call, shift + i, name) for i, name in enumerate(names)]
-                yield _Leaf((*path, hop), self._kind([_streams_of(function, x, step, streams) for x in inputs]), done)
+                kind, missing = self._kind([_streams_of(function, x, step, streams) for x in inputs]), None
+                if kind == "joint":
+                    missing = _missing(function, inputs[1], step, absent) or _missing(function, inputs[2], step, absent)
+                if missing is not None:
+                    kind = f"key and value come from {missing} too, which {path[-1].function.name} does not give"
+                is_part = all(_is_cut_out(function, x, step) for x in inputs)
+                yield _Leaf((*path, hop), kind, done, None if missing is None else -1, is_part)
             elif problem is not None:
                 if _streams_of(function, call, step, streams):
                     yield _Leaf((*path, hop), problem, False, -1)
@@ -257,7 +269,11 @@ class _Search:
             names.append(name or (own if known is not None and receiver == _SAME else None))
         if receiver == _BELOW:
             names[1] = own
-        yield from self.leaves(inner, taken, names[0], names[1], (*path, hop))
+        optional = {p.name.value for p in parameters(inner.node) if dotted(p.default) == "None"} - given.keys()
+        starred = [arg.value for arg in hop.call.args if arg.star]
+        known_stars = [self.context.runtime_call(value, hop.function, hop.step) == "layer" for value in starred]
+        absent = frozenset(optional) if all(known_stars) else frozenset()
+        yield from self.leaves(inner, taken, names[0], names[1], (*path, hop), absent)
 
     def _kind(self, found: list[Streams]) -> str:
         if all(streams == self.wanted for streams in found):
@@ -284,6 +300,27 @@ def _tensors_of(meaning: Meaning | None, call: cst.Call) -> tuple[str, ...] | No
     return HEADS[0][:3] if HEADS_OPTION in keywords else None
 
 
+def _missing(function: Function, value: cst.BaseExpression | None, step: Step, absent: frozenset[str]) -> str | None:
+    """The parameter that a part of a concatenated value comes from, though it is not given on this way."""
+    scope = function.scope
+    for call, at in scope.calls_behind(value, step) if value is not None and absent else ():
+        parts = elements(call.args[0].value) if is_call(call, *CONCATENATIONS) and call.args else None
+        for part in parts or []:
+            roots = scope.roots(part, at)
+            if roots and roots <= absent:
+                return min(roots)
+    return None
+
+
+def _is_cut_out(function: Function, value: cst.BaseExpression | None, step: Step) -> bool:
+    """Whether the value is `x[:, :, a:b]`, or a variable with that."""
+    known = function.scope.reaching(value.value, step) if isinstance(value, cst.Name) else []
+    if len(known) == 1 and not known[0].path and known[0].value is not None:
+        value = known[0].value
+    parts = [part.slice for part in value.slice[1:3]] if isinstance(value, cst.Subscript) else []
+    return any(isinstance(part, cst.Slice) and (part.lower or part.upper) is not None for part in parts)
+
+
 def _unfit(meaning: Meaning | None) -> str | None:
     """Why a function that is known to be attention is not handled."""
     if not isinstance(meaning, External):
@@ -304,12 +341,16 @@ def _once(leaf: _Leaf, leaves: list[_Leaf]) -> _Leaf:
             continue
         pairs = zip(leaf.path, other.path, strict=False)
         first, second = next((a, b) for a, b in pairs if a.call is not b.call or a.function is not b.function)
+        if other.is_part and not leaf.is_part:
+            continue
         # Two objects that may be called at one place are called one at a time.
         if first.function is second.function and not (
             first.step.excludes(second.step) or second.step.excludes(first.step)
         ):
             place = next(i for i, hop in enumerate(leaf.path) if hop is first)
             reason = "the block computes joint attention at several places in one call"
+            if leaf.is_part and not other.is_part:
+                reason = "attention among some of the tokens, beside that of the others"
             return _Leaf(leaf.path, reason, leaf.done, place)
     return leaf
 

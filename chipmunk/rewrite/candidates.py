@@ -13,7 +13,8 @@ from chipmunk.rewrite.passes import CONCATENATIONS
 
 # Patterns that begin with plain text are found several times as fast as the same with a `\b` or a word before it.
 _LOOP_OVER_ATTRIBUTE = re.compile(rb"in(?<!\win)\b[\s(]*(?:[\w.]+\([\s(]*)*(\w+)\s*\.\s*(\w+)")
-_SECOND_OF_TWO = re.compile(rb",\s*(\w+)[\s),]*=\s*")
+# The second of two results, or of three; the empty group is where the value begins.
+_SECOND_OF_TWO = re.compile(rb",\s*(\w+)(?=(?:\s*,\s*\w+)?[\s),]*=\s*())")
 _CALL = 800  # bytes in which the streams are among a call's arguments
 _CALLED = re.compile(rb"[\w.]+\(")
 _OPENED = re.compile(rb"[\w.]*\(\s*")
@@ -37,7 +38,7 @@ def may_run_blocks(content: bytes) -> bool:
     if not elements:
         return False
     for second in _SECOND_OF_TWO.finditer(content):
-        for start in _arguments(content, second.end(), elements):
+        for start in _arguments(content, second.start(2), elements):
             first = _LAST_WORD.search(content[max(second.start() - 100, 0) : second.start()])
             if first is not None and _takes(content[start : start + _CALL], first.group(1), second.group(1)):
                 return True

@@ -56,6 +56,8 @@ class Entry:
     objects: tuple[tuple[str, Class], ...] = ()
     made: frozenset[str] = frozenset()
     """Parameters that get what the model makes of nothing that it is given: a mask, say."""
+    numbers: frozenset[str] = frozenset()
+    """Parameters that may get a number of tokens other than that of the text: one written out, or the model's own."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,10 @@ class _Reader:
                         and self._holds(entry, node.value, step)
                     ):
                         yield Found(f"{function.name} goes by where tokens lie (a slice at a fixed place)")
+                    elif isinstance(node, cst.Subscript) and (number := self._cut_at(entry, node, step)) is not None:
+                        yield Found(
+                            f"{function.name} goes by where tokens lie (a slice at {number}, which it is given)"
+                        )
         for call, step in function.scope.calls:
             yield from self._by_name(entry, call, step)
             yield from self._through(entry, call, step, objects, depth)
@@ -102,6 +108,16 @@ class _Reader:
 
     def _holds(self, entry: Entry, node: cst.CSTNode | None, step: Step) -> bool:
         return node is not None and bool(entry.function.scope.roots(node, step) & entry.tokens)
+
+    def _cut_at(self, entry: Entry, node: cst.Subscript, step: Step) -> str | None:
+        """The number that is given to the function and at which it cuts the tokens' axis: `keys[:, :, start:end]`."""
+        parts = [part.slice for part in node.slice[1:3]] if entry.numbers else []
+        for cut in [part for part in parts if isinstance(part, cst.Slice)]:
+            for edge in (cut.lower, cut.upper):
+                given = _plain_roots(entry, edge, step) & entry.numbers
+                if given and self._holds(entry, node.value, step):
+                    return min(given)
+        return None
 
     def _by_name(self, entry: Entry, call: cst.Call, step: Step) -> Iterator[Found]:
         name, function = last_name(call.func), entry.function
@@ -248,7 +264,9 @@ class _Reader:
                 known = {n: objects[name] for n, v in given.items() if (name := dotted(v)) in objects}
                 if inner.receivers and own is not None:
                     known[inner.scope.receiver] = own
-                yield from self.read(Entry(inner, tokens, tuple(sorted(known.items(), key=_first)), made), depth + 1)
+                numbers = frozenset(n for n, v in given.items() if is_number(entry, v, step, entry.numbers))
+                below = Entry(inner, tokens, tuple(sorted(known.items(), key=_first)), made, numbers)
+                yield from self.read(below, depth + 1)
 
     def _run(
         self, entry: Entry, callee: cst.BaseExpression, step: Step, objects: dict[str, Class]
@@ -304,6 +322,25 @@ def _is_method(call: cst.Call) -> bool:
 def is_made(repository: Repository, entry: Entry, node: cst.BaseExpression, step: Step) -> bool:
     """Whether an argument is made of nothing that the model is given."""
     return _Reader(repository, entry.function.module).is_made(entry, node, step)
+
+
+def is_number(entry: Entry, node: cst.BaseExpression, step: Step, numbers: frozenset[str]) -> bool:
+    """Whether an argument may be a number of tokens: one that is written out, or comes from one of `numbers`."""
+    return bool(integer(node)) or bool(_plain_roots(entry, node, step) & numbers)
+
+
+def _plain_roots(entry: Entry, node: cst.CSTNode | None, step: Step) -> frozenset[str]:
+    """The parameters that a value is, or is added up from: `start` and `count` behind `end = start + count`."""
+    scope, found = entry.function.scope, set[str]()
+    if isinstance(node, cst.BinaryOperation):
+        return _plain_roots(entry, node.left, step) | _plain_roots(entry, node.right, step)
+    if isinstance(node, cst.Name):
+        bindings = scope.reaching(node.value, step)
+        for binding in [binding for binding in bindings if not binding.path]:
+            found |= _plain_roots(entry, binding.value, binding.step)
+        if node.value in scope.parameters and not scope.is_definite(bindings, step):
+            found.add(node.value)
+    return frozenset(found)
 
 
 def _is_torch_function(call: cst.Call) -> bool:

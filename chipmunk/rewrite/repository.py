@@ -36,7 +36,7 @@ class Repository:
         )
         self._modules: dict[str, Module | SourceError] = dict(parsed or {})
         self._found_modules: dict[tuple[str, str], str | None] = {}
-        self._classes_built: dict[tuple[int, str], list[Class]] = {}
+        self._classes_built: dict[tuple[int, str, str], list[Class]] = {}
         self._bases: dict[int, list[Class]] = {}
         self._found_files: dict[Hashable, list[str]] = {}
 
@@ -235,13 +235,16 @@ class Repository:
                         found.append((binding.value, method, binding.step))
         return found
 
-    def classes_in(self, owner: Class, attribute: str) -> list[Class]:
-        """The classes of the objects in `self.attribute`: one for a sub-module, those of a list's elements."""
-        key = (id(owner), attribute)
+    def classes_in(self, owner: Class, attribute: str, run: str = "forward") -> list[Class]:
+        """The classes of the objects in `self.attribute`: one for a sub-module, those of a list's elements.
+
+        run: the method of theirs that is called.
+        """
+        key = (id(owner), attribute, run)
         if key not in self._classes_built:
             found: list[Class] = []
             for value, method, step in self.values_of(owner, attribute):
-                self._built(owner, value, method, step, found, 0)
+                self._built(owner, value, method, step, found, 0, run)
             for current in self.bases(owner):
                 for method in current.methods.values():
                     if attribute not in method.words or _ADDING.isdisjoint(method.uses.called):
@@ -252,12 +255,19 @@ class Repository:
                             continue
                         if self_attribute(function.value, method.scope.receiver) == attribute:
                             for arg in call.args:
-                                self._built(owner, arg.value, method, step, found, 0)
+                                self._built(owner, arg.value, method, step, found, 0, run)
             self._classes_built[key] = found
         return self._classes_built[key]
 
     def _built(
-        self, owner: Class, value: cst.CSTNode, method: Function, step: Step, found: list[Class], depth: int
+        self,
+        owner: Class,
+        value: cst.CSTNode,
+        method: Function,
+        step: Step,
+        found: list[Class],
+        depth: int,
+        run: str,
     ) -> None:
         """Collect the outermost repository classes that the expression makes objects of, where `self` is an `owner`."""
         if isinstance(value, cst.Call):
@@ -266,23 +276,23 @@ class Repository:
             if isinstance(value.func, cst.Name) and meaning is None:
                 classes = self._given(owner, method, value.func.value, step)
             for made in classes:
-                if made not in found and any(self.method(made, name) for name in ("forward", "__call__")):
+                if made not in found and any(self.method(made, name) for name in (run, "forward", "__call__")):
                     found.append(made)
             if any(not self._is_list(made) for made in classes):
                 return
         if isinstance(value, cst.BaseSimpleComp):
-            return self._built(owner, value.elt, method, step, found, depth)
+            return self._built(owner, value.elt, method, step, found, depth, run)
         if isinstance(value, cst.Name) and depth < 3:
             for binding in method.scope.reaching(value.value, step):
                 if binding.value is not None:
-                    self._built(owner, binding.value, method, binding.step, found, depth + 1)
+                    self._built(owner, binding.value, method, binding.step, found, depth + 1, run)
             for call, at in method.scope.calls:
                 if dotted(call.func) == f"{value.value}.append" and call.args:
-                    self._built(owner, call.args[0].value, method, at, found, depth + 1)
+                    self._built(owner, call.args[0].value, method, at, found, depth + 1, run)
             return
         for part in list(walk(value, into=lambda n: n is value or not isinstance(n, (cst.Call, cst.Name))))[1:]:
             if isinstance(part, (cst.Call, cst.Name)):
-                self._built(owner, part, method, step, found, depth)
+                self._built(owner, part, method, step, found, depth, run)
 
     def _is_list(self, owner: Class) -> bool:
         """Whether it is the repository's own kind of `nn.ModuleList`: what is in it are its arguments."""

@@ -8,6 +8,7 @@ there the first list may be one for each stream, whose elements turn one stream 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import libcst as cst
@@ -17,7 +18,7 @@ from chipmunk.rewrite.flow import Scope
 from chipmunk.rewrite.handed import work_of
 from chipmunk.rewrite.image_tokens import ids_parameter, image_parameter, other_spatial
 from chipmunk.rewrite.passes import BY_NAME, CONCATENATIONS, Pass, Streams, joined, joined_inside, passes
-from chipmunk.rewrite.places import Entry, is_made, read
+from chipmunk.rewrite.places import Entry, is_made, is_number, read
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
 from chipmunk.rewrite.syntax import (
     bind,
@@ -111,10 +112,12 @@ def find_roles(repository: Repository) -> Roles:
                 else Lookalike(owner, owner.node.name, "")
             )
         for owner in module.classes.values():
-            for method in owner.methods.values():
+            methods = sorted(owner.methods.values(), key=lambda method: method.outline.name != "forward")
+            for method in methods:
                 found = _model(repository, owner, method)
                 if isinstance(found, Model):
                     roles.models.append(found)
+                    roles.lookalikes += _other_ways(found, methods)
                     break
                 if isinstance(found, Lookalike):
                     roles.lookalikes.append(found)
@@ -131,6 +134,14 @@ def find_roles(repository: Repository) -> Roles:
     roles.lookalikes = [x for x in roles.lookalikes if x.reason]
     _leave_borrowers(roles)
     return roles
+
+
+def _other_ways(model: Model, methods: list[Function]) -> Iterator[Lookalike]:
+    """The methods of a model's class that go through its blocks too: the one that is marked must do all of a call."""
+    for method in methods[methods.index(model.forward) + 1 :]:
+        if may_run_blocks(method.text) and {model.double, model.single} <= {p.attribute for p in passes(method.scope)}:
+            reason = f"{method.name} runs the blocks too: only the calls of {model.forward.name} are sparse"
+            yield Lookalike(model.owner, method.node.name, reason)
 
 
 def _given_first(repository: Repository, function: Function) -> list[Class]:
@@ -221,12 +232,14 @@ def _with_roles(
     blocks: list[Block] = []
     outside = {name: role for name, role in ((streams.image, "image"), (streams.text, "text")) if name}
     for found, roles in ((double, outside), (single, streams.inside)):
-        classes = repository.classes_in(owner, found.attribute.split(".")[0])
+        is_method = isinstance(found.call.func, cst.Attribute) and not found.first
+        name = last_name(found.call.func) if is_method else "forward"
+        classes = repository.classes_in(owner, found.attribute.split(".")[0], name)
         if not classes:
             elsewhere = _elsewhere(repository, owner, found.attribute.split(".")[0])
             reason = f"the class of the blocks in self.{found.attribute} was not found"
             if isinstance(elsewhere, Class):
-                reason = f"the blocks in self.{found.attribute} are {elsewhere.name}'s, which has no forward"
+                reason = f"the blocks in self.{found.attribute} are {elsewhere.name}'s, which has no {name}"
             elif elsewhere is not None:
                 reason = f"the blocks in self.{found.attribute} are {elsewhere}'s, which is no code of this repository"
             if repository.unreadable:
@@ -246,9 +259,6 @@ def _with_roles(
                 work = (*_followed(repository, classes[0], *work[:2]), "")
             blocks.append(Block(classes[0], *work))
             continue
-        name = (
-            last_name(found.call.func) if isinstance(found.call.func, cst.Attribute) and not found.first else "forward"
-        )
         forward = repository.method(classes[0], name) or repository.method(classes[0], "forward")
         if forward is None:
             return Lookalike(owner, method.node.name, f"{classes[0].name} has no forward")
@@ -296,13 +306,20 @@ def _by_place(
     repository: Repository, method: Function, image: str, blocks: list[Block], found: tuple[Pass, Pass]
 ) -> tuple[str, str]:
     """What treats image tokens by where they lie, in the model's forward and in its blocks; what these keep."""
-    objects = () if method.owner is None else ((method.scope.receiver, method.owner),)
-    whole = Entry(method, frozenset({image}), objects)
+    own = () if method.owner is None else ((method.scope.receiver, method.owner),)
+    whole = Entry(method, frozenset({image}), own)
     entries: list[Entry] = []
     for block, each in zip(blocks, found, strict=True):
         given = {} if each.first == BY_NAME else bind(block.forward.node, each.call, skip=1, first=max(each.first, 0))
         made = frozenset(name for name, value in given.items() if is_made(repository, whole, value, each.step))
-        entries.append(Entry(block.forward, frozenset(block.streams), ((block.receiver, block.owner),), made))
+        others = frozenset(method.scope.parameters) - {image, method.scope.receiver}
+        numbers = frozenset(
+            name
+            for name, value in given.items()
+            if name not in block.streams and is_number(whole, value, each.step, others)
+        )
+        objects = ((block.receiver, block.owner),)
+        entries.append(Entry(block.forward, frozenset(block.streams), objects, made, numbers))
     return read(repository, whole, entries, blocks[0].owner.module)
 
 

@@ -51,16 +51,25 @@ def order_of(plan: Plan) -> str:
 class Outcome:
     """What the original draws, and the patched one, off and with everything kept."""
 
-    def __init__(self, folder: Path, files: dict[str, str], config: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: dict[str, str],
+        config: dict[str, Any] | None = None,
+        *,
+        draw: str = "sample",
+        extra: tuple[Any, ...] = (),
+    ) -> None:
+        """`draw`: the function of `flow/sampling.py` that is called; `extra`: what it gets after what `sample` does."""
         texts = texts_of(files)
         self.plan = plan_repository(texts, REGISTRY)
         changed = {change.path: change.after for change in self.plan.changes}
         original, patched = _imported(folder / "original", texts), _imported(folder / "patched", {**texts, **changed})
-        self.original = _draw(original, _built(original))
+        self.original = _draw(original, _built(original), draw, extra)
         model = _built(patched)
-        self.off = _draw(patched, model)
+        self.off = _draw(patched, model, draw, extra)
         chipmunk.enable(model, config or KEPT)
-        self.on = _draw(patched, model)
+        self.on = _draw(patched, model, draw, extra)
         self.statistics = chipmunk.statistics(model)
 
     @property
@@ -91,12 +100,13 @@ def _built(modules: dict[str, ModuleType]) -> Any:
     return modules["loading"].load_painter("small")
 
 
-def _draw(modules: dict[str, ModuleType], model: Any) -> Tensor:
+def _draw(modules: dict[str, ModuleType], model: Any, draw: str, extra: tuple[Any, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     ids = torch.zeros(1, SIDE * SIDE, 3)
     ids[..., 1], ids[..., 2] = torch.arange(SIDE * SIDE) // SIDE, torch.arange(SIDE * SIDE) % SIDE
     image, text = torch.randn(1, SIDE * SIDE, 4, generator=generator), torch.randn(1, 5, 4, generator=generator)
     times = torch.linspace(1, 0, STEPS + 1).tolist()
     with torch.no_grad():
-        drawn: Tensor = modules["sampling"].sample(model, image, ids, text, torch.zeros(1, 5, 3), times)
+        given = (model, image, ids, text, torch.zeros(1, 5, 3), times, *extra)
+        drawn: Tensor = getattr(modules["sampling"], draw)(*given)
     return drawn

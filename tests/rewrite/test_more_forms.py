@@ -469,15 +469,22 @@ class Trainer:
     assert any("bare" in site.matched for site in dense if site.status.value == "left dense") is counted
 
 
-def test_blocks_without_a_forward_are_said_to_have_none() -> None:
-    """They have other methods, one for each way to run the model: which one counts is not known."""
-    plan = plan_of(
-        flow__double=variant(DOUBLE, ("def forward(self, image, text", "def run(self, image, text")),
-        flow__model=variant(MODEL, ("image, text = block(", "image, text = block.run(")),
-    )
-    reason = "the blocks in self.pairs are PairBlock's, which has no forward"
-    assert sites(plan, "left dense")["model-forward"] == [reason]
-    assert not plan.changes
+RUN = variant(DOUBLE, ("def forward(self, image, text", "def run(self, image, text"))
+
+
+def test_blocks_without_a_forward_are_run_by_another_method() -> None:
+    model = variant(MODEL, ("image, text = block(", "image, text = block.run("))
+    plan = plan_of(flow__double=RUN, flow__model=model)
+    assert is_whole(plan), sites(plan, "left dense")
+
+
+def test_blocks_that_do_not_have_what_runs_them_are_said_not_to() -> None:
+    reason = "the blocks in self.pairs are PairBlock's, which has no {}"
+    for name in ("forward", "work"):
+        model = variant(MODEL, ("image, text = block(", f"image, text = block{'' if name == 'forward' else '.work'}("))
+        plan = plan_of(flow__double=RUN, flow__model=model)
+        assert sites(plan, "left dense")["model-forward"] == [reason.format(name)]
+        assert not plan.changes
 
 
 def test_a_model_whose_streams_are_joined_out_of_sight_is_said_to_be_one() -> None:

@@ -23,7 +23,7 @@ def patch_pieces(context: Context, block: Block, found: list[Pieces]) -> None:
     for mlp in found:
         source, problem = mlp.where.function.source, why_dense(mlp, taken) or _why_gathered(mlp)
         if problem:
-            context.left_dense(source, mlp.first.call, problem)
+            context.left_dense(mlp.begins.function.source, mlp.first.call, problem)
             context.left_dense(source, mlp.second.call, problem)
             continue
         taken.append(mlp)
@@ -51,13 +51,16 @@ def _patch(context: Context, block: Block, mlp: Pieces) -> None:
     block.gated = activation.mlp.gated
     block.mlp_first_in, block.mlp_first_out = first.mlp_first, second.mlp_first
     edits = _Edits(context, source, layer, context.runtime(source))
+    begins, begin_layer = mlp.begins.function.source, mlp.begins.layer
+    assert begin_layer is not None
+    begin_edits = _Edits(context, begins, begin_layer, context.runtime(begins))
     for each in mlp.firsts:
         what = f"{each.linear_text} makes query, key, value and the MLP's input in one go"
         if each.kind == "mlp_linear":
             what = f"{each.linear_text} makes the MLP's {each.half or 'input'}"
-        _report(context, source, each, what, "the first linear is Chipmunk's")
+        _report(context, begins, each, what, "the first linear is Chipmunk's")
         if not each.done and not each.inline:
-            edits.first(each)
+            begin_edits.first(each)
     if not activation.inside:
         _report(context, source, activation, "the MLP's activation", "the activation is Chipmunk's")
         if not activation.done and activation.gate is not None:

@@ -7,6 +7,7 @@ import libcst as cst
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.layers import Mlp, activation_built, functional_activation
+from chipmunk.rewrite.mlps.across import begun
 from chipmunk.rewrite.mlps.cuts import Cuts
 from chipmunk.rewrite.mlps.gates import Gates
 from chipmunk.rewrite.mlps.looking import Look
@@ -125,6 +126,12 @@ class Finder:
         assert activation.argument is not None
         value, step, path, passed = self.look.follow(activation.argument, activation.step)
         first = Cuts(self.look).first(value, step, path, passed)
+        if first is None and isinstance(value, cst.Name) and not second.alone:
+            elsewhere = begun(self.look.context, self.look.where, value.value)
+            if elsewhere is not None:
+                begin, problem = elsewhere.where, elsewhere.problem
+                all_held = [*held, *passed]
+                return Pieces(self.look.where, second, activation, elsewhere.first, all_held, [], begin, problem)
         if first is None:
             name = dotted(activation.argument)
             made = [] if name is None else self.look.scope.reaching(name, activation.step)

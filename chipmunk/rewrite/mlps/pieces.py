@@ -87,7 +87,7 @@ class Second(Piece):
 
 @dataclass
 class Pieces:
-    """A whole MLP, in one function."""
+    """A whole MLP, in one function; the first linear may be in another one."""
 
     where: Reached
     second: Second
@@ -96,6 +96,15 @@ class Pieces:
     held: list[Held] = field(default_factory=list)
     others: list[First] = field(default_factory=list)
     """The value's linear, where `first` is the gate's alone."""
+    begun: Reached | None = None
+    """The function that the first linear is in, if it is another one."""
+    problem: str = ""
+    """Why the MLP must stay dense, as far as that function is concerned."""
+
+    @property
+    def begins(self) -> Reached:
+        """The function that the first linear is in."""
+        return self.begun or self.where
 
     @property
     def all(self) -> list[Piece]:
@@ -115,6 +124,8 @@ def why_dense(mlp: Pieces, taken: list[Pieces]) -> str:
     first, second, scope = mlp.first, mlp.second, mlp.where.function.scope
     assert first.linear is not None
     assert second.linear is not None
+    if mlp.problem:
+        return mlp.problem
     for piece in mlp.all:
         if any(isinstance(node, (cst.For, cst.While)) for node, branch in piece.step.chain if branch == "body"):
             return "the MLP is computed piece by piece, in a loop"
@@ -125,7 +136,7 @@ def why_dense(mlp: Pieces, taken: list[Pieces]) -> str:
     if first.later is not None and first.later.index != first.step.index + 1:
         return "the parts of the first linear's output are cut off at places apart from each other"
     if first.dim is not None and isinstance(first.sizes, cst.Arg) and not first.done:
-        source = mlp.where.function.source
+        source = mlp.begins.function.source
         if source.span(first.dim)[0] < source.span(first.sizes)[0]:
             return "the split's arguments are not in their order"
     if second.mlp_first and not second.done:
