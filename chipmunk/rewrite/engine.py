@@ -248,5 +248,5 @@ def _facts(model: Model, index: int, context: Context) -> ModelFacts:
 def _block_facts(block: Block) -> BlockFacts:
     return BlockFacts(
         block.owner.source.path, block.owner.name, block.attention, block.mlp, block.linear_in, block.linear_out,
-        block.gated, block.mlp_first_in, block.mlp_first_out, block.mlp_alone,
+        block.gated, block.mlp_first_in, block.mlp_first_out, block.mlp_alone, block.run,
     )  # fmt: skip

@@ -78,6 +78,8 @@ class BlockFacts:
     """Single block: whether the MLP's columns come before the attention's in the second linear."""
     mlp_alone: bool = False
     """Whether the second linear takes nothing but the activated part."""
+    run: str = ""
+    """The method that the model calls, where it does not call the block itself."""
 
 
 @dataclass(frozen=True)

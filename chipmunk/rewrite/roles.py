@@ -50,6 +50,8 @@ class Block:
     mlp_first_in: bool = False
     mlp_first_out: bool = False
     mlp_alone: bool = False
+    run: str = ""
+    """The method that the model calls, where it does not call the block itself."""
     is_handed: bool = field(init=False)
     """Whether the work is done outside the block, by what it is handed to."""
 
@@ -264,7 +266,8 @@ def _with_roles(
             return Lookalike(owner, method.node.name, f"{classes[0].name} has no forward")
         given = bind(forward.node, found.call, skip=1, first=_leading(repository, method, found))
         taken = {p: roles[n] for p, value in given.items() if (n := _stream_of(value, roles)) is not None}
-        blocks.append(Block(classes[0], *_followed(repository, classes[0], forward, taken)))
+        run = forward.outline.name if is_method else ""
+        blocks.append(Block(classes[0], *_followed(repository, classes[0], forward, taken), run=run))
     if len(set(blocks[0].streams.values())) < len(outside):
         starred = [arg.value for arg in double.call.args if arg.star == "*" and dotted(arg.value) is not None]
         reason = f"{blocks[0].owner.name} does not take both streams"

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 import chipmunk
+from chipmunk.config import Config
 from chipmunk.registry import load
 from chipmunk.rewrite import Plan, plan_repository
 from chipmunk.rewrite.minimal import FILES
+from chipmunk.verify.oracle import Oracle
 
 REGISTRY = load()
 STEPS = 9
@@ -71,6 +73,14 @@ class Outcome:
         chipmunk.enable(model, config or KEPT)
         self.on = _draw(patched, model, draw, extra)
         self.statistics = chipmunk.statistics(model)
+
+    def oracle(self, folder: Path, files: dict[str, str], config: dict[str, Any]) -> Tensor:
+        """What verify's plain statement of the rules draws with the original model."""
+        original = _imported(folder / "oracle", texts_of(files))
+        model = _built(original)
+        with Oracle(model, self.plan.models[0], Config.model_validate(config), steps=STEPS) as oracle:
+            oracle.auto_step()
+            return _draw(original, model, "sample", ())
 
     @property
     def error(self) -> float:

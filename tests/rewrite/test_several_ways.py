@@ -214,6 +214,8 @@ def test_it_computes_the_same_with_everything_kept_and_is_sparse_otherwise(tmp_p
     for layer in sparse.statistics.layers:
         assert sum(calls.sparse for calls in layer.attention.values()) > 0, layer.name
         assert sum(calls.sparse for calls in layer.mlp.values()) > 0, layer.name
+    wanted = sparse.oracle(tmp_path, FILES, SPARSE)
+    assert float((sparse.on - wanted).norm() / wanted.norm()) < 1e-4
 
 
 def test_calls_of_the_other_ways_are_those_of_the_original(tmp_path: Path) -> None:

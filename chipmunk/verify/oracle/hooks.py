@@ -77,7 +77,7 @@ class Hooks:
         self._wrap_forward()
         for layer, block in enumerate([*self._double, *self._single]):
             facts = self.facts.double_block if layer < len(self._double) else self.facts.single_block
-            self._hook_block(block, layer)
+            self._hook_block(block, layer, facts.run)
             self._hook_named_mlp(block, layer, facts)
             self._hook_whole_mlp(block, layer, facts)
         self._placed.enter_context(_InterceptAttention(self))
@@ -109,8 +109,11 @@ class Hooks:
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._placed.callback(handle.remove)
 
-    def _hook_block(self, block: nn.Module, layer: int) -> None:
-        """Know, inside the block's forward, which layer it is and how many tokens take part in its joint attention."""
+    def _hook_block(self, block: nn.Module, layer: int, run: str) -> None:
+        """Know, inside the block's forward, which layer it is and how many tokens take part in its joint attention.
+
+        run: the method that the model calls, if it does not call the block itself: no hook would be asked then.
+        """
 
         def before(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             sequences = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3]
@@ -129,8 +132,21 @@ class Hooks:
             self.layer = None
             return self.listener.after_block(layer, output)
 
-        self._hook(block.register_forward_pre_hook(before, with_kwargs=True))
-        self._hook(block.register_forward_hook(after, always_call=True))
+        if not run:
+            self._hook(block.register_forward_pre_hook(before, with_kwargs=True))
+            self._hook(block.register_forward_hook(after, always_call=True))
+            return
+        method = getattr(block, run)
+
+        @functools.wraps(method)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            before(block, args, kwargs)
+            output = method(*args, **kwargs)
+            other = after(block, args, output)
+            return output if other is None else other
+
+        self._placed.callback(vars(block).pop, run)
+        vars(block)[run] = wrapped
 
     def _hook_whole_mlp(self, block: nn.Module, layer: int, facts: BlockFacts) -> None:
         """The image MLP of a double block; in FLUX.3 also that of a joint block, which is beside the attention."""

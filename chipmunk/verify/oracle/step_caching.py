@@ -152,10 +152,13 @@ class StepOfModel:
             head = streams[0][:, : self._image_tokens]
             self._text_first = not torch.equal(head, self._leaving_double)
 
+    def _is_image(self, part: Any) -> bool:
+        return isinstance(part, Tensor) and part.ndim == 3 and part.shape[1] == self._image_tokens
+
     def leave(self, layer: int, output: Any) -> Any:
         """Of the last block, the output with the image tokens that step caching puts into their place; else None."""
         parts = list(output) if isinstance(output, (tuple, list)) else [output]
-        index = next((i for i, part in enumerate(parts) if part.shape[1] == self._image_tokens), 0)
+        index = next((i for i, part in enumerate(parts) if self._is_image(part)), 0)
         if layer == self._double_layers - 1:
             self._leaving_double = parts[index].clone()
         if layer != self._layers - 1:
