@@ -6,7 +6,8 @@ function, and the second linear takes the attention's output beside the activate
 change, as what passes between them is left uncomputed on a sparse step: so if anything else reads it, all stay as they
 are. They may stand in the block's forward, in a method, or in a processor object.
 
-A SwiGLU may also be written out, `silu(gate) * value`, of the halves of one linear's output or of two linears. A
+A SwiGLU may also be written out, `silu(gate) * value`, of the halves of one linear's output, of two of the parts that
+it is cut into, or of two linears. One method of the block may begin the work and another one end it. A
 single block may also have an MLP beside the attention, Linear, activation, Linear, that it calls on the joint stream:
 then that call changes alone.
 """

@@ -74,17 +74,18 @@ def mlp(block: Block, module: Any, x: Tensor, *, parts: str = "", of: str = "") 
 
 
 def split_linear(
-    block: Block, linear: Any, x: Tensor, sizes: Sequence[int], *, mlp_first: bool = False
+    block: Block, linear: Any, x: Tensor, sizes: Sequence[int], *, mlp_first: bool = False, gated: bool = False
 ) -> Sequence[Tensor]:
     """`torch.split(linear(x), sizes, dim=-1)`, or its sparse form, for the first linear of a single block.
 
     x: (B, N, C). sizes: columns of the parts, of which the last is the MLP's, the first with `mlp_first`; −1 is the
-    rest, or an equal part of it, as `torch.chunk` makes them.
+    rest, or an equal part of it, as `torch.chunk` makes them. gated: the last two are, or the first two, and the
+    product of the one's activation and the other comes next.
     """
     state = state_of(block)
     if state is None or _begun(state, linear, x) == "dense":
         return _split(linear(x), sizes)
-    return _split_sparsely(state, linear, x, sizes, mlp_first, None)
+    return _split_sparsely(state, linear, x, sizes, mlp_first, gated, None)
 
 
 def held_linear(block: Block, linear: Any, x: Tensor) -> Tensor:
@@ -103,13 +104,15 @@ def held_linear(block: Block, linear: Any, x: Tensor) -> Tensor:
     return _nothing(x, linear.weight.shape[0])
 
 
-def split_held(block: Block, held: Tensor, sizes: Sequence[int], *, mlp_first: bool = False) -> Sequence[Tensor]:
+def split_held(
+    block: Block, held: Tensor, sizes: Sequence[int], *, mlp_first: bool = False, gated: bool = False
+) -> Sequence[Tensor]:
     """`torch.split(held, sizes, dim=-1)` of what `held_linear` gave, or its sparse form. Arguments: see there."""
     state = state_of(block)
     if state is None or state.held is None or state.single_mlp == "dense":
         return _split(held, sizes)
     (linear, x), state.held = state.held, None
-    return _split_sparsely(state, linear, x, sizes, mlp_first, held)
+    return _split_sparsely(state, linear, x, sizes, mlp_first, gated, held)
 
 
 def mlp_linear(block: Block, linear: Any, x: Tensor, *, half: str = "") -> Tensor:
@@ -290,25 +293,34 @@ def _begun(state: LayerState, linear: Any, x: Tensor) -> str:
 
 
 def _split_sparsely(
-    state: LayerState, linear: Any, x: Tensor, sizes: Sequence[int], mlp_first: bool, held: Tensor | None
+    state: LayerState,
+    linear: Any,
+    x: Tensor,
+    sizes: Sequence[int],
+    mlp_first: bool,
+    gated: bool,
+    held: Tensor | None,
 ) -> Sequence[Tensor]:
-    """Both parts of a first linear's output on a full or sparse step. held: the output, where it is computed."""
+    """The parts of a first linear's output on a full or sparse step. held: the output, where it is computed."""
     rows = linear.weight.shape[0]
     sizes = _resolved(sizes, rows)
-    if len(sizes) < 2 or sum(sizes) != rows:
+    parts = 2 if gated else 1
+    theirs = sizes[:parts] if mlp_first else sizes[-parts:]
+    if len(sizes) <= parts or sum(sizes) != rows or len(set(theirs)) > 1:
         state.mlp_done, state.single_mlp = "the split of the linear layer is not understood", "dense"
         return torch.split(linear(x), sizes, dim=-1)
-    cut = sizes[0] if mlp_first else rows - sizes[-1]
+    cut = sum(theirs) if mlp_first else rows - sum(theirs)
     neurons, attention = (slice(cut), slice(cut, None)) if mlp_first else (slice(cut, None), slice(cut))
     mlp = Rows((linear.weight[neurons],), (None if linear.bias is None else linear.bias[neurons],))
     if state.single_mlp == "full":
         state.means = means_through(state, x, mlp)
         return torch.split(linear(x) if held is None else held, sizes, dim=-1)
-    passed = _passed_on(state, x, mlp)
+    passed: Sequence[Tensor] = (_passed_on(state, x, mlp),)
     bias = None if linear.bias is None else linear.bias[attention]
     attended = functional.linear(x, linear.weight[attention], bias)
-    others = torch.split(attended, sizes[1:] if mlp_first else sizes[:-1], dim=-1)
-    return (passed, *others) if mlp_first else (*others, passed)
+    others = torch.split(attended, sizes[parts:] if mlp_first else sizes[:-parts], dim=-1)
+    passed = torch.split(passed[0], list(theirs), dim=-1) if gated else passed
+    return (*passed, *others) if mlp_first else (*others, *passed)
 
 
 def _split(whole: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:

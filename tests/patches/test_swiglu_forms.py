@@ -97,10 +97,42 @@ ALONE = variant(
     ("self.act =", f"self.narrow = nn.Linear(4 * width, width){LINE}self.act ="),
     (JOIN, "self.leave(mixed) + self.narrow(self.act(hidden))"),
 )
+PARTS = variant(
+    SINGLE,
+    ("3 * width + 4 * width", "3 * width + 8 * width"),
+    (
+        SPLIT,
+        "qkv, gate, value = torch.split(self.enter(x), [3 * self.width, 4 * self.width, 4 * self.width], dim=-1)",
+    ),
+    ("self.act(hidden)", f"{SILU}(gate) * value"),
+)
+PARTS_FIRST = variant(
+    PARTS,
+    ("qkv, gate, value =", "value, gate, qkv ="),
+    ("[3 * self.width, 4 * self.width, 4 * self.width]", "[4 * self.width, 4 * self.width, 3 * self.width]"),
+    (f"torch.cat((mixed, {SILU}(gate) * value), 2)", "torch.cat((hidden, mixed), 2)"),
+    ("mixed = attend", f"hidden = value * {SILU}(gate){LINE}mixed = attend"),
+)
+PARTS_HELD = variant(
+    PARTS,
+    ("qkv, gate, value = torch.split(self.enter(x), [", f"both = self.enter(x){LINE}qkv, gate, value = both.split(["),
+)
+FIVE = variant(
+    PARTS,
+    ("3 * width + 8 * width", "5 * width"),
+    ("nn.Linear(width + 4 * width, width)", "nn.Linear(width + width, width)"),
+    (
+        "qkv, gate, value = torch.split(self.enter(x), [3 * self.width, 4 * self.width, 4 * self.width], dim=-1)",
+        "q, k, v, gate, value = self.enter(x).chunk(5, dim=-1)",
+    ),
+    ("q, k, v = qkv.unflatten", "q, k, v = torch.cat((q, k, v), -1).unflatten"),
+)
 SINGLES = {
     "halves": HALVES, "halves the other way round, a module": SWAPPED, "slices": SLICES, "unbound": UNBOUND,
     "halves of its own linear": OWN_LINEAR, "two linears": TWO, "two linears, held": HELD,
     "many parts": MANY, "chunks": CHUNKS, "chunks of a variable": HELD_CHUNKS, "a second linear of its own": ALONE,
+    "three parts": PARTS, "three parts, the value first": PARTS_FIRST, "three parts of a variable": PARTS_HELD,
+    "five parts": FIVE,
 }  # fmt: skip
 
 # Double blocks.
@@ -174,6 +206,11 @@ PRODUCT = f"{SILU}(gate) * value"
         variant(MANY, ("q, k, v, hidden =", "q, k, hidden, v ="), ("self.width, self.width, 4 * self.width)", "self.width, 4 * self.width, self.width)")),
         variant(CHUNKS, ("chunk(self.enter(x), 2,", "chunk(self.enter(x), 3,")),
         variant(ALONE, ("self.narrow(self.act(hidden))", "self.narrow(torch.relu(hidden))")),
+        variant(PARTS, ("qkv, gate, value =", "gate, qkv, value =")),
+        variant(PARTS, (f"{SILU}(gate) * value", f"{SILU}(gate) * gate")),
+        variant(PARTS, (f"{SILU}(gate) * value", "nn.functional.gelu(gate) * value")),
+        variant(PARTS, (f"{SILU}(gate) * value", f"{SILU}(gate) * qkv[..., : 4 * self.width]")),
+        variant(FIVE, ("q, k, v, gate, value = self", "q, k, gate, v, value = self")),
     ],
 )  # fmt: skip
 def test_a_single_block_that_stays_dense(text: str) -> None:
@@ -187,6 +224,8 @@ def test_a_single_block_that_stays_dense(text: str) -> None:
     [
         variant(HALVES, ("return x +", "return value.mean() +")),
         variant(HALVES, ("return x +", "return hidden.mean() +")),
+        variant(PARTS, ("return x +", "return value.mean() +")),
+        variant(PARTS, ("mixed = attend", f"gate.clamp_(-1){LINE}mixed = attend")),
         variant(HALVES, ("mixed = attend", f"gate.clamp_(-1){LINE}mixed = attend")),
         variant(HELD, ("return x +", "return value.mean() +")),
         variant(OWN_LINEAR, ("[mixed, gate]", "[mixed, gate + gate]"), ("qkv = self.enter(x)", "qkv = self.enter(x) + value.mean()")),
@@ -236,6 +275,10 @@ def test_the_change() -> None:
     assert f"chipmunk.cat_linear(self, self.leave, mixed, None, chipmunk.gated(self, {SILU}, gate, value))" in after_of(
         HALVES
     )
+    sizes = "[3 * self.width, 4 * self.width, 4 * self.width], gated=True)"
+    assert f"qkv, gate, value = chipmunk.split_linear(self, self.enter, x, {sizes}" in after_of(PARTS)
+    assert f"qkv, gate, value = chipmunk.split_held(self, both, {sizes}" in after_of(PARTS_HELD)
+    assert "4 * self.width, 3 * self.width], mlp_first=True, gated=True)" in after_of(PARTS_FIRST)
     assert "hidden = chipmunk.gated(self, self.act, gate, value, value_first=True)" in after_of(SWAPPED)
     assert "chipmunk.split_linear(self, self.enter, x, [-1, -1])" in after_of(CHUNKS)
     assert "chipmunk.split_held(self, both, [-1, -1])" in after_of(HELD_CHUNKS)

@@ -43,6 +43,25 @@ class Cuts:
             return self._split(value, step, parts, path[0] == 0)
         return None
 
+    def pair(self, value: cst.BaseExpression, step: Step, places: tuple[int, int]) -> tuple[First, list[Held]] | None:
+        """The first linear whose output is cut into more than two parts, of which a gate and a value are two.
+
+        They must be the last two or the first two: `qkv, gate, value = torch.split(…, [3 * c, f, f], dim=-1)`.
+        """
+        node = step.node
+        if not isinstance(value, cst.Call) or not isinstance(node, cst.Assign) or len(node.targets) != 1:
+            return None
+        parts = [place for _, place in target_names(node.targets[0].target)]
+        count, pair = len(parts), tuple(sorted(places))
+        if count < 3 or parts != [(index,) for index in range(count)] or node.value is not value:
+            return None
+        if pair not in ((0, 1), (count - 2, count - 1)):
+            return None
+        found = self._split(value, step, count, pair[0] == 0)
+        if found is not None:
+            found[0].gated = True
+        return found
+
     def _split(self, call: cst.Call, step: Step, parts: int, mlp_first: bool) -> tuple[First, list[Held]] | None:
         """`torch.split(…, [a, b], dim=-1)`, `….split([a, b], -1)` or `….chunk(2, -1)` of a linear's output."""
         done = self.look.runtime(call, step)

@@ -104,7 +104,7 @@ class _Edits:
         if first.shares:
             assert isinstance(first.sizes, cst.Arg)
             self.context.replace(self.source, first.sizes.value, f"[{', '.join(['-1'] * first.shares)}]")
-        end = ", mlp_first=True" if first.mlp_first else ""
+        end = (", mlp_first=True" if first.mlp_first else "") + (", gated=True" if first.gated else "")
         if isinstance(first.sizes, str):
             self._slices(first, f"{self.runtime}.split_held({self.layer}, {first.held_text}, {first.sizes}{end})")
             return

@@ -36,7 +36,8 @@ class Gates:
     def found(self, value: cst.BaseExpression, step: Step) -> tuple[Activation, list[First], list[Held]] | None:
         """The product, or Chipmunk's form of it, with the linears that make its factors: one, or the gate's first."""
         for callee, gate, other, done in self._products(value, step):
-            made = self._by_two_linears(gate, other, step) or self._by_halves(gate, other, step)
+            forms = (self._by_two_linears, self._by_halves, self._by_parts)
+            made = next((made for form in forms if (made := form(gate, other, step)) is not None), None)
             if made is not None:
                 firsts, held, value_first = made
                 mlp = Mlp("swiglu_value_first" if value_first else "swiglu")
@@ -95,6 +96,18 @@ class Gates:
         if inputs[0] != inputs[1] or firsts[0].linear == firsts[1].linear:
             return None
         return firsts, passed, False
+
+    # Two of the parts of one linear's output
+
+    def _by_parts(
+        self, gate: cst.BaseExpression, other: cst.BaseExpression, step: Step
+    ) -> tuple[list[First], list[Held], bool] | None:
+        value, at, path, held = self.look.follow(gate, step)
+        again, _, other_path, other_held = self.look.follow(other, step)
+        if again is not value or len(path) != 1 or len(other_path) != 1 or path == other_path:
+            return None
+        found = Cuts(self.look).pair(value, at, (path[0], other_path[0]))
+        return None if found is None else ([found[0]], [*held, *other_held, *found[1]], path > other_path)
 
     # Two halves
 

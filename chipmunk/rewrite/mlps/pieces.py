@@ -48,6 +48,8 @@ class First(Piece):
     shares: int = 0
     """How many equal parts, where `sizes` gives their number."""
     mlp_first: bool = False
+    gated: bool = False
+    """Whether the MLP's part is two of the parts, the gate and the value."""
     held_text: str = ""
     """The variable that the output is held in."""
     later: Step | None = None
