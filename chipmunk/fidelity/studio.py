@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import sys
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 import chipmunk
 from chipmunk.fidelity import pipelines
 from chipmunk.fidelity.spec import Picture, Spec
+from chipmunk.rewrite.plan import LoopFacts
 from chipmunk.verify import spec as verify
 from chipmunk.verify.building import BuildError
 from chipmunk.verify.checkout import CheckoutError
-from chipmunk.verify.drawn import Drawn, record, unwrapped
+from chipmunk.verify.drawn import Drawn, counted_loops, record, unwrapped
 from chipmunk.verify.subject import OtherModelError, Subject
 
 
@@ -205,7 +207,7 @@ class Studio(Subject):
             else:
                 facts, function, variants = self.loop
                 assert facts.model_parameter is not None
-                with record(model, unwrapped(function).__code__, drawn):
+                with record(model, unwrapped(function).__code__, drawn, self._head(facts)):
                     result = self.target.run_loop(function, facts.model_parameter, model, given, times, variants[0])
             drawing = Drawing(_after_each_step(drawn, inputs, result))
             if decode and self.decodes:
@@ -213,6 +215,15 @@ class Studio(Subject):
         if not torch.isfinite(result).all():
             raise BuildError(f"the picture of '{picture.prompt}', seed {picture.seed}, is not finite")
         return drawing
+
+    def _head(self, loop: LoopFacts) -> ast.For | None:
+        """The sampling loop itself: on the patched side the lines are others."""
+        if self.order.side == "original":
+            return super()._head(loop)
+        source = (self.checkout.root / loop.file).read_bytes()
+        counted = counted_loops(source, loop.function)
+        same = sorted(x.line for x in self.facts.loops if (x.file, x.function) == (loop.file, loop.function))
+        return counted[same.index(loop.line)] if len(counted) == len(same) else None
 
     def _draw_whole(self, pipeline: pipelines.UserPipeline, picture: Picture, steps: int) -> Drawing:
         with torch.inference_mode():

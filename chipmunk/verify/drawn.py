@@ -41,7 +41,23 @@ def unwrapped(function: Callable[..., Any]) -> Any:
 def loop_at(source: str | bytes, line: int) -> ast.For | None:
     """The `for` on this line of a file; None if there is none, or if its body begins on the loop's own lines."""
     found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.For) and node.lineno == line]
-    return found[0] if found and found[0].body[0].lineno > (found[0].iter.end_lineno or line) else None
+    return found[0] if found and _has_lines(found[0]) else None
+
+
+def counted_loops(source: str | bytes, function: str) -> list[ast.For]:
+    """The loops of a patched file's function, `denoise` or `Sampler.run`, whose rounds Chipmunk counts as steps."""
+    found: list[ast.AST] = [ast.parse(source)]
+    for name in function.split("."):
+        parts = [part for node in found for part in ast.iter_child_nodes(node)]
+        found = [part for part in parts if getattr(part, "name", None) == name]
+    loops = sorted((n for node in found for n in ast.walk(node) if isinstance(n, ast.For)), key=lambda n: n.lineno)
+    calls = [[n for n in ast.walk(loop.iter) if isinstance(n, ast.Call)] for loop in loops]
+    steps = [[call for call in each if getattr(call.func, "attr", None) == "steps"] for each in calls]
+    return [loop for loop, wrapped in zip(loops, steps, strict=True) if wrapped and _has_lines(loop)]
+
+
+def _has_lines(loop: ast.For) -> bool:
+    return loop.body[0].lineno > (loop.iter.end_lineno or loop.lineno)
 
 
 def iterates(loop: ast.For) -> bool:
