@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 from chipmunk.runtime.token_order import TokenOrder, find_order
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 AGAIN = object()
 """Instead of a result: the call has to be made again, because something was found out."""
+
+_NO_READERS = ("torch.", "accelerate.", "diffusers.", "deepspeed.", "chipmunk.")
+"""Packages whose hooks bring weights into place, or watch without keeping tokens."""
 
 
 def order_of(session: Session, bound: inspect.BoundArguments) -> TokenOrder | None:
@@ -36,6 +41,8 @@ def order_of(session: Session, bound: inspect.BoundArguments) -> TokenOrder | No
         what = f"kept: {reason}"
     elif image.dim() != 3:
         what = "kept: the image is not tokens (B, L, C)"
+    elif (reason := _why_watched(session, bound.args[0])) is not None:
+        what = f"kept: {reason}"
     else:
         order, what = find_order(ids, image.shape[1], patchify, image.device)
     session.recorder.token_order[what] += 1
@@ -52,6 +59,27 @@ def why_by_token(session: Session, bound: inspect.BoundArguments) -> str | None:
     if image.dim() == 3 and any(not isinstance(x, Tensor) or x not in own for x in _moving(session, bound)):
         return "another input belongs to the image tokens one by one"
     return None
+
+
+def _why_watched(session: Session, model: nn.Module) -> str | None:
+    """Why code that the model does not show may know where its tokens lie: a hook that reads them, say."""
+    everywhere = (*all_modules._global_forward_hooks.values(), *all_modules._global_forward_pre_hooks.values())
+    if any(map(_is_foreign, everywhere)):
+        return "a hook of all modules may read its tokens"
+    for name, module in model.named_modules():
+        if module is not model and any(
+            map(_is_foreign, (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+        ):
+            return f"a hook of {name} may read its tokens"
+    return None if session.adopted is None else session.adopted.why_in_order(model)
+
+
+def _is_foreign(hook: object) -> bool:
+    """Whether a hook is none of torch's own (FSDP, profiling), of which none reads activations for their places."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    home = str(getattr(hook, "__module__", "") or "")
+    return not home.startswith(_NO_READERS)
 
 
 def note_own_features(session: Session, bound: inspect.BoundArguments) -> None:
@@ -102,9 +130,35 @@ def reordered(session: Session, order: TokenOrder | None, bound: inspect.BoundAr
         return bound
     changed = inspect.BoundArguments(bound.signature, bound.arguments.copy())
     image, ids = session.spec.image, session.spec.ids
-    changed.arguments[image] = order.apply(bound.arguments[image], session.config.implementation)
-    changed.arguments[ids] = order.apply_to_ids(bound.arguments[ids])
+    with torch.inference_mode(False), torch.no_grad():  # inference tensors would not tell that they are written to
+        changed.arguments[image] = order.apply(bound.arguments[image], session.config.implementation)
+        changed.arguments[ids] = order.apply_to_ids(bound.arguments[ids])
     return changed
+
+
+def versions_of(session: Session, bound: inspect.BoundArguments) -> list[int]:
+    """How often image tokens and ids that are `reordered` have been written to."""
+    names = (session.spec.image, session.spec.ids)
+    return [bound.arguments[name]._version for name in names if name is not None]
+
+
+def write_back(
+    session: Session,
+    order: TokenOrder,
+    bound: inspect.BoundArguments,
+    changed: inspect.BoundArguments,
+    versions: list[int],
+) -> None:
+    """Write to the caller's image tokens and ids what the model wrote in place to those in the slot's order.
+
+    versions: of these, `changed`, before the call.
+    """
+    image, ids = session.spec.image, session.spec.ids
+    wrote_image, wrote_ids = (a != b for a, b in zip(versions, versions_of(session, changed), strict=True))
+    if wrote_image:
+        bound.arguments[image].copy_(order.undo(changed.arguments[image], session.config.implementation))
+    if wrote_ids and ids is not None:
+        bound.arguments[ids].copy_(order.undo_ids(changed.arguments[ids]))
 
 
 def restored(session: Session, order: TokenOrder, result: Any) -> Any:

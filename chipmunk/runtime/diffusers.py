@@ -39,6 +39,8 @@ _MODELS = {
 """Class → its first kind of block. In FLUX.3 these are the image's own, before it meets the text."""
 
 _RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
+_MAKERS = ("diffusers.", "accelerate.", "torch.", "peft.", "chipmunk.")
+"""Packages whose forwards treat all tokens alike."""
 
 Forward = Callable[..., Any]
 
@@ -115,8 +117,8 @@ class Adopted:
 
     def _make_forward(self, model: nn.Module, call: Forward) -> MethodType:
         original = type(model).forward
-        signature = inspect.signature(original)
         previous = self._previous
+        signature = _signature(original, previous)
         adopted = self
 
         def inner(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -128,12 +130,19 @@ class Adopted:
         @functools.wraps(original)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if adopted.session.model() is not self:  # a copy, or a replica on another device
-                return original(self, *args, **kwargs)
+                return type(self).forward(self, *args, **kwargs)
+            reason = None
             if kwargs.get("kv_cache_mode") is not None:
+                reason = "reference tokens are kept in a key-value cache"
+            elif type(self).forward is not original:
+                reason = "the forward of the model's class was replaced after Chipmunk was enabled"
+            elif not _takes(signature, (self, *args), kwargs):
+                reason = "the model's forward was called with other arguments than it takes"
+            if reason is not None:
                 recorder = adopted.session.recorder
                 recorder.model_calls += 1
-                recorder.dense_model_calls["reference tokens are kept in a key-value cache"] += 1
-                return original(self, *args, **kwargs) if previous is None else previous(*args, **kwargs)
+                recorder.dense_model_calls[reason] += 1
+                return type(self).forward(self, *args, **kwargs) if previous is None else previous(*args, **kwargs)
             result = call(inner, signature, self, args, kwargs)
             if type(result) is tuple and isinstance(result[-1], _Whole):
                 result[-1].result.sample = result[0]
@@ -142,6 +151,29 @@ class Adopted:
 
         # Where the model is compiled as a whole after this, the compiler stops here.
         return MethodType(torch.compiler.disable(forward), model)  # type: ignore[no-untyped-call]
+
+    def why_in_order(self, model: nn.Module) -> str | None:
+        """Why image tokens keep their order: a forward or processor that may know where they lie, or None.
+
+        One that stores attention maps or features, say, for code that takes their rows for the picture's.
+        """
+        if self._previous is not None and not _is_known(self._previous):
+            return "the model's forward is not diffusers' own"
+        if not _is_known(type(model).forward):
+            return f"{type(model).__name__}.forward is not diffusers' own"
+        for name, block in blocks_of(model, self.session.spec):
+            inner = getattr(block, "_orig_mod", block)  # compiled by the user
+            for part in (inner, *inner.children()):
+                if hasattr(part, "in_features"):  # a linear layer, quantised perhaps
+                    continue
+                forwards = (type(part).forward, part.forward, part.__dict__.get("_old_forward", part.forward))
+                if not all(map(_is_known, forwards)):
+                    return f"{name}: the forward of {type(part).__name__} is not diffusers' own"
+                processor = getattr(part, "processor", None)
+                processor = getattr(processor, "previous", processor)
+                if processor is not None and not _is_known(type(processor).__call__):
+                    return f"{name}: the attention processor {type(processor).__name__} is not diffusers' own"
+        return None
 
     # The layers, as they are in this call.
 
@@ -200,6 +232,37 @@ class Adopted:
             finally:
                 module.__dict__[ATTRIBUTE] = state
         return self._checked[key]
+
+
+def _is_known(function: Any) -> bool:
+    """Whether a function's code is written where all tokens are treated alike."""
+    while isinstance(function, functools.partial):  # as accelerate wraps a forward
+        function = function.func
+    function = getattr(function, "__func__", function)
+    home = getattr(function, "__globals__", {}).get("__name__", "")
+    return f"{home}.".startswith(_MAKERS)
+
+
+def _signature(original: Forward, previous: Forward | None) -> inspect.Signature:
+    """What the model's forward takes, the model first: its class's, or that of what was put in its place before."""
+    signature = inspect.signature(original)
+    if previous is None or _is_known(previous):
+        return signature
+    model = next(iter(signature.parameters.values()))
+    own = list(inspect.signature(previous).parameters.values())
+    kinds = {parameter.kind for parameter in own}
+    names = {parameter.name for parameter in own}
+    if "hidden_states" not in names or inspect.Parameter.VAR_POSITIONAL in kinds or model.name in names:
+        return signature
+    return inspect.Signature([model.replace(kind=inspect.Parameter.POSITIONAL_ONLY), *own])
+
+
+def _takes(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

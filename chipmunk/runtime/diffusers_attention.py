@@ -179,8 +179,15 @@ def install(attn: nn.Module) -> str | None:
     else:
         current = processor
     form = FORMS.get((type(attn).__name__, type(current).__name__))
+    reason = None
     if form is None or not type(current).__module__.startswith("diffusers."):
-        return f"the attention processor is a {type(current).__name__}"
+        reason = f"the attention processor is a {type(current).__name__}"
+    elif not str(getattr(type(current).__call__, "__globals__", {}).get("__name__", "")).startswith("diffusers."):
+        # Its work may be more than the attention: storing maps of it, say.
+        reason = f"{type(current).__name__}.__call__ was replaced by code that is not diffusers' own"
+    if reason is not None or form is None:
+        uninstall(attn)  # what diffusers hands a processor goes by the signature of the one that it finds
+        return reason
     if getattr(current, "_parallel_config", None) is not None:
         return "attention is spread over several devices"
     if type(processor) is not form:

@@ -15,6 +15,7 @@ import diffusers
 import tiny_pipelines as tiny
 import torch
 from accelerate.hooks import remove_hook_from_module
+from diffusers.models.transformers import transformer_flux
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from peft import LoraConfig
 from PIL import Image
@@ -459,12 +460,12 @@ def test_a_processor_of_the_users_own_stays(dense: Tensor) -> None:
 
 
 def test_a_release_that_computes_something_else_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = FluxAttnProcessor.__call__
+    original = transformer_flux.apply_rotary_emb
 
-    def louder(self: Any, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return original(self, attn, 1.1 * hidden_states, *args, **kwargs)
+    def louder(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return 1.1 * original(x, *args, **kwargs)
 
-    monkeypatch.setattr(FluxAttnProcessor, "__call__", louder)
+    monkeypatch.setattr(transformer_flux, "apply_rotary_emb", louder)
     pipe = pipeline(flux1())
     wanted = draw(pipe)
     chipmunk.enable(pipe, KEPT)

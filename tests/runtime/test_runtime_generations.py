@@ -299,6 +299,7 @@ def test_outputs_are_never_cache_storage() -> None:
             spoil(out)
             return copy
 
+        keep_and_spoil.__module__ = "torch.hooks"  # which read no tokens: they may be moved
         handles.append(block.register_forward_hook(keep_and_spoil, with_kwargs=True))
     got = []
     for step in chipmunk.steps(model, range(STEPS)):

@@ -9,7 +9,7 @@ import torch
 from flux_model import Flux, build, denoise, error, grid_ids, inputs, small
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import chipmunk
 from chipmunk.config import Patchify
@@ -130,6 +130,42 @@ def test_ids_that_differ_between_batch_elements_move_nothing() -> None:
     given = inputs(8, 8, batch=2)
     given["img_ids"] = torch.stack((grid_ids(8, 8), grid_ids(8, 8) + torch.tensor([0, 3, 0])))
     assert run(build(), given) == "kept: the ids differ between batch elements"
+
+
+@pytest.mark.parametrize("where", ["single_blocks.1", "double_blocks.0.img_mlp", "out", "everywhere"])
+def test_a_hook_sees_the_tokens_where_they_lay(where: str) -> None:
+    """What it keeps is for code that takes rows for places in the picture: an attention map, features."""
+    model, seen, on = build(), [], False
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.extend(x.clone() for x in args[:1] if on)
+
+    if where == "everywhere":
+        handle = nn.modules.module.register_module_forward_pre_hook(hook)
+    else:
+        handle = model.get_submodule(where).register_forward_pre_hook(hook)
+    kept = f"kept: a hook of {'all modules' if where == 'everywhere' else where} may read its tokens"
+    try:
+        assert run(model, inputs(9, 13)) == kept
+        with torch.no_grad():
+            on = True
+            denoise(model, 9, **inputs(9, 13))
+            given, seen = seen, []
+            chipmunk.disable(model)
+            denoise(model, 9, **inputs(9, 13))
+    finally:
+        handle.remove()
+    assert len(seen) == len(given) > 0
+    assert max(error(got, was) for got, was in zip(given, seen, strict=True)) < 1e-5
+    assert run(model, inputs(9, 13)) == "reordered"
+
+
+def test_hooks_of_the_model_itself_and_of_torch_do_not_matter() -> None:
+    model = build()
+    model.register_forward_hook(lambda module, args, result: None)
+    torch.nn.utils.spectral_norm(model.out)
+    assert len(model.out._forward_pre_hooks) == 1
+    assert run(model, inputs(9, 13)) == "reordered"
 
 
 def test_patchify_off() -> None:

@@ -56,6 +56,7 @@ def in_the_middle(model: Flux, work: Callable[[], Any], where: Callable[[Flux], 
             work()
             busy.clear()
 
+    hook.__module__ = "torch.hooks"  # which read no tokens: they may be moved
     handle = where(model).register_forward_pre_hook(hook)
     got = denoise(model, STEPS, each=steps.append, **given)
     handle.remove()
