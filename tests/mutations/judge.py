@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -155,20 +156,22 @@ def verified(source: Path, before: Files, files: Files) -> tuple[str, ...] | Non
     """Checks of `chipmunk verify` that a mutant of the repository at `source` fails: the same numbers as before it was
     patched, with Chipmunk off and with everything kept, are among them. None where the model cannot be built.
 
-    `before` are the files that were rewritten, and `files` what they have become; the repository's others stay.
+    `before` are the files that were rewritten, and `files` what they have become, and are patched; the repository's
+    others stay as they are.
     """
+    plan = planned({path: text.encode() for path, text in files.items()})
     with tempfile.TemporaryDirectory(prefix="chipmunk-mutant-") as folder:
         root = Path(folder) / "repository"
         shutil.copytree(source, root, ignore=shutil.ignore_patterns(".git", ".chipmunk", "__pycache__"))
         for path in before.keys() - files.keys():
             (root / path).unlink()
         write(root, {path: text.encode() for path, text in files.items()})
-        carry_out(plan_update(root, planned))
-        try:
-            report = verify.run(root)
-        except verify.VerifyError:
-            return None
-        return tuple(f"{check.name}: {check.says}" for check in report.checks if not check.holds)
+        carry_out(plan_update(root, lambda _: plan))
+        checks: list[verify.Check] = []
+        for model in plan.models:
+            with suppress(verify.VerifyError):
+                checks += verify.run(root, verify.VerifyOptions(model=model.name)).checks
+    return tuple(f"{check.name}: {check.says}" for check in checks if not check.holds) if checks else None
 
 
 def write(root: Path, files: dict[str, bytes]) -> None:
