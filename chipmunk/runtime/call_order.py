@@ -124,41 +124,54 @@ def _has_rows_for(x: Tensor, tokens: int) -> bool:
     return is_mask or tokens in (x.shape[1:] if x.dim() == 2 else x.shape[1:-1])
 
 
-def reordered(session: Session, order: TokenOrder | None, bound: inspect.BoundArguments) -> inspect.BoundArguments:
-    """The arguments with image tokens and ids in the slot's order."""
-    if order is None or session.spec.ids is None:
+def reordered(
+    session: Session, order: TokenOrder | None, bound: inspect.BoundArguments, *, watched: bool
+) -> inspect.BoundArguments:
+    """The arguments with image tokens and ids in the slot's order.
+
+    watched: where that is their own, with a copy of the image tokens that tells whether it is written to.
+    """
+    image, ids = session.spec.image, session.spec.ids
+    if order is None and not watched:
         return bound
     changed = inspect.BoundArguments(bound.signature, bound.arguments.copy())
-    image, ids = session.spec.image, session.spec.ids
     with torch.inference_mode(False), torch.no_grad():  # inference tensors would not tell that they are written to
-        changed.arguments[image] = order.apply(bound.arguments[image], session.config.implementation)
-        changed.arguments[ids] = order.apply_to_ids(bound.arguments[ids])
+        if order is None:
+            changed.arguments[image] = bound.arguments[image].clone()
+        else:
+            changed.arguments[image] = order.apply(bound.arguments[image], session.config.implementation)
+        if order is not None and ids is not None:
+            changed.arguments[ids] = order.apply_to_ids(bound.arguments[ids])
     return changed
 
 
 def versions_of(session: Session, bound: inspect.BoundArguments) -> list[int]:
     """How often image tokens and ids that are `reordered` have been written to."""
-    names = (session.spec.image, session.spec.ids)
-    return [bound.arguments[name]._version for name in names if name is not None]
+    given = [bound.arguments.get(name) for name in (session.spec.image, session.spec.ids) if name is not None]
+    return [x._version for x in given if isinstance(x, Tensor) and not x.is_inference()]
 
 
 def write_back(
     session: Session,
-    order: TokenOrder,
+    order: TokenOrder | None,
     bound: inspect.BoundArguments,
     changed: inspect.BoundArguments,
     versions: list[int],
-) -> None:
-    """Write to the caller's image tokens and ids what the model wrote in place to those in the slot's order.
+) -> bool:
+    """Write to the caller's image tokens and ids what the model wrote in place to the copies that it was given.
 
-    versions: of these, `changed`, before the call.
+    versions: of these, `changed`, before the call. Returns whether it wrote to the image tokens.
     """
+    if changed is bound:
+        return False
     image, ids = session.spec.image, session.spec.ids
-    wrote_image, wrote_ids = (a != b for a, b in zip(versions, versions_of(session, changed), strict=True))
-    if wrote_image:
-        bound.arguments[image].copy_(order.undo(changed.arguments[image], session.config.implementation))
-    if wrote_ids and ids is not None:
+    wrote = [before != now for before, now in zip(versions, versions_of(session, changed), strict=True)]
+    if wrote[0]:
+        copy = changed.arguments[image]
+        bound.arguments[image].copy_(copy if order is None else order.undo(copy, session.config.implementation))
+    if order is not None and ids is not None and wrote[1]:
         bound.arguments[ids].copy_(order.undo_ids(changed.arguments[ids]))
+    return wrote[0]
 
 
 def restored(session: Session, order: TokenOrder, result: Any) -> Any:

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from chipmunk.ops import dense_results_only, record_fallbacks
 from chipmunk.runtime.block_list import blocks_of, holders
-from chipmunk.runtime.call_order import AGAIN, note_own_features, order_of, reordered, restored, why_by_token
+from chipmunk.runtime.call_order import (
+    AGAIN,
+    note_own_features,
+    order_of,
+    reordered,
+    restored,
+    versions_of,
+    why_by_token,
+    write_back,
+)
 from chipmunk.runtime.clock import CallSlot, Generation, current_generation
 from chipmunk.runtime.guards import why_dense_here
 from chipmunk.runtime.layer_state import ATTRIBUTE, DONE, AttentionRules, LayerState, MlpRules
@@ -130,7 +139,8 @@ def _attempt(
         labels = [_plan(session, index, state) for index, state in enumerate(slot.layers)]
         _seed(slot.layers, image.device)
     try:
-        arguments = reordered(session, slot.order, bound)
+        arguments = reordered(session, slot.order, bound, watched=step is not None)
+        versions = versions_of(session, arguments)
         with (
             _states_installed(session, blocks, slot, step),
             session.compiler.settings(),
@@ -164,6 +174,8 @@ def _attempt(
         return AGAIN
     slot.last_step, slot.skipped = generation.step, skip
     slot.weights = WeightsSeen(blocks)  # after the call, in which offloading may write to them
+    if write_back(session, slot.order, bound, arguments, versions) and step is not None:
+        _give_up_step_caching(session, slot, "the model writes to the image tokens that it is given", "")
     if slot.order is not None:
         note_own_features(session, bound)
     if slot.steps is not None:
@@ -327,13 +339,16 @@ def _pass_over(session: Session, state: LayerState) -> None:
         state.mlp_count += 1
 
 
-def _give_up_step_caching(session: Session, slot: CallSlot, reason: str) -> None:
+_WHY = (
+    " `chipmunk patch` says why where it lists the sites of the patch step-caching; a repository patched by an older "
+    "version is patched anew the same way."
+)
+
+
+def _give_up_step_caching(session: Session, slot: CallSlot, reason: str, more: str = _WHY) -> None:
     """Skip no more steps of this model, and say so."""
     session.recorder.no_step_caching, slot.steps = reason, None
-    _warn(
-        f"step_caching is enabled, but no steps are skipped: {reason}. `chipmunk patch` says why where it lists the "
-        "sites of the patch step-caching; a repository patched by an older version is patched anew the same way."
-    )
+    _warn(f"step_caching is enabled, but no steps are skipped: {reason}.{more}")
 
 
 @contextmanager

@@ -27,6 +27,10 @@ class TokenOrder:
         """Positions (L, axes) or (B, L, axes) in the new order."""
         return ids.index_select(-2, self.order.to(ids.device))
 
+    def undo_ids(self, ids: Tensor) -> Tensor:
+        """Positions (L, axes) or (B, L, axes) in the old order."""
+        return ids.index_select(-2, self._inverse.to(ids.device))
+
     def undo(self, x: Tensor, implementation: str) -> Tensor:
         """Tokens (B, R, …), R ≥ `image_tokens`, in the old order; rows past the first image keep their place."""
         rest = torch.arange(self.image_tokens, x.shape[1], device=self._inverse.device)
