@@ -5,7 +5,8 @@ pipeline is made lets Chipmunk work in its transformer at run time, through diff
 stands behind the statements that go on setting the pipeline up (`pipe.to(…)`, offloading, LoRA weights,
 `torch.compile`). Without a configuration it does nothing.
 
-A pipeline is known by its class, `Flux…Pipeline`; for `DiffusionPipeline`, `AutoPipelineFor…` and `ModularPipeline` the
+A pipeline is known by its class, `Flux…Pipeline`; one of the repository's own by what it inherits from, or by the
+transformer that its constructor takes; for `DiffusionPipeline`, `AutoPipelineFor…` and `ModularPipeline` the
 id of the model has to say FLUX. Left alone: pipelines of other models, `from_pipe`, which shares the transformer of
 another pipeline, and pipelines that are returned without having a name, which are enabled where they get one.
 """
@@ -118,6 +119,20 @@ _IMPORT = ("import torch\n", "import chipmunk\nimport torch\n")
 _LOAD = 'FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", torch_dtype=torch.bfloat16)'
 _OFFLOAD = "pipe.enable_model_cpu_offload()\n"
 _ENABLED = (_OFFLOAD, _OFFLOAD + "chipmunk.enable(pipe)\n")
+_OWN = """\
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
+
+
+class FluxPipeline(DiffusionPipeline):
+    def __init__(self, scheduler, transformer: FluxTransformer2DModel):
+        super().__init__()
+        self.register_modules(scheduler=scheduler, transformer=transformer)
+
+    def __call__(self, latents, timesteps):
+        for t in timesteps:
+            latents = self.scheduler.step(self.transformer(latents, timestep=t)[0], t, latents)[0]
+        return latents
+"""
 _PICTURE = """\
 image = pipe("a chipmunk", num_inference_steps=50).images[0]
 image.save("chipmunk.png")
@@ -199,7 +214,53 @@ EXAMPLES = (
         variant(_SCRIPT, (f"pipe = {_LOAD}\n{_OFFLOAD}", ""), ("image = pipe(", f"image = {_LOAD}(")),
         None,
     ),
+    Example(
+        "a pipeline that is loaded without its transformer",
+        "draw.py",
+        variant(_SCRIPT, ("torch.bfloat16)", "torch.bfloat16, transformer=None)"), ("pipe(", "pipe.encode_prompt(")),
+        None,
+    ),
+    Example(
+        "a pipeline of the user's own, around another model",
+        "draw.py",
+        variant(_SCRIPT, ("from diffusers import FluxPipeline", "from mine import FluxPipeline")),
+        None,
+        {"mine.py": variant(_OWN, ("FluxTransformer2DModel", "SD3Transformer2DModel"))},
+    ),
     Example("a script", "draw.py", _SCRIPT, variant(_SCRIPT, _IMPORT, _ENABLED)),
+    Example(
+        "a transformer that is given to it later",
+        "draw.py",
+        variant(
+            _SCRIPT,
+            ("torch.bfloat16)", "torch.bfloat16, transformer=None)"),
+            (_OFFLOAD, 'pipe.transformer = torch.load("mine.pt")\n' + _OFFLOAD),
+        ),
+        variant(
+            _SCRIPT,
+            _IMPORT,
+            ("torch.bfloat16)", "torch.bfloat16, transformer=None)"),
+            (_OFFLOAD, 'pipe.transformer = torch.load("mine.pt")\n' + _OFFLOAD + "chipmunk.enable(pipe)\n"),
+        ),
+    ),
+    Example(
+        "a copy of a pipeline, with a loop of its own",
+        "draw.py",
+        variant(_SCRIPT, ("from diffusers import FluxPipeline", "from mine import FluxPipeline")),
+        variant(_SCRIPT, ("from diffusers import FluxPipeline", "from mine import FluxPipeline"), _IMPORT, _ENABLED),
+        {"mine.py": _OWN},
+    ),
+    Example(
+        "a function that changes it and gives it back",
+        "draw.py",
+        variant(_SCRIPT, (_OFFLOAD, _OFFLOAD + "pipe = observed(pipe)\n"), ("import FluxP", "import observed, FluxP")),
+        variant(
+            _SCRIPT,
+            ("import FluxP", "import observed, FluxP"),
+            _IMPORT,
+            (_OFFLOAD, _OFFLOAD + "pipe = observed(pipe)\nchipmunk.enable(pipe)\n"),
+        ),
+    ),
     Example(
         "everything that sets it up comes first",
         "draw.py",

@@ -23,6 +23,7 @@ _LOADERS = ("from_pretrained", "from_single_file")
 _SAME_OBJECT = {"to", "cuda", "cpu"}
 _ANY_MODEL = re.compile(r"DiffusionPipeline|ModularPipeline|AutoPipelineFor\w+")
 _FLUX = re.compile(r"Flux(?!Prior)\w*Pipeline")
+_TRANSFORMER = re.compile(r"(Flux[23]?)Transformer2DModel")
 _ID = ("pretrained_model_name_or_path", "pretrained_model_or_path", "pretrained_model_link_or_path_or_dict")
 
 
@@ -63,7 +64,12 @@ def _directly_made(context: Context) -> tuple[list[Made], dict[Function, str]]:
             if family is None:
                 continue
             named.add(id(call))
-            if target is None and place.function is not None:
+            if _has_patched_transformer(context, call, step, place):
+                continue  # which finds its configuration itself
+            if _is_without_transformer(call, target, place):
+                reason = "it is loaded without its transformer (transformer=None)"
+                context.left_dense(place.module.source, step.node, reason)
+            elif target is None and place.function is not None:
                 returning[place.function] = family
             elif target is not None:
                 found.append(Made(place, step, target, family))
@@ -73,6 +79,32 @@ def _directly_made(context: Context) -> tuple[list[Made], dict[Function, str]]:
                 reason = "the pipeline has no name here: give it one, and chipmunk.enable(…) can stand behind it"
                 context.left_dense(place.module.source, call, reason)
     return found, returning
+
+
+def _is_without_transformer(call: cst.Call, target: cst.BaseExpression | None, place: Place) -> bool:
+    """Whether the pipeline is loaded for its other parts, its encoders, say, and given no transformer here later."""
+    if not any(a.keyword and a.keyword.value == "transformer" and dotted(a.value) == "None" for a in call.args):
+        return False
+    later = f"{place.module.source.code(target)}.transformer" if target is not None else None
+    return all(dotted(made) != later for step in place.scope.steps for made in _targets(step.node))
+
+
+def _has_patched_transformer(context: Context, call: cst.Call, step: Step, place: Place) -> bool:
+    """Whether the transformer that the pipeline is given is made here, of a class that is patched."""
+    given = next((a.value for a in call.args if a.keyword and a.keyword.value == "transformer"), None)
+    patched = {model.owner for model in context.models}
+    for binding in place.scope.reaching(dotted(given) or "", step) if given is not None and patched else ():
+        made = None if binding.value is None else _innermost(binding.value)
+        if made is not None:
+            loads = isinstance(made.func, cst.Attribute) and made.func.attr.value in _LOADERS
+            kind = made.func.value if loads and isinstance(made.func, cst.Attribute) else made.func
+            if context.repository.resolve(kind, place.names, binding.step) in patched:
+                return True
+    return False
+
+
+def _targets(node: cst.CSTNode) -> list[cst.BaseExpression]:
+    return [each.target for each in node.targets] if isinstance(node, cst.Assign) else []
 
 
 def _may_load(context: Context, place: Place) -> bool:
@@ -155,10 +187,27 @@ def _class_of_diffusers(context: Context, meaning: Meaning | None) -> str | None
             for owner in repository.bases(meaning)
             for base in owner.outline.bases
         ]
+        inherits = any(isinstance(each, External) and each.name.split(".")[0] == "diffusers" for each in found)
         found = [each for each in found if isinstance(each, External) and _FLUX.fullmatch(each.name.split(".")[-1])]
+        if inherits and not found:
+            return _by_transformer(context, meaning)
     for each in found:
         if isinstance(each, External) and each.name.split(".")[0] == "diffusers":
             return each.name.split(".")[-1]
+    return None
+
+
+def _by_transformer(context: Context, owner: Class) -> str | None:
+    """What diffusers would call the pipeline, a copy of one, say, going by what its constructor takes."""
+    maker = context.repository.method(owner, "__init__")
+    given = () if maker is None else (*maker.outline.args.args, *maker.outline.args.kwonlyargs)
+    for parameter in given:
+        if maker is None or parameter.arg != "transformer" or parameter.annotation is None:
+            continue
+        meaning = context.repository.resolve(outlines.dotted(parameter.annotation), maker.module)
+        if isinstance(meaning, External) and meaning.name.split(".")[0] == "diffusers":
+            kind = _TRANSFORMER.fullmatch(meaning.name.split(".")[-1])
+            return f"{kind[1]}Pipeline" if kind else None
     return None
 
 
@@ -245,10 +294,13 @@ def _sets_up(small: cst.CSTNode, name: str, made: Made) -> bool:
 def _is_given(context: Context, small: cst.CSTNode, name: str, made: Made, later: list[cst.CSTNode]) -> bool:
     """Whether a statement hands the pipeline to a function that changes it, `apply_cache(pipe)`, and draws no picture.
 
-    A function of the repository that calls what it is given draws, and so may one that nothing comes after.
+    Or gives it back, `pipe = prepared(pipe)`. A function of the repository that calls what it is given draws, and so
+    may one that nothing comes after.
     """
     code = made.place.module.source.code
     call = small.value if isinstance(small, cst.Expr) else None
+    if isinstance(small, cst.Assign) and len(small.targets) == 1 and code(small.targets[0].target) == name:
+        call = small.value
     if not isinstance(call, cst.Call) or dotted(call.func) in (None, "print") or not call.args:
         return False
     if code(call.args[0].value) not in (name, f"{name}.transformer") or not any(name in code(node) for node in later):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import runpy
 import sys
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ pytest.importorskip("diffusers.models", reason="diffusers is not installed: pip 
 
 import tiny_pipelines as tiny
 from diffusers import FluxPipeline
+from diffusers.pipelines.flux import pipeline_flux
 
 import chipmunk
 from chipmunk.registry import load
@@ -119,3 +122,27 @@ def test_a_script(name: str, weights: Path, tmp_path: Path, monkeypatch: pytest.
     assert [tiny.sparse_calls(counted)[layer.name] for layer in counted.layers[2:]] == [script.sparse] * 4
     if name == "with a LoRA":
         assert tiny.reasons(counted) == {"the linear layer is a peft.tuners.lora.layer.Linear"}
+
+
+def test_a_script_with_a_copy_of_the_pipeline(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class is the user's own, with a loop of its own around diffusers' transformer."""
+    copied = re.sub(r"^from \.\.\.", "from diffusers.", inspect.getsource(pipeline_flux), flags=re.MULTILINE)
+    copied = re.sub(r"^from \.\.", "from diffusers.pipelines.", copied, flags=re.MULTILINE)
+    copied = re.sub(r"^from \.", "from diffusers.pipelines.flux.", copied, flags=re.MULTILINE)
+    text = SCRIPT.format(kind="FluxPipeline", setup="", options="").replace("from diffusers", "from copied_pipeline")
+    files = {"draw.py": text.encode(), "copied_pipeline.py": copied.encode()}
+    (change,) = plan_repository(files, load()).changes
+    assert change.path == "draw.py"
+    (tmp_path / "draw.py").write_bytes(change.after)
+    (tmp_path / "original.py").write_text(text)
+    (tmp_path / "copied_pipeline.py").write_text(copied)
+    (tmp_path / "some.yml").write_text(json.dumps(tiny.KEPT))
+    monkeypatch.setattr(sys, "argv", ["draw.py", str(weights)])
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    wanted = runpy.run_path(str(tmp_path / "original.py"))["latents"]
+    monkeypatch.setenv("CHIPMUNK_CONFIG", str(tmp_path / "some.yml"))
+    ran = runpy.run_path(str(tmp_path / "draw.py"))
+    assert tiny.error(ran["latents"], wanted) < 1e-5
+    counted = chipmunk.statistics(ran["pipe"])
+    assert [tiny.sparse_calls(counted)[layer.name] for layer in counted.layers[2:]] == [(9, 10)] * 4
