@@ -23,6 +23,8 @@ from chipmunk.rewrite.roles import Model
 from chipmunk.rewrite.syntax import bind, dotted, elements, is_call, last_name, parameters, self_attribute, walk
 
 ARGS = "args:"
+_GIVEN = "given:"
+"""The label, within what a function returns, of a parameter that it gives back."""
 _PARSING = ("parse_args", "parse_known_args")
 _SAME_OBJECT = {"to", "eval", "train", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_", "type", "to_empty"}
 _WRAPPERS = {
@@ -86,6 +88,8 @@ class Values:
     """The attributes of any class that have a label."""
     _holding: dict[Place, bool] = field(default_factory=dict)
     """What was answered about places when all was known."""
+    _returning: Function | None = None
+    """The function of which the returned value is asked: its parameters are labelled by their names."""
     _unseen: set[tuple[str, str, int]] = field(default_factory=set)
     """Files that do not see a name from any of so many modules."""
 
@@ -271,7 +275,9 @@ class Values:
                 self._give(self._globals, (id(place.module), name), labels)
         for step in scope.steps:
             if function is not None and isinstance(step.node, cst.Return) and step.node.value is not None:
+                self._returning = function
                 value = self.value(step.node.value, step, place)
+                self._returning = None
                 if _any(value):
                     self._returns(function, value)
         for call, step in scope.calls:
@@ -395,7 +401,7 @@ class Values:
             if isinstance(meaning, Class):
                 return self._model_labels(node.func, place.names, step)
             if isinstance(meaning, Function):
-                return self.returns.get(id(meaning), NOTHING)
+                return self._given_back(self.returns.get(id(meaning), NOTHING), meaning, node, step, place, depth)
         if isinstance(node.func, cst.Attribute):
             if node.func.attr.value in _SAME_OBJECT:
                 return self.value(node.func.value, step, place, depth + 1)
@@ -407,6 +413,28 @@ class Values:
                 return tuple(self.value(arg.value, step, place, depth + 1) for arg in node.args)
             return self.value(node.args[0].value, step, place, depth + 1)
         return NOTHING
+
+    def _given_back(
+        self, value: Value, callee: Function, call: cst.Call, step: Step, place: Place, depth: int
+    ) -> Value:
+        """What a call returns, with the labels of its own arguments where the function gives those back.
+
+        What one caller hands to `compiled(model)`, another one does not get from it.
+        """
+        if isinstance(value, tuple):
+            return tuple(self._given_back(part, callee, call, step, place, depth) for part in value)
+        names = {label.removeprefix(_GIVEN) for label in value if label.startswith(_GIVEN)}
+        if not names:
+            return value
+        given = bind(callee.node, call, skip=callee.receivers)
+        found = [_labels(self.value(given.get(name), step, place, depth + 1)) for name in names]
+        return frozenset(label for label in value if not label.startswith(_GIVEN)).union(*found)
+
+    def _is_annotated(self, name: str, place: Place) -> bool:
+        """Whether a parameter of the place says that it is a model."""
+        assert place.function is not None
+        given = parameters(place.function.node)
+        return any(bool(self._annotated(p.annotation, place)) for p in given if p.name.value == name)
 
     def _name(self, node: cst.Name | cst.Attribute, step: Step, place: Place, depth: int) -> Value:
         name = dotted(node)
@@ -420,7 +448,10 @@ class Values:
         if scope.is_definite(bindings, step):
             return found
         if function is not None and name in scope.parameters:
-            return _merge(found, self.arguments.get((id(function), name), NOTHING))
+            labels = self.arguments.get((id(function), name), NOTHING)
+            if labels and function is self._returning and not self._is_annotated(name, place):
+                labels = frozenset({_GIVEN + name})
+            return _merge(found, labels)
         if function is not None and function.owner is not None:
             attribute = self_attribute(node, scope.receiver)
             if attribute is not None:
