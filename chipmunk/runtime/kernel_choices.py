@@ -45,11 +45,21 @@ def rows_in_registers() -> AbstractContextManager[Any]:
 
 
 def _is_over_rows(features: Any) -> bool:
-    """Whether all reductions of a kernel go over the last, adjacent numbers of what they read, and these are few."""
+    """Whether all reductions of a kernel go over the last, adjacent numbers of what they read, and these are few.
+
+    Not where anything in the kernel reads every other number, as RoPE does that is fused to a norm: it is no faster in
+    registers, and takes seconds to compile.
+    """
     from torch._inductor.dependencies import MemoryDep
 
     length = features.reduction_numel
     if not getattr(length, "is_Integer", False) or not 1 < int(length) <= LONGEST_ROW:
+        return False
+    if any(
+        isinstance(read, MemoryDep) and not read.stride1_for_last_dim()
+        for node in features.scheduler_nodes()
+        for read in node.read_writes.reads
+    ):
         return False
     return all(
         isinstance(read, MemoryDep) and read.stride1_for_last_dim(False)

@@ -38,8 +38,6 @@ def attention_step(attn: Attention, count: int, has_selection: bool, overdue: bo
 
 def mlp_is_full(mlp: Mlp, count: int) -> bool:
     """Whether the call number `count` of a layer, from 0, is a full MLP step."""
-    if mlp.full_step_every is None and count == 1:
-        return False  # as little has changed since step 0; attention is full there for its selection
     return _is_due(count, mlp.full_step_every)
 
 

@@ -91,7 +91,7 @@ def test_the_error_grows_from_nothing(found: FidelityReport) -> None:
 
 def test_steps_are_told_apart(found: FidelityReport) -> None:
     kinds = variant(found, "some kept")["pictures"][0]["kinds"]
-    full = {0: "dense/full", 1: "full/sparse", 3: "full/full", 7: "full/full"}
+    full = {0: "dense/full", 1: "full/full", 3: "full/full", 7: "full/full"}
     assert kinds == [full.get(step, "sparse/sparse") for step in range(STEPS)]
 
 

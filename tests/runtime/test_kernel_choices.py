@@ -14,10 +14,12 @@ from chipmunk.runtime.kernel_choices import _is_over_rows, rows_in_registers
 ROW, COLUMN = sympy.symbols("d0 d1", integer=True)
 
 
-def features(length: object, *reads: object) -> SimpleNamespace:
-    """What Inductor tells of a kernel with one reduction of `length` numbers."""
-    node = SimpleNamespace(read_writes=SimpleNamespace(reads=reads))
-    return SimpleNamespace(reduction_numel=length, reduction_nodes=lambda: [node])
+def features(length: object, *reads: object, others: tuple[object, ...] = ()) -> SimpleNamespace:
+    """What Inductor tells of a kernel with one reduction of `length` numbers, and `others` read beside it."""
+    node, rest = (SimpleNamespace(read_writes=SimpleNamespace(reads=each)) for each in (reads, others))
+    return SimpleNamespace(
+        reduction_numel=length, reduction_nodes=lambda: [node], scheduler_nodes=lambda: (node, rest)
+    )
 
 
 def read(index: sympy.Expr, length: int = 128) -> MemoryDep:
@@ -35,6 +37,13 @@ def test_left_to_the_compiler(length: object, index: sympy.Expr) -> None:
 
 def test_a_read_of_unknown_places_is_left_to_the_compiler() -> None:
     assert not _is_over_rows(features(sympy.Integer(128), read(128 * ROW + COLUMN), StarDep("y")))
+
+
+def test_a_norm_with_rope_is_left_to_the_compiler() -> None:
+    """RoPE takes even and odd numbers apart: its loads in one program would compile for seconds, and be no faster."""
+    row, every_other = read(128 * ROW + COLUMN), read(256 * ROW + 2 * COLUMN)
+    assert not _is_over_rows(features(sympy.Integer(128), row, others=(every_other,)))
+    assert _is_over_rows(features(sympy.Integer(128), row, others=(row, read(ROW + 0 * COLUMN), StarDep("y"))))
 
 
 @pytest.mark.parametrize("length", [128, 3072, 4096])

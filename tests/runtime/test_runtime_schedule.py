@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from chipmunk.config import Attention, Mlp
 from chipmunk.runtime.clock import steps_at_most
 from chipmunk.runtime.layer_state import AttentionRules, MlpRules
-from chipmunk.runtime.schedule import attention_is_full, attention_step, mlp_step
+from chipmunk.runtime.schedule import attention_is_full, attention_step, mlp_is_full, mlp_step
 
 
 @pytest.mark.parametrize(
@@ -95,18 +95,25 @@ def mlp_kinds(mlp: Mlp, calls: int) -> str:
 
 
 def test_mlp_schedule() -> None:
-    assert mlp_kinds(Mlp(), 13) == "fSSfSSSfSSSSS"
+    assert mlp_kinds(Mlp(), 13) == "ffSfSSSfSSSSS"
     assert mlp_kinds(Mlp(block_mask_cache=2, full_step_every=10), 17) == "fSSSSSSSSSfSSsSsS"
     assert mlp_kinds(Mlp(block_mask_cache=5, full_step_every=7), 18) == "fSSSSSSfSSSsssfSss"
     assert mlp_kinds(Mlp(full_step_every=1), 3) == "ddd"
-    assert mlp_kinds(Mlp(full_step_every=None), 17) == "fSSfSSSfSSSSSSSfS"
+    assert mlp_kinds(Mlp(full_step_every=None), 17) == "ffSfSSSfSSSSSSSfS"
     assert mlp_kinds(Mlp(full_step_every=10), 13) == "fSSSSSSSSSfSS"
 
 
-def test_ever_further_apart_is_as_many_full_steps_as_every_ten_of_fifty() -> None:
+def test_ever_further_apart_is_about_as_many_full_steps_as_every_ten_of_fifty() -> None:
     for every in (None, 10):
         assert attention_kinds(Attention(full_step_every=every), 50).count("S") == 5
-        assert mlp_kinds(Mlp(full_step_every=every), 50).count("f") == 5
+    assert mlp_kinds(Mlp(full_step_every=10), 50).count("f") == 5
+    assert mlp_kinds(Mlp(full_step_every=None), 50).count("f") == 6
+
+
+def test_by_default_attention_and_mlp_are_full_on_the_same_steps() -> None:
+    """No step of one kind alone: it would be two graphs more to compile, for a single step of a picture."""
+    for count in range(100):
+        assert attention_is_full(Attention(), count) == mlp_is_full(Mlp(), count), count
 
 
 def test_step_zero_is_always_full() -> None:

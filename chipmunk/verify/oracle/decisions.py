@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from chipmunk.config import Config
 
 EVER_FURTHER = tuple(2**power - 1 for power in range(31))
-"""Full steps where `full_step_every` is null; the MLP's leave 1 out."""
+"""Full steps where `full_step_every` is null."""
 
 
 @dataclass

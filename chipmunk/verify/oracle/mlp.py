@@ -115,7 +115,7 @@ def mlp(decisions: Decisions, cache: MlpCache, layer: int, dense: DenseMlp) -> T
 
 def step_is_full(config: Mlp, count: int) -> bool:
     if config.full_step_every is None:
-        return count in EVER_FURTHER and count != 1
+        return count in EVER_FURTHER
     return count % config.full_step_every == 0
 
 
