@@ -82,7 +82,8 @@ class Mlp(Section):
     top_keys: Fraction = Field(default=0.3, description="Fraction of neurons that a group of tokens computes anew.")
     random_keys: Fraction = Field(default=0.05, description="Fraction of neurons added at random.")
     full_step_every: Every = Field(
-        default=None, description="Step 0 and every so many run in full and renew the caches; null: 0, 1, 3, 7, 15, 31, …"
+        default=None,
+        description="Step 0 and every so many run in full and renew the caches; null: 0, 1, 3, 7, 15, 31, …",
     )
     block_mask_cache: Count = Field(default=1, description="From step 10 on, choose neurons anew every so many steps.")
     first_n_dense_layers: CountOrZero = Field(default=2, description="So many layers at the model's start stay dense.")
