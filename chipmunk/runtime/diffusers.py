@@ -17,6 +17,8 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +56,13 @@ def spec_of_class(kind: type) -> ForwardSpec | None:
             per_token = tuple(p for p in inspect.signature(vars(base)["forward"]).parameters if p in _RESIDUALS)
             return ForwardSpec(double, single, "hidden_states", "img_ids", file, "timestep", per_token)
     return None
+
+
+def why_unfit() -> str | None:
+    """Why the installed release of diffusers cannot be worked with; None if it can."""
+    if find_spec("diffusers.models.attention_dispatch") is not None:
+        return None
+    return f"diffusers {version('diffusers')} is older than 0.35, the first release that it works with"
 
 
 class _Whole:

@@ -274,11 +274,24 @@ def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, An
         chosen = _find_config(spec)
     if chosen is not None or running is None:
         _take_away(owner)
+    if chosen is not None and (unfit := _why_unfit(owner)) is not None:
+        message = f"Chipmunk: {type(owner).__name__} runs dense, as ever: {unfit}. Update it, or leave Chipmunk out."
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return
     if chosen is not None:
         running = owner.__dict__[ATTRIBUTE] = Session(owner, spec, chosen)
         running.is_chosen = config is not None
     if running is not None and running.adopted is not None:
         running.adopted.set_aside(model)
+
+
+def _why_unfit(model: nn.Module) -> str | None:
+    """Why a model of diffusers, whose code is not patched, has to stay as it is."""
+    if is_patched(model):
+        return None
+    from chipmunk.runtime.diffusers import why_unfit
+
+    return why_unfit()
 
 
 def _warn_of_empty_pipeline(model: Any) -> None:
