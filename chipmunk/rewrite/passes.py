@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import libcst as cst
@@ -121,7 +121,7 @@ def joined(scope: Scope, double: Pass, single: Pass) -> Streams | None:
                 place = _sliced_off(scope, single, {joint, *_bound_names(step)})
                 if place is None:
                     place = -1
-                inside = {name: "joint" for name in _joint_names(single, scope, joint)}
+                inside = {name: "joint" for name in _joint_names(scope, joint, double.results)}
                 image, text = names[place], names[1 - place] if place >= 0 else names[0]
                 return Streams(image, text, place, inside)
     return None
@@ -207,10 +207,10 @@ def _end_of(node: cst.Subscript) -> int | None:
     return None
 
 
-def _joint_names(single: Pass, scope: Scope, joint: str) -> set[str]:
-    """Names that hold the joint stream when the single block is called."""
-    names = {joint}
+def _joint_names(scope: Scope, joint: str, parts: Collection[str]) -> set[str]:
+    """Names that hold the joint stream when the single block is called: concatenations of it, or of one of `parts`."""
+    names, joined = {joint}, {joint, *parts}
     for step in scope.steps:
         if isinstance(step.node, cst.Assign) and is_call(step.node.value, *CONCATENATIONS):
-            names.update(_bound_names(step))
+            names.update(_bound_names(step) if not joined.isdisjoint(first_names(step.node.value)) else ())
     return names

@@ -183,6 +183,19 @@ ALIKE: dict[str, dict[str, str]] = {
             ("        self.act =", "        self.largest = None\n        self.act ="),
         )
     },
+    "pieces of another tensor, put together for the second kind of block": {
+        "single": variant(
+            SINGLE,
+            ("x, rotation):", "x, rotation, gains):"),
+            ("        return x + self", "        a, b = gains.chunk(2, dim=1)\n        return a * x + b * self"),
+        ),
+        "model": variant(
+            MODEL,
+            ("x = block(x, rotation)", "x = block(x, rotation, gains)"),
+            ("        x = torch.cat((text,", "        time = time[:, None, None]\n"
+             "        gains = torch.cat((1 - time, 1 + time), dim=1)\n        x = torch.cat((text,"),
+        ),
+    },
     "a mask that is none": {
         "attention": _MASKED,
         "single": variant(SINGLE, ("v, rotation)", "v, rotation, None)")),
