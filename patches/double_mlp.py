@@ -83,7 +83,30 @@ class PairBlock""",
     ),
 )
 
+_MADE = variant(
+    DOUBLE,
+    (f"self.image_mlp = {_BUILT}", "self.image_mlp = feed(width)"),
+    (
+        "class PairBlock",
+        """def feed(width, times=4, plain=False):
+    if plain:
+        return nn.Linear(width, width)
+    hidden = times * width
+    made = nn.Sequential(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+    return made
+
+
+class PairBlock""",
+    ),
+)
+
 EXAMPLES = (
+    Example(
+        "an MLP that a function makes, in one form or another",
+        "flow/double.py",
+        variant(_MADE, ("feed(width)\n", "feed(width, plain=heads > 4)\n")),
+        None,
+    ),
     Example(
         "an MLP with another activation",
         "flow/double.py",
@@ -119,6 +142,12 @@ EXAMPLES = (
         "flow/double.py",
         DOUBLE,
         variant(DOUBLE, _IMPORT, (_CALL, "chipmunk.mlp(self, self.image_mlp, self.image_norm(image))")),
+    ),
+    Example(
+        "an MLP that a function makes",
+        "flow/double.py",
+        _MADE,
+        variant(_MADE, _IMPORT, (_CALL, "chipmunk.mlp(self, self.image_mlp, self.image_norm(image))")),
     ),
     Example(
         "an MLP of the repository's own class: its parts are named",

@@ -141,6 +141,8 @@ class Builder:
                 return self._library(meaning.name, call, given)
             if name.endswith("Linear"):
                 return Layer("linear")
+            if isinstance(meaning, Function):
+                return self._made_by(meaning, call, given)
             if isinstance(meaning, External) and not meaning.name.startswith("torch"):
                 return None
             if name in ("Dropout", "Identity"):
@@ -163,15 +165,21 @@ class Builder:
         constructor = self.repository.method(owner, "__init__")
         if constructor is None:
             return Instance(owner)
-        bound: dict[str, Given] = {}
-        for parameter in parameters(constructor.node):
-            if parameter.default is not None:
-                bound[parameter.name.value] = Given(parameter.default, constructor, None, ())
-        if any(arg.star for arg in call.args):
+        bound = _bound(constructor, call, given)
+        return None if bound is None else Instance(owner, bound)
+
+    def _made_by(self, function: Function, call: cst.Call, given: Given) -> Built:
+        """What a function of the repository makes and returns; None where that may be one thing or another."""
+        bound = _bound(function, call, given)
+        if bound is None:
             return None
-        for name, value in bind(constructor.node, call, skip=1).items():
-            bound[name] = replace(given, value=value)
-        return Instance(owner, tuple(bound.items()))
+        found: list[Built] = []
+        for step in function.scope.steps:
+            if isinstance(step.node, cst.Return):
+                inner = Given(step.node.value or cst.Name("None"), function, step, bound)
+                if self._happens(step, inner):
+                    found += [self.build(meant) for meant in self.meant(inner)]
+        return _one(found)
 
     def _library(self, name: str, call: cst.Call, given: Given) -> Built:
         first, second, classes = _LIBRARY[name]
@@ -266,6 +274,18 @@ class Builder:
             if isinstance(target.operator, (cst.NotEqual, cst.IsNot)):
                 return sides[0] != sides[1]
         return None
+
+
+def _bound(function: Function, call: cst.Call, given: Given) -> _Arguments | None:
+    """What the function's parameters stand for in this call; None if not all is known."""
+    if any(arg.star for arg in call.args):
+        return None
+    defaults = [parameter for parameter in parameters(function.node) if parameter.default is not None]
+    bound = {p.name.value: Given(p.default, function, None, ()) for p in defaults if p.default is not None}
+    skip = 1 if function.node.name.value == "__init__" else function.receivers
+    for name, value in bind(function.node, call, skip=skip).items():
+        bound[name] = replace(given, value=value)
+    return tuple(bound.items())
 
 
 def _literal(value: cst.BaseExpression) -> object:
