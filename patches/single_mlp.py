@@ -46,7 +46,7 @@ def _patch_block(context: Context, block: Block) -> None:
         if any(finder.several for finder in finders):
             missing = "what makes its input has another form in each branch"
         elif any(finder.seconds for finder in finders):
-            missing = "its output's split into [query, key, value | MLP] is missing"
+            missing = "its output's split into [query, key, value | MLP] is missing, or something comes between"
         elif any(finder.apart for finder in finders):
             missing = "the second linear and the concatenation that it takes are in different branches or `with` blocks"
         context.left_dense(source, node.name, f"no fused MLP was found: {missing}", matched=block.forward.name)

@@ -233,8 +233,18 @@ class _Reader:
             if each in scope.parameters[entry.function.receivers :] or (star is not None and each == star.name.value):
                 return True
             values = [binding.value for binding in scope.reaching(each, step) if not binding.path]
-            pending += [n.value for v in values if v is not None for n in walk(v) if isinstance(n, cst.Name)]
+            pending += [
+                n.value
+                for v in values
+                if v is not None and not self._makes_tokens(entry, v, step)
+                for n in walk(v)
+                if isinstance(n, cst.Name)
+            ]
         return False
+
+    def _makes_tokens(self, entry: Entry, value: cst.CSTNode, step: Step) -> bool:
+        """Whether a value is what a call makes of tokens: another tensor, nothing that was given."""
+        return isinstance(value, cst.Call) and any(self._holds(entry, arg.value, step) for arg in value.args)
 
     def _is_own(self, entry: Entry, node: cst.BaseExpression) -> bool:
         """Whether it is an attribute of the function's own object, or of a module that it is given."""

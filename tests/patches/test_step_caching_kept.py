@@ -95,6 +95,21 @@ IN_BLOCK: dict[str, tuple[tuple[tuple[str, str], ...], str]] = {
     ),
     "a note of the block's number": ((TOLD, (END, f"        told['kind'] = 'joint'\n{END}")), "patched"),
     "a shape": ((TOLD, (END, f"        told['size'] = mixed.shape[1]\n{END}")), "patched"),
+    "a dictionary that something given makes": (
+        (TOLD, (END, f"        store = told.of('joint')\n        store['x'] = mixed\n{END}")),
+        "JointBlock.forward keeps what it computes in store",
+    ),
+    "a tensor that is made of tokens and of something given": (
+        (
+            TOLD,
+            (
+                END,
+                "        scaled = torch.ones_like(mixed + told)\n        scaled[..., 0] = mixed[..., 0] / 2\n"
+                f"        mixed = scaled * mixed\n{END}",
+            ),
+        ),
+        "patched",
+    ),
     "a list of its own": (((END, f"        parts = []\n        parts.append(mixed)\n{END}"),), "patched"),
 }  # fmt: skip
 
