@@ -345,7 +345,9 @@ def _once(leaf: _Leaf, leaves: list[_Leaf]) -> _Leaf:
             continue
         # Two objects that may be called at one place are called one at a time.
         if first.function is second.function and not (
-            first.step.excludes(second.step) or second.step.excludes(first.step)
+            first.step.excludes(second.step)
+            or second.step.excludes(first.step)
+            or _if_it_fails(first.step, second.step)
         ):
             place = next(i for i, hop in enumerate(leaf.path) if hop is first)
             reason = "the block computes joint attention at several places in one call"
@@ -353,6 +355,17 @@ def _once(leaf: _Leaf, leaves: list[_Leaf]) -> _Leaf:
                 reason = "attention among some of the tokens, beside that of the others"
             return _Leaf(leaf.path, reason, leaf.done, place)
     return leaf
+
+
+def _if_it_fails(first: Step, second: Step) -> bool:
+    """Whether one of them stands where the other's failure is handled: the same is done again, with the same caches."""
+    for (node, branch), (other, other_branch) in zip(first.chain, second.chain, strict=False):
+        if node is not other:
+            return False
+        if branch != other_branch:
+            handled = [b for b in (branch, other_branch) if b.startswith("handlers")]
+            return isinstance(node, cst.Try) and bool(handled) and "finalbody" not in (branch, other_branch)
+    return False
 
 
 def _within_reach(leaf: _Leaf) -> _Leaf:
@@ -452,7 +465,20 @@ _LAYER = ("attend(q, k, v, rotation)", "attend(q, k, v, rotation, **chipmunk.lay
 _CALL = "torch.nn.functional.scaled_dot_product_attention("
 _INLINE = variant(DOUBLE, ("attend(q, k, v, rotation)", f"{_CALL}q, k, v).transpose(1, 2).flatten(2)"))
 
+_TRIED = variant(
+    ATTENTION,
+    ("    x = torch", "    try:\n        x = torch"),
+    ("attention(q, k, v)\n", "attention(q, k, v)\n    except RuntimeError:\n"
+     "        x = torch.nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=0.0)\n"),
+)  # fmt: skip
+
 EXAMPLES = (
+    Example(
+        "tried, and then done again all the same",
+        "flow/attention.py",
+        variant(_TRIED, ("except RuntimeError", "finally")),
+        None,
+    ),
     Example(
         "attention of the image alone, beside the joint one",
         "flow/double.py",
@@ -476,6 +502,18 @@ EXAMPLES = (
             _IMPORT,
             ("v, rotation):", "v, rotation, chipmunk_layer=None):"),
             (f"{_CALL}q", f"chipmunk.attention(chipmunk_layer, {_CALL[:-1]}, q"),
+        ),
+    ),
+    Example(
+        "another way if the first one fails",
+        "flow/attention.py",
+        _TRIED,
+        variant(
+            _TRIED,
+            _IMPORT,
+            ("v, rotation):", "v, rotation, chipmunk_layer=None):"),
+            (f"{_CALL}q, k, v)", f"chipmunk.attention(chipmunk_layer, {_CALL[:-1]}, q, k, v)"),
+            (f"{_CALL}q, k, v, d", f"chipmunk.attention(chipmunk_layer, {_CALL[:-1]}, q, k, v, d"),
         ),
     ),
     Example("a double block", "flow/double.py", DOUBLE, variant(DOUBLE, _IMPORT, _LAYER)),
