@@ -130,11 +130,12 @@ class Adopted:
         signature = _signature(original, previous)
         adopted = self
 
-        def inner(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        def inner(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             given = _by_name(signature, (model, *args), kwargs)
             adopted._prepare(model, given["hidden_states"].device)
             result = original(model, **given) if previous is None else previous(**given)
-            return result if type(result) is tuple else (result.sample, _Whole(result))
+            whole = isinstance(getattr(result, "sample", None), torch.Tensor)  # else a class of the user's own
+            return (result.sample, _Whole(result)) if whole else result
 
         @functools.wraps(original)
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -11,9 +12,10 @@ import pytest
 pytest.importorskip("diffusers.models", reason="diffusers is not installed: pip install -e '.[dev]'")
 
 import diffusers
+import torch
 from diffusers.models.transformers import transformer_flux
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from tiny_pipelines import KEPT, draw, error, flux1, pipeline, reasons
+from tiny_pipelines import KEPT, draw, error, flux1, pipeline, random, reasons
 from torch import Tensor, nn
 
 import chipmunk
@@ -203,3 +205,40 @@ def test_a_forward_of_the_class_that_names_nothing_runs_dense(monkeypatch: pytes
     chipmunk.enable(pipe, KEPT)
     assert error(draw(pipe), wanted) < 1e-5
     assert chipmunk.statistics(pipe).dense_model_calls == {"the image is not one tensor (B, L, …)": 12}
+
+
+@dataclass
+class Means:
+    """What a model that was distilled from FLUX predicts: more than one tensor, and no `sample`."""
+
+    means: Tensor
+    spread: Tensor
+
+
+class Distilled(diffusers.FluxTransformer2DModel):
+    def forward(self, hidden_states: Tensor, timestep: Any = None, img_ids: Any = None, **given: Any) -> Any:
+        given |= {"return_dict": False}
+        (out,) = super().forward(hidden_states, timestep=timestep, img_ids=img_ids, **given)
+        return Means(out, out.std(dim=-1))
+
+
+def test_a_model_that_returns_something_else() -> None:
+    made = flux1()
+    model = Distilled.from_config(made.config).eval().requires_grad_(False)
+    model.load_state_dict(made.state_dict())
+    given = {"encoder_hidden_states": random(1, 11, 24), "pooled_projections": random(1, 20)}
+    rows = torch.cartesian_prod(torch.zeros(1), torch.arange(6.0), torch.arange(7.0))
+    given |= {"txt_ids": torch.zeros(11, 3), "img_ids": rows, "guidance": torch.ones(1)}
+
+    @torch.no_grad()
+    def run() -> list[Any]:
+        times = torch.linspace(1, 0.1, 10).split(1)
+        return [model(hidden_states=random(1, 42, 16), timestep=t, **given) for t in times]
+
+    wanted = run()
+    chipmunk.enable(model, KEPT)
+    got = run()
+    assert {type(one) for one in got} == {Means}
+    assert max(error(a.means, b.means) + error(a.spread, b.spread) for a, b in zip(got, wanted, strict=True)) < 1e-5
+    sparse = chipmunk.statistics(model).layers[-1].mlp
+    assert sum(calls.sparse for calls in sparse.values()) > 0
