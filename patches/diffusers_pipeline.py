@@ -30,10 +30,17 @@ VERSION = "1"
 
 
 def rule(context: Context) -> None:
-    if any(context.repository.find_module("diffusers", path) for path in context.repository.files):
-        return  # diffusers itself: its transformers are patched
+    if _holds_diffusers(context):
+        return  # its transformers are patched
     for made in made_pipelines(context):
         _enable(context, made)
+
+
+def _holds_diffusers(context: Context) -> bool:
+    """Whether diffusers itself is in the repository, not just a folder of that name."""
+    found = {context.repository.find_module("diffusers", path) for path in context.repository.files}
+    folders = [path.removesuffix("__init__.py") for path in found if path is not None and path.endswith("__init__.py")]
+    return any(path.startswith(f"{folder}pipelines/") for folder in folders for path in context.repository.files)
 
 
 def _enable(context: Context, made: Made) -> None:
@@ -228,6 +235,13 @@ EXAMPLES = (
         {"mine.py": variant(_OWN, ("FluxTransformer2DModel", "SD3Transformer2DModel"))},
     ),
     Example("a script", "draw.py", _SCRIPT, variant(_SCRIPT, _IMPORT, _ENABLED)),
+    Example(
+        "a folder of the user's own that is called diffusers",
+        "draw.py",
+        _SCRIPT,
+        variant(_SCRIPT, _IMPORT, _ENABLED),
+        {"mine/diffusers/__init__.py": "", "mine/diffusers/flux.py": "import diffusers\n", "mine/__init__.py": ""},
+    ),
     Example(
         "a transformer that is given to it later",
         "draw.py",
