@@ -20,6 +20,38 @@ picture = pipe("a chipmunk")
 """
 
 
+OWN_FORWARD = """\
+def transformer_forward(transformer, image, text, temb):
+    self = transformer
+    for block in self.transformer_blocks:
+        text, image = block_forward(block, image, text, temb)
+    for i, block in enumerate(self.single_transformer_blocks):
+        {line}
+    return image
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "is_named"),
+    [
+        ("text, image = block_forward(block, image, text, temb)", True),
+        ("image = block(image, temb=temb)", True),
+        ("block.attn.processor = Processor(block)", False),
+        ("block.to('cpu')", False),
+        ("print(i)", False),
+    ],
+)
+@pytest.mark.parametrize("name", ["transformer", "self"])
+def test_a_function_that_runs_the_blocks_itself_is_told(line: str, is_named: bool, name: str) -> None:
+    """OminiControl's way: the pipeline is enabled, and the transformer's forward never runs."""
+    own = OWN_FORWARD.format(line=line).replace("forward(transformer", f"forward({name}")
+    script = SCRIPT.format(made="painter = None").replace("from flow.model import Painter", "from own import *")
+    plan = plan_repository({"own.py": own.encode(), "draw.py": script.encode()}, load())
+    told = [site for site in plan.sites if site.file == "own.py"]
+    assert [site.matched for site in told] == ["transformer_forward"] * (is_named and name == "transformer")
+    assert all("runs the blocks" in site.reason for site in told)
+
+
 @pytest.mark.parametrize(
     ("made", "is_enabled"),
     [
