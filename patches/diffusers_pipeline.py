@@ -20,7 +20,6 @@ from dataclasses import replace
 import libcst as cst
 
 from chipmunk.registry import Example
-from chipmunk.rewrite import outlines
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.minimal import variant
 from chipmunk.rewrite.pipelines import Made, last_of_setup, made_pipelines
@@ -64,22 +63,37 @@ def _running_blocks(context: Context) -> Iterator[Function]:
         module = context.repository.module(path)
         for function in module.all_functions() if module is not None else ():
             given = function.owner is None and function.parameters[:1] not in ([], ["self"])
-            if given and _BLOCKS in function.words and any(map(_runs_them, outlines.walk(function.outline.body))):
+            if given and _BLOCKS in function.words and any(map(_runs_them, _own_statements(function.outline.body))):
                 yield function
 
 
-def _runs_them(node: ast.AST) -> bool:
-    """Whether it is `for block in model.single_transformer_blocks` with `x = block(x)` or `x = run(block, x)` in it."""
+def _own_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """All statements, but those of functions that are defined among them."""
+    for statement in body:
+        yield statement
+        if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            for name in ("body", "orelse", "finalbody"):
+                yield from _own_statements(getattr(statement, name, []))
+
+
+def _runs_them(node: ast.stmt) -> bool:
+    """Whether it is `for block in model.single_transformer_blocks` with `x = block(x)` or `x = run(block, x)` in it.
+
+    Or with `given = {"self": block, "x": x}`, to be given to a function.
+    """
     if not isinstance(node, ast.For) or not any(
         isinstance(part, ast.Attribute) and part.attr == _BLOCKS for part in ast.walk(node.iter)
     ):
         return False
     elements = {part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)}
-    for inner in outlines.walk(node.body):
-        if isinstance(inner, ast.Assign) and isinstance(inner.value, ast.Call):
-            called = [inner.value.func, *inner.value.args[:1], *(k.value for k in inner.value.keywords[:1])]
-            takes = any(isinstance(part, ast.Name) and part.id in elements for part in called)
-            if takes and not isinstance(inner.targets[0], ast.Attribute):
+    for inner in _own_statements(node.body):
+        if isinstance(inner, ast.Assign) and not isinstance(inner.targets[0], ast.Attribute):
+            value, called = inner.value, list[ast.expr]()
+            if isinstance(value, ast.Call):
+                called = [value.func, *value.args[:1], *(k.value for k in value.keywords[:1])]
+            elif isinstance(value, ast.Dict) and len(value.values) > 1:
+                called = value.values[:1]
+            if any(isinstance(part, ast.Name) and part.id in elements for part in called):
                 return True
     return False
 

@@ -36,6 +36,7 @@ def transformer_forward(transformer, image, text, temb):
     [
         ("text, image = block_forward(block, image, text, temb)", True),
         ("image = block(image, temb=temb)", True),
+        ("given = {'self': block, 'image': image}\n        image = single_forward(**given)", True),
         ("block.attn.processor = Processor(block)", False),
         ("block.to('cpu')", False),
         ("print(i)", False),
@@ -50,6 +51,15 @@ def test_a_function_that_runs_the_blocks_itself_is_told(line: str, is_named: boo
     told = [site for site in plan.sites if site.file == "own.py"]
     assert [site.matched for site in told] == ["transformer_forward"] * (is_named and name == "transformer")
     assert all("runs the blocks" in site.reason for site in told)
+
+
+def test_a_function_that_puts_another_forward_in_its_place_is_not_that() -> None:
+    inner = OWN_FORWARD.format(line="image = block(image, temb=temb)").replace("(transformer,", "(self,")
+    own = "def changed(transformer):\n" + "".join(f"    {line}\n" for line in inner.splitlines())
+    own += "    transformer.forward = transformer_forward.__get__(transformer)\n"
+    script = SCRIPT.format(made="painter = None").replace("from flow.model import Painter", "from own import *")
+    plan = plan_repository({"own.py": own.encode(), "draw.py": script.encode()}, load())
+    assert not any(site.file == "own.py" for site in plan.sites)
 
 
 @pytest.mark.parametrize(
