@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import libcst as cst
 
@@ -40,6 +41,7 @@ _MOVES = {"roll": "dims", "flip": "dims", "cumsum": "dim", "cumprod": "dim", "lo
 """Functions that go along an axis, and what the axis is called."""
 _MIXES = re.compile(r"(conv(_transpose)?|(adaptive_)?(avg|max)_pool)[123]d|interpolate|unfold|fold|pixel_(un)?shuffle")
 _PARTS = ("chunk", "tensor_split")
+_SHAPES = ("reshape", "view", "unflatten")
 _EINOPS = ("rearrange", "reduce", "repeat")
 _TABLES = ("Parameter", "Buffer")
 _FILLED = ("zeros", "ones", "empty", "randn", "rand", "full", "normal")
@@ -137,7 +139,7 @@ class _Reader:
             meaning = self.repository.resolve(call.func, function, step)
             if shift == 0 or isinstance(meaning, External):
                 yield Found(f"{where} ({name})")
-        elif name in _EINOPS and _splits_tokens(call) and self._holds(entry, subject, step):
+        elif _takes_apart(name, call) and self._holds(entry, subject, step):
             yield Found(f"{where} ({name})")
         elif self._makes_mask(entry, call, step):
             yield Found(f"{function.name} computes attention with a mask of the model's own")
@@ -317,6 +319,23 @@ def read(repository: Repository, whole: Entry, blocks: Iterable[Entry], builder:
     below = [each for entry in blocks for each in reader.read(entry)]
     placed = next((each.reason for each in (*found, *below) if each.by_place), "")
     return placed, next((each.reason for each in below if each.keeps), "")
+
+
+def _takes_apart(name: str, call: cst.Call) -> bool:
+    return (name in _EINOPS and _splits_tokens(call)) or (name in _SHAPES and _makes_grid(call))
+
+
+def _makes_grid(call: cst.Call) -> bool:
+    """Whether a shape has rows and columns: `x.reshape(batch, h, w, -1)`, or `x.view(side, side)`."""
+    sizes = [size for arg in call.args for size in (elements(arg.value) or [arg.value])]
+    names = [(dotted(size) or "").rpartition(".")[2].lower() for size in sizes]
+    return any(_are_sides(first, second) for first, second in pairwise(names) if first)
+
+
+def _are_sides(first: str, second: str) -> bool:
+    if first == second or (first.replace("height", "width"), first.replace("row", "col")).count(second) == 1:
+        return True
+    return any(first[:at] + "w" + first[at + 1 :] == second for at, letter in enumerate(first) if letter == "h")
 
 
 def _is_number(entry: Entry, value: cst.CSTNode, step: Step) -> bool:

@@ -74,6 +74,19 @@ BY_PLACE: dict[str, tuple[dict[str, str], str]] = {
         },
         "PairBlock.forward goes by where tokens lie (avg_pool1d)",
     ),
+    "a picture made of the tokens": (
+        {
+            "double": variant(
+                DOUBLE,
+                (
+                    MIX,
+                    "        side = int(image.shape[1] ** 0.5)\n        seen = image.mean(-1).reshape(-1, side, side)\n"
+                    "        image = image + seen.transpose(1, 2).flatten(1)[..., None]\n" + MIX,
+                ),
+            )
+        },
+        "PairBlock.forward goes by where tokens lie (reshape)",
+    ),
     "a roll of the joint stream": (
         {"single": variant(SINGLE, (END, "        x = x + 0.1 * x.roll(1, 1)\n" + END))},
         "JointBlock.forward goes by where tokens lie (roll)",
@@ -162,6 +175,16 @@ ALIKE: dict[str, dict[str, str]] = {
     "a slice of the channels": {
         "single": variant(SINGLE, (END, "        x = torch.cat((x[:, :, 16:], x[..., :16]), -1)\n" + END))
     },
+    "heads by their number": {
+        "double": variant(
+            DOUBLE,
+            (
+                MIX,
+                "        b, n, h = image.shape[0], image.shape[1], self.heads\n"
+                "        image = image + image.view(b, n, h, -1).flip(-1).reshape(b, n, -1)\n" + MIX,
+            ),
+        )
+    },
     "halves of the channels": {
         "double": variant(DOUBLE, (MIX, "        image = torch.cat(image.chunk(2, dim=-1)[::-1], -1)\n" + MIX))
     },
@@ -236,3 +259,24 @@ def test_a_patched_repository_says_the_same() -> None:
     again = plan_of(**{**files, **changed})
     assert not again.changes
     assert again.models[0].ids is plan.models[0].ids is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_grid"),
+    [
+        ("b, h, w, -1", True),
+        ("(-1, self.grid_h, self.grid_w)", True),
+        ("b, height, width, c", True),
+        ("b, h_len, w_len, c", True),
+        ("rows, cols, -1", True),
+        ("side, side", True),
+        ("b, n, heads, -1", False),
+        ("b, n, h, d", False),
+        ("-1, 4, 4", False),
+        ("b, w, h", False),
+    ],
+)
+def test_rows_and_columns_are_told_by_their_names(shape: str, is_grid: bool) -> None:
+    text = variant(DOUBLE, (MIX, f"        self.seen(image.reshape({shape}))\n" + MIX))
+    off = "token order is off: PairBlock.forward goes by where tokens lie (reshape)"
+    assert order_of(plan_of(double=text)) == (off if is_grid else "token order follows image_ids")
