@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +104,7 @@ def lines_in_forward(change: FileChange) -> int:
         return 0
     spans = [
         (min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]), node.end_lineno or node.lineno)
-        for node in ast.walk(tree)
+        for node in _statements(tree.body)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == "forward"
     ]
     new = (
@@ -113,6 +113,14 @@ def lines_in_forward(change: FileChange) -> int:
         for line in range(edit.new_start + 1, edit.new_stop + 1)
     )
     return sum(any(first <= line <= last for first, last in spans) for line in new)
+
+
+def _statements(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """The statements, and those that stand in them."""
+    for node in body:
+        yield node
+        for name in ("body", "handlers", "cases", "orelse", "finalbody"):
+            yield from _statements(getattr(node, name, ()))
 
 
 def plan_object(

@@ -15,6 +15,7 @@ from chipmunk.rewrite.passes import CONCATENATIONS
 _LOOP_OVER_ATTRIBUTE = re.compile(rb"in(?<!\win)\b[\s(]*(?:[\w.]+\([\s(]*)*(\w+)\s*\.\s*(\w+)")
 # The second of two results, or of three; the empty group is where the value begins.
 _SECOND_OF_TWO = re.compile(rb",\s*(\w+)(?=(?:\s*,\s*\w+)?[\s),]*=\s*())")
+_DEFINITION = re.compile(rb"^([ \t]*)(?:async[ \t]+)?(def|class|@)", re.MULTILINE)
 _CALL = 800  # bytes in which the streams are among a call's arguments
 _CALLED = re.compile(rb"[\w.]+\(")
 _OPENED = re.compile(rb"[\w.]*\(\s*")
@@ -25,7 +26,29 @@ _LAST_WORD = re.compile(rb"(\w+)[\s)]*\Z")
 
 def may_hold_model(content: bytes) -> bool:
     """Whether a file may hold a model."""
-    return any(name.encode() + b"(" in content for name in CONCATENATIONS) and may_run_blocks(content)
+    if not any(name.encode() + b"(" in content for name in CONCATENATIONS) or not may_run_blocks(content):
+        return False
+    return any(may_run_blocks(function) for function in _functions(content))
+
+
+def _functions(content: bytes) -> Iterator[bytes]:
+    """The functions and methods of a file: from each `def` to the next definition that stands no deeper.
+
+    Where such a line may be part of a string, which would end a function too early, the whole file stands for all.
+    """
+    found = [(line.start(), line[1], line[2]) for line in _DEFINITION.finditer(content)]
+    if any(b"\t" in indentation for _, indentation, _ in found):
+        yield content
+        return
+    start: int | None = None
+    depth = 0
+    for at, indentation, kind in [*found, (len(content), b"", b"")]:
+        if start is not None and len(indentation) > depth:
+            continue
+        if start is not None:
+            text = content[start:at]
+            yield content if (text.count(b'"""') + text.count(b"'''")) % 2 else text
+        start, depth = (at if kind == b"def" else None), len(indentation)
 
 
 def may_run_blocks(content: bytes) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 
 from chipmunk.rewrite.candidates import may_hold_model, may_run_blocks
@@ -87,3 +89,42 @@ def test_a_loop_at_the_very_beginning() -> None:
 def test_a_file_with_a_model() -> None:
     assert [path for path, text in FILES.items() if may_hold_model(text.encode())] == ["flow/model.py"]
     assert not may_hold_model(MODEL.replace("cat(", "stack(").encode())
+
+
+LOOPS = """\
+def one(self):
+    for block in self.double:
+        img, txt = block(img, txt)
+def other(self):
+    x = torch.cat((txt, img), 1)
+    for block in self.single:
+        x = block(x)
+"""
+
+
+def test_loops_in_several_functions_are_no_model() -> None:
+    assert may_run_blocks(LOOPS.encode())
+    assert not may_hold_model(LOOPS.encode())
+    assert not may_hold_model(("class A:\n" + textwrap.indent(LOOPS, "    ")).encode())
+    assert not may_hold_model(LOOPS.replace("def other", "@wrap\ndef other").encode())
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        "    def inner(x):",
+        "    @wrap",
+        "    class Inner:",
+        "    text = '''\ndef other(self):\n'''",
+        '    """Doc.\n\ndef other(self):\n    \'\'\'\n    """',
+        "    # def other(self):",
+        "    if x:\n        def inner(x):\n            return x",
+    ],
+)
+def test_what_stands_between_the_loops_of_a_model(between: str) -> None:
+    """An inner definition ends no function, nor does one that is written in a string."""
+    text = LOOPS.replace("def other(self):", between)
+    assert may_hold_model(text.encode())
+    assert may_hold_model(text.replace("    ", "\t").encode())
+    inside = f"if True:\n    class A(B):\n{textwrap.indent(text, ' ' * 8)}"
+    assert may_hold_model(inside.encode())
