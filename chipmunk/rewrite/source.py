@@ -13,21 +13,19 @@ import re
 import tokenize
 import warnings
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
 import libcst as cst
 
-from chipmunk.rewrite.spans import Printed
+from chipmunk.rewrite.parts import Part, Written
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _Statement = cst.SimpleStatementLine | cst.BaseCompoundStatement
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-_WORTH_MENDING = 3
-"""Statements that an edited function must share with what it was."""
 _NEWLINE = re.compile(rb"\r\n?|\n")
 
 
@@ -55,75 +53,6 @@ class Edit:
     text: str
 
 
-class _Part:
-    """Whole lines of a file, parsed by themselves."""
-
-    def __init__(self, text: bytes, head: bytes, module: cst.Module | None = None) -> None:
-        """`head`: a line that makes an indented definition a file. `module`: the tree, if it is known."""
-        self.text = text
-        self.head = head
-        self.module = _parse((head + text).decode("utf-8")) if module is None else module
-        self.regions: list[bytes] | None = None
-        """Of a function, the lines up to the end of its first statement, and those of each further one."""
-
-    @property
-    def statements(self) -> Sequence[cst.BaseStatement]:
-        if not self.head:
-            return self.module.body
-        outer = self.module.body[0]
-        assert isinstance(outer, cst.If)
-        assert isinstance(outer.body, cst.IndentedBlock)
-        return outer.body.body
-
-    @cached_property
-    def printed(self) -> Printed:
-        return Printed(self.module)
-
-    def mended(self, text: bytes, regions: list[bytes], newline: str) -> _Part | None:
-        """The part after an edit inside a function: statements whose lines are the same keep their trees."""
-        function = self.statements[0]
-        if not isinstance(function, cst.FunctionDef) or not isinstance(function.body, cst.IndentedBlock):
-            return None
-        before, known = list(function.body.body), self.regions or []
-        if len(before) != len(known):
-            return None
-        module, body = self.module, function.body
-        if regions[0] == known[0]:
-            first = before[0]
-        else:
-            start = _Part(regions[0], self.head)
-            module, changed = start.module, start.statements[0]
-            if not isinstance(changed, cst.FunctionDef) or not isinstance(changed.body, cst.IndentedBlock):
-                return None
-            function, body = changed, changed.body
-            first = body.body[0]
-        trees: dict[bytes, list[cst.BaseStatement]] = {}
-        for region, tree in zip(known[1:], before[1:], strict=True):
-            trees.setdefault(region, []).append(tree)
-        # as deep as in the function, so that what is the file's own indentation is so in every part
-        margin = text[: len(text) - len(text.lstrip(b" \t"))] if self.head else None
-        head = b"if 1:" + newline.encode() + (margin + b"if 1:" + newline.encode() if margin else b"")
-        statements = [first]
-        for region in regions[1:]:
-            if trees.get(region):
-                statements.append(trees[region].pop(0))
-                continue
-            inner = cst.ensure_type(_parse((head + region).decode("utf-8")).body[0], cst.If).body
-            if margin:
-                inner = cst.ensure_type(inner.body[0], cst.If).body
-            if len(inner.body) != 1 or not isinstance(inner.body[0], cst.BaseStatement):
-                return None
-            statements.append(inner.body[0])
-        whole: cst.BaseStatement = function.with_changes(body=body.with_changes(body=statements))
-        if self.head:
-            outer = cst.ensure_type(module.body[0], cst.If)
-            whole = outer.with_changes(body=outer.body.with_changes(body=[whole]))
-        return _Part(text, self.head, module.with_changes(body=[whole]))
-
-    def survives(self) -> bool:
-        return self.printed.text.encode("utf-8") == self.head + self.text
-
-
 class Source:
     """A file of the repository. Raises SourceError where it cannot be parsed; so does asking for a part of it."""
 
@@ -139,16 +68,16 @@ class Source:
         self.text = text.encode("utf-8")
         """What spans count in: the file's text as UTF-8 without a byte order mark."""
         self.outline = self._outline(text)
-        self._parts: dict[int, _Part] = {}
+        self._parts: dict[int, Part] = {}
         """By the byte at which they start."""
-        self._before: dict[bytes, _Part] = {}
-        self._edited: dict[str, list[_Part]] = {}
+        self._before: dict[bytes, Part] = {}
+        self._edited: dict[str, list[tuple[Part, Written]]] = {}
         """Functions before the edit, by name."""
         if before is not None:
             self._before = {part.text: part for part in before._parts.values()}
-            for outline, part in before._functions():
+            for name, part, written in before._functions():
                 if part.text not in self.text:
-                    self._edited.setdefault(outline.name, []).append(part)
+                    self._edited.setdefault(name, []).append((part, written))
 
     def _outline(self, text: str) -> ast.Module:
         try:
@@ -217,45 +146,32 @@ class Source:
         before = [end for other in self.outline.body if (end := self.lines(other)[1]) <= start]
         return bool(before) and b"#" in self.text[max(before) : start]
 
-    def _functions(self) -> Iterator[tuple[ast.FunctionDef | ast.AsyncFunctionDef, _Part]]:
-        """The functions and methods whose trees were asked for, with the lines of their statements."""
+    def _functions(self) -> Iterator[tuple[str, Part, Written]]:
+        """The functions and methods whose trees were asked for."""
         classes = (statement for statement in self.outline.body if isinstance(statement, ast.ClassDef))
         for outline in (*self.outline.body, *(statement for owner in classes for statement in owner.body)):
             if isinstance(outline, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 part = self._parts.get(self.lines(outline)[0])
                 if part is not None:
-                    part.regions = self._regions(outline)
-                    yield outline, part
+                    yield outline.name, part, self._written(outline)
 
-    def _regions(self, outline: Definition) -> list[bytes]:
-        at = self.lines(outline)[0]
-        found: list[tuple[int, int]] = []
-        for statement in outline.body:
-            start, end = self.lines(statement)
-            if found and start < at:  # it shares its line with the one before
-                found[-1] = (found[-1][0], end)
-            else:
-                found.append((at, end))
-            at = end
-        return [self.text[start:end] for start, end in found]
+    def _written(self, outline: Definition) -> Written:
+        return Written(outline, self.text, self.lines, self.newline, self.lines(outline)[0])
 
-    def _mended(self, outline: Definition, head: bytes) -> _Part | None:
-        """An edited function of which only the edited statements are parsed; None where that is not possible."""
-        regions = self._regions(outline)
-        same = [(len({*regions} & {*(part.regions or ())}), part) for part in self._edited.get(outline.name, ())]
-        shared, before = max(same, key=lambda pair: pair[0], default=(0, None))
-        if before is None or before.head != head or shared < _WORTH_MENDING:
+    def _mended(self, outline: Definition, head: bytes) -> Part | None:
+        """An edited function of which only what was edited is parsed; None where that is not possible."""
+        if not isinstance(outline, (ast.FunctionDef, ast.AsyncFunctionDef)):
             return None
-        self._edited[outline.name].remove(before)  # no two functions share a tree
-        start, end = self.lines(outline)
-        try:
-            found = before.mended(self.text[start:end], regions, self.newline)
-        except cst.ParserSyntaxError:  # told by parsing all of it, with the right line
+        new = self._written(outline)
+        texts = {each.text for each in new.body or ()}
+        known = [pair for pair in self._edited.get(outline.name, ()) if pair[0].head == head and pair[0].survives]
+        if not known:
             return None
-        # A comment behind a block may belong to the statement before it, which was parsed again without it.
-        return found if found is not None and found.survives() else None
+        before, old = max(known, key=lambda pair: len(texts & {each.text for each in pair[1].body or ()}))
+        self._edited[outline.name].remove((before, old))  # no two functions share a tree
+        return Part.mended(before, old, new)
 
-    def _part(self, start: int, end: int, head: bytes = b"", outline: Definition | None = None) -> _Part:
+    def _part(self, start: int, end: int, head: bytes = b"", outline: Definition | None = None) -> Part:
         if start not in self._parts:
             text = self.text[start:end]
             try:
@@ -263,7 +179,7 @@ class Source:
                 found = self._before.pop(text, None)
                 if found is None and outline is not None and self._edited:
                     found = self._mended(outline, head)
-                self._parts[start] = found or _Part(text, head)
+                self._parts[start] = found or Part(text, head)
             except cst.ParserSyntaxError as error:
                 line = bisect_right(self._rows, start) + error.raw_line - (2 if head else 1)
                 raise SourceError(self.path, "parse", f"LibCST cannot parse it: {error.message}", line) from error
@@ -273,7 +189,7 @@ class Source:
 
     def survives(self) -> bool:
         """Whether the trees, printed again, are the file: only then do the spans hold, and may the file be edited."""
-        return all(part.survives() for part in self._parts.values())
+        return all(part.survives for part in self._parts.values())
 
     # Places
 
@@ -361,7 +277,3 @@ class Source:
             at, previous = edit.end, edit
         pieces.append(self.text[at:])
         return b"".join(pieces)
-
-
-def _parse(text: str) -> cst.Module:
-    return cst.parse_module(text)
