@@ -15,14 +15,13 @@ from chipmunk.rewrite.flow import Binding, Step
 from chipmunk.rewrite.minimal import COMMAND, variant
 from chipmunk.rewrite.repository import External, Function
 from chipmunk.rewrite.syntax import dotted, elements, last_name, parameters, walk
-from chipmunk.rewrite.values import ARGS, Place, args_label
+from chipmunk.rewrite.values import ARGS, PARSING, Place, args_label
 
 NAME = "command-line"
 API = 1
 VERSION = "1"
 
 OPTION = "chipmunk_config"
-_PARSING = ("parse_args", "parse_known_args")
 HELP = "Chipmunk configuration file"
 
 
@@ -30,7 +29,7 @@ def rule(context: Context) -> None:
     commands = _commands(context)
     used: set[str] = set()
     for place in context.values.places:
-        loads = _loads(context, place) if context.values.may_hold(place) else []
+        loads = _loads(context, place) if context.values.makes(place) else []
         if not loads:
             continue
         source = place.module.source
@@ -287,12 +286,12 @@ def _document(context: Context, function: Function) -> None:
 
 def _add_arguments(context: Context, used: set[str]) -> None:
     """Add the option to the parsers whose results reach a place that loads the model."""
-    for place in context.values.places_with(_PARSING) if used else ():
-        for call, step in place.scope.calls:
-            if not isinstance(call.func, cst.Attribute) or call.func.attr.value not in _PARSING:
+    for place in context.values.places_with(PARSING) if used else ():
+        for call, step in place.scope.calls if context.values.parses(place, used) else ():
+            if not isinstance(call.func, cst.Attribute) or call.func.attr.value not in PARSING:
                 continue
             name = dotted(call.func.value)
-            if name is None or args_label(call) not in used:
+            if name is None or args_label(call, step, place) not in used:
                 continue
             source = place.module.source
             if b"--chipmunk-config" in source.text:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import libcst as cst
 
 from chipmunk.registry import Example
-from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.context import Context, Matched
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.loops import ModelCall, SamplingLoop
 from chipmunk.rewrite.minimal import SAMPLING, variant
@@ -47,7 +47,7 @@ def rule(context: Context) -> None:
 
 
 def _count_otherwise(
-    context: Context, index: int, source: Source, node: cst.CSTNode, reason: str, matched: str | None
+    context: Context, index: int, source: Source, node: cst.CSTNode, reason: str, matched: Matched
 ) -> None:
     """Report steps that no iterable can count: the patch of the model's forward has them counted there, if it can."""
     model = context.models[index]
@@ -73,7 +73,7 @@ def _patch_loop(context: Context, found: SamplingLoop) -> None:
         inner = inner.args[1].value
     slots = _slot_names(calls)
     missing = [(call, name) for call, name in zip(calls[1:], slots[1:], strict=True) if call.slot is None]
-    matched = source.summary(loop.iter)
+    matched = loop.iter
     unwrapped = [model for model in models if model not in wrapped]
     if not unwrapped and not missing:
         context.already(source, loop, "the loop's steps are counted", matched=matched)
@@ -91,7 +91,7 @@ def _patch_loop(context: Context, found: SamplingLoop) -> None:
             again = "a loop inside the step calls the model here: of its calls in one step, all but the first run dense"
             context.left_dense(source, call.call, again)
     parameter = models[0] if models[0] in place.scope.parameters else None
-    facts = LoopFacts(source.path, place.name, source.line(loop), parameter, tuple(slots))
+    facts = LoopFacts(source.path, place.name, context.line(source, loop), parameter, tuple(slots))
     context.loops.setdefault(calls[0].model, []).append(facts)
 
 

@@ -7,6 +7,7 @@ from functools import cached_property
 import libcst as cst
 
 from chipmunk.rewrite.flow import Step
+from chipmunk.rewrite.growth import grow
 from chipmunk.rewrite.imports import PACKAGE, import_edit, runtime_name
 from chipmunk.rewrite.loops import Loops, find_loops
 from chipmunk.rewrite.plan import LoopFacts, ModelFacts, Site, SiteStatus
@@ -21,6 +22,9 @@ RUNTIME = {
     "mlp_linear", "model_forward", "out_linear", "slot", "split_held", "split_linear", "steps",
 }  # fmt: skip
 """The runtime's functions that rules insert."""
+
+
+Matched = str | cst.CSTNode | None
 
 
 class Context:
@@ -47,9 +51,7 @@ class Context:
     @cached_property
     def values(self) -> Values:
         """Where the models go in the repository; worked out when first asked for."""
-        values = Values(self.repository, self.models)
-        values.grow()
-        return values
+        return grow(self.repository, self.models)
 
     @cached_property
     def sampling(self) -> Loops:
@@ -59,27 +61,35 @@ class Context:
     # Reporting
 
     def site(
-        self, source: Source, node: cst.CSTNode, status: SiteStatus, reason: str, *, matched: str | None = None
+        self, source: Source, node: cst.CSTNode, status: SiteStatus, reason: str, *, matched: Matched = None
     ) -> None:
-        """Report one place. Reported twice, through two models say, it is listed once: patched wins over left dense."""
+        """Report one place. Reported twice, through two models say, it is listed once: patched wins over left dense.
+
+        matched: what was matched there, or the node with its text; without it the text of `node`.
+        """
         if not self._located:
             self.sites[source.path, id(node), self.patch, ""] = Site(source.path, 0, self.patch, status, "", reason)
             return
-        site = Site(source.path, source.line(node), self.patch, status, matched or source.summary(node), reason)
+        text = matched if isinstance(matched, str) and matched else source.summary(matched or node)
+        site = Site(source.path, source.line(node), self.patch, status, text, reason)
         key = (site.file, site.line, site.patch, site.matched)
         ranks = [SiteStatus.LEFT_DENSE, SiteStatus.ALREADY, SiteStatus.REFUSED, SiteStatus.PATCHED]
         known = self.sites.get(key)
         if known is None or ranks.index(known.status) < ranks.index(status):
             self.sites[key] = site
 
-    def patched(self, source: Source, node: cst.CSTNode, reason: str, *, matched: str | None = None) -> None:
+    def patched(self, source: Source, node: cst.CSTNode, reason: str, *, matched: Matched = None) -> None:
         self.site(source, node, SiteStatus.PATCHED, reason, matched=matched)
 
-    def already(self, source: Source, node: cst.CSTNode, reason: str, *, matched: str | None = None) -> None:
+    def already(self, source: Source, node: cst.CSTNode, reason: str, *, matched: Matched = None) -> None:
         self.site(source, node, SiteStatus.ALREADY, reason, matched=matched)
 
-    def left_dense(self, source: Source, node: cst.CSTNode, reason: str, *, matched: str | None = None) -> None:
+    def left_dense(self, source: Source, node: cst.CSTNode, reason: str, *, matched: Matched = None) -> None:
         self.site(source, node, SiteStatus.LEFT_DENSE, reason, matched=matched)
+
+    def line(self, source: Source, node: cst.CSTNode) -> int:
+        """The line on which the node starts; 0 where lines are not needed."""
+        return source.line(node) if self._located else 0
 
     # Names
 

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import libcst as cst
 
+from chipmunk.rewrite import order
 from chipmunk.rewrite.syntax import children, dotted, elements, parameters, self_attribute, target_names, walk
 
 # `x.shape[1]` or `like.dtype` say something about a tensor, but carry none of its values.
@@ -36,7 +37,7 @@ class Step:
 
     def excludes(self, later: Step) -> bool:
         """Whether `later` cannot run once this has: they stand in different branches, or this one's branch returns."""
-        if _exclusive(self.chain, later.chain):
+        if order.exclusive(self.chain, later.chain):
             return True
         for depth, (node, branch) in enumerate(self.chain):
             if isinstance(node, cst.If) and self.chain[:depth] == later.chain[:depth] and self.index < later.index:
@@ -66,8 +67,8 @@ class Scope:
     bindings: dict[str, list[Binding]] = field(default_factory=dict)
     calls: list[tuple[cst.Call, Step]] = field(default_factory=list)
     """Every call, in the order of the text, with the statement it stands in."""
-    words: set[str] = field(default_factory=set)
-    """Every name and attribute that occurs in the statements."""
+    _known_roots: dict[tuple[int, int], tuple[cst.CSTNode, frozenset[str]]] = field(default_factory=dict)
+    """By node (`id`, so the node is kept) and step."""
 
     def __post_init__(self) -> None:
         self._read(self.node if isinstance(self.node, cst.Module) else self.node.body, ())
@@ -153,8 +154,6 @@ class Scope:
             for inner in walk(expression):
                 if type(inner) is cst.Call:
                     self.calls.append((inner, step))
-                elif type(inner) is cst.Name:
-                    self.words.add(inner.value)
                 elif type(inner) is cst.NamedExpr:
                     self._bind(inner.target, inner.value, step)
         return step
@@ -177,31 +176,11 @@ class Scope:
 
     def reaching(self, name: str, step: Step) -> list[Binding]:
         """The assignments whose value `name` may have where `step` uses it, the latest first."""
-        found: list[Binding] = []
-        for binding in reversed(self.bindings.get(name, ())):
-            if binding.step.index >= step.index or _exclusive(binding.step.chain, step.chain):
-                continue
-            found.append(binding)
-            if not binding.augmented and self.is_definite(found, step):
-                break
-        return found
+        return order.reaching(self.bindings.get(name, ()), step)
 
     def is_definite(self, found: list[Binding], step: Step) -> bool:
         """Whether one of the assignments happens whenever `step` is reached; or one in each branch of an `if`."""
-        chains = {binding.step.chain for binding in found if not binding.augmented}
-        if any(step.chain[: len(chain)] == chain for chain in chains):
-            return True
-        for chain in sorted(chains, key=len, reverse=True):
-            while chain and isinstance(chain[-1][0], cst.If):
-                *around, (node, branch) = chain
-                other = (*around, (node, "orelse" if branch == "body" else "body"))
-                if other not in chains:
-                    break
-                chain = tuple(around)
-                chains.add(chain)
-                if step.chain[: len(chain)] == chain:
-                    return True
-        return False
+        return order.is_definite(found, step)
 
     def calls_behind(self, value: cst.CSTNode, step: Step) -> Iterator[tuple[cst.Call, Step]]:
         """The calls of this function that the value at `step` may be computed by."""
@@ -219,9 +198,12 @@ class Scope:
 
     def roots(self, node: cst.CSTNode, step: Step) -> frozenset[str]:
         """The parameters whose values may be part of the expression's value (shapes and dtypes do not count)."""
-        found: set[str] = set()
-        self._roots(node, step, found, set())
-        return frozenset(found)
+        known = self._known_roots.get((id(node), step.index))
+        if known is None:
+            found: set[str] = set()
+            self._roots(node, step, found, set())
+            known = self._known_roots[id(node), step.index] = node, frozenset(found)
+        return known[1]
 
     def _roots(self, node: cst.CSTNode, step: Step, found: set[str], seen: set[tuple[str, int]]) -> None:
         for name in value_names(node):
@@ -246,29 +228,19 @@ def _element(value: cst.BaseExpression, path: tuple[int, ...]) -> tuple[cst.Base
     return value, path
 
 
-def _exclusive(first: Chain, second: Chain) -> bool:
-    """Whether two places stand in different branches of the same statement, so that only one of them runs."""
-    for (node, branch), (other, other_branch) in zip(first, second, strict=False):
-        if node is not other:
-            return False
-        if branch != other_branch:
-            return isinstance(node, (cst.If, cst.Match))
-    return False
-
-
 def value_names(node: cst.CSTNode) -> Iterator[str]:
     """Names whose values flow into the expression; dotted for attributes of plain names (`self.x`)."""
-    if isinstance(node, cst.Name):
+    if type(node) is cst.Name:  # `isinstance` is slow where it says no
         yield node.value
-    elif isinstance(node, cst.Attribute):
+    elif type(node) is cst.Attribute:
         if node.attr.value in _DESCRIPTIONS:
             return
         name = dotted(node)
         if name is not None:
             yield name
         yield from value_names(node.value)
-    elif isinstance(node, cst.Call):
-        if isinstance(node.func, cst.Attribute):
+    elif type(node) is cst.Call:
+        if type(node.func) is cst.Attribute:
             if node.func.attr.value in _DESCRIBING_CALLS:
                 return
             yield from value_names(node.func.value)
@@ -278,11 +250,11 @@ def value_names(node: cst.CSTNode) -> Iterator[str]:
             yield from value_names(node.func)
         for arg in node.args:
             yield from value_names(arg.value)
-    elif isinstance(node, cst.Subscript):
+    elif type(node) is cst.Subscript:
         yield from value_names(node.value)  # an index chooses values, and is none
-    elif isinstance(node, cst.Lambda):
+    elif type(node) is cst.Lambda:
         yield from value_names(node.body)
-    elif isinstance(node, cst.IfExp):
+    elif type(node) is cst.IfExp:
         yield from value_names(node.body)
         yield from value_names(node.orelse)
     else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import libcst as cst
 
+from chipmunk.rewrite.ast_nodes import mentions
 from chipmunk.rewrite.feedback import feeds_back
 from chipmunk.rewrite.flow import Scope, Step
 from chipmunk.rewrite.repository import Class, Function
@@ -66,7 +67,7 @@ class Uncounted:
     source: Source
     node: cst.CSTNode
     reason: str
-    matched: str | None
+    matched: cst.CSTNode | None
     model: int
     denoises: bool
     """Whether its calls may be denoising steps all the same: then the model's own timestep can count them."""
@@ -135,14 +136,14 @@ class _Finder:
 
     def _may_call(self, place: Place) -> bool:
         """Whether the place may call a model at all; told without its tree."""
-        if self._context.values.may_hold(place):
+        if self._context.values.calls(place):
             return True
         return place.loops and any(wanted <= place.words for wanted, _ in self._keywords.values())
 
     def _may_call_helper(self, place: Place) -> bool:
         if self._has_callable and place.loops:
             return True
-        return not self._names.isdisjoint(place.words) and not self._names.isdisjoint(place.uses.called)
+        return not self._names.isdisjoint(place.words) and not self._names.isdisjoint(place.statements.called)
 
     def _direct_calls(self, place: Place) -> Iterator[ModelCall]:
         values = self._context.values
@@ -318,8 +319,7 @@ class _Finder:
         elif None in heads:
             reason = "the model that it calls has no name where the loop begins"
         if reason:
-            matched = source.summary(loop.iter)
-            left = Uncounted(source, loop, reason, matched, found.calls[0].model, denoises)
+            left = Uncounted(source, loop, reason, loop.iter, found.calls[0].model, denoises)
             self._result.uncounted.append(left)
             return
         function = found.place.function
@@ -331,7 +331,7 @@ class _Finder:
         if name.startswith("__"):
             return True
         places = (place for place in self._context.values.places if place.function is not function)
-        return any(name in place.words and name in place.scope.words for place in places)
+        return any(name in place.words and mentions(place.body, {name}) for place in places)
 
 
 def _home(place: Place, found: ModelCall) -> cst.CSTNode | None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import libcst as cst
 
-from chipmunk.rewrite.flow import Binding, Scope
-from chipmunk.rewrite.outlines import Outline, Uses
+from chipmunk.rewrite.flow import Scope
+from chipmunk.rewrite.outlines import Outline
 from chipmunk.rewrite.source import Source
-from chipmunk.rewrite.syntax import dotted
+from chipmunk.rewrite.statements import Assignment, Statements
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _LOOP = re.compile(rb"^[ \t]*(?:async[ \t]+)?for\b", re.MULTILINE)
+# A pattern that begins with plain text is found several times as fast as one with a word before it.
+_ALIAS = re.compile(rb"as(?<=\sas)\s+(\w+)")
+_LAST_WORD = re.compile(rb"\w+\Z")
 _WORD = re.compile(rb"[A-Za-z_\x80-\xff][\w\x80-\xff]*")
 
 
@@ -38,6 +41,11 @@ class Function:
     def scope(self) -> Scope:
         return Scope(self.node)
 
+    @cached_property
+    def statements(self) -> Statements:
+        """What `scope` tells, without its tree."""
+        return Statements(self.outline)
+
     @property
     def text(self) -> bytes:
         return self.source.text_of(self.outline)
@@ -49,17 +57,23 @@ class Function:
 
     @cached_property
     def values(self) -> Outline:
-        return Outline.of(self.outline)
+        return Outline(self.statements, self.outline)
 
-    @cached_property
-    def uses(self) -> Uses:
-        return Uses.of(self.outline.body)
+    @property
+    def signature(self) -> list[ast.arg]:
+        """The parameters with a name."""
+        given = self.outline.args
+        return [*given.posonlyargs, *given.args, *given.kwonlyargs]
 
     @cached_property
     def parameters(self) -> list[str]:
-        """Those with a name, as `scope.parameters` has them; told without its tree."""
-        given = self.outline.args
-        return [parameter.arg for parameter in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+        """Their names, as `scope.parameters` has them; told without its tree."""
+        return [parameter.arg for parameter in self.signature]
+
+    @property
+    def receiver(self) -> str:
+        """The name of the first parameter, `self` in a method."""
+        return self.parameters[0] if self.parameters else "self"
 
     @property
     def name(self) -> str:
@@ -134,13 +148,22 @@ class Module:
     @cached_property
     def aliases(self) -> dict[str, str]:
         """What `as` renames anywhere in the file: new name → old name."""
-        found = re.findall(rb"\b(\w+)\s+as\s+(\w+)", self.source.content)
-        return {new.decode("utf-8", "replace"): old.decode("utf-8", "replace") for old, new in found}
+        found: dict[str, str] = {}
+        for alias in _ALIAS.finditer(self.source.content):
+            before = _LAST_WORD.search(self.source.content[max(alias.start() - 100, 0) : alias.start()].rstrip())
+            if before is not None:
+                found[alias[1].decode("utf-8", "replace")] = before[0].decode("utf-8", "replace")
+        return found
 
     @cached_property
     def scope(self) -> Scope:
         """The statements outside functions and classes."""
         return Scope(cst.Module(body=self.source.statements))
+
+    @cached_property
+    def statements(self) -> Statements:
+        """What `scope` tells, without its trees."""
+        return Statements(self.source.outline)
 
     @cached_property
     def words(self) -> frozenset[str]:
@@ -149,16 +172,11 @@ class Module:
 
     @cached_property
     def values(self) -> Outline:
-        return Outline.of_module(self.source.outline.body)
+        return Outline(self.statements, None)
 
-    @cached_property
-    def uses(self) -> Uses:
-        """Of the statements outside functions and classes."""
-        return Uses.of(part for part in self.source.outline.body if not isinstance(part, _DEFINITIONS))
-
-    def bindings(self, name: str) -> list[Binding]:
+    def bindings(self, name: str) -> list[Assignment]:
         """What the statements outside functions and classes bind the name to."""
-        return self.scope.bindings.get(name, []) if name in self.words and name in self.uses.bound else []
+        return self.statements.bindings.get(name, []) if name in self.words else []
 
     def all_functions(self) -> list[Function]:
         """Functions and methods, live ones only."""
@@ -186,36 +204,30 @@ class Module:
                 self._read(getattr(statement, "orelse", ()))
 
     def _read_import(self, statement: ast.Import | ast.ImportFrom) -> None:
-        origin = "." * statement.level + (statement.module or "") if isinstance(statement, ast.ImportFrom) else None
-        for alias in statement.names:
-            if origin is None:
-                first = alias.name.split(".")[0]
-                self.imports[alias.asname or first] = (alias.name if alias.asname else first, None)
-            elif alias.name == "*":
-                self.stars.append(origin)
-            else:
-                self.imports[alias.asname or alias.name] = (origin, alias.name)
+        self.imports |= imported_names(statement)
+        if isinstance(statement, ast.ImportFrom) and any(alias.name == "*" for alias in statement.names):
+            self.stars.append(_origin(statement))
 
 
 def _words(text: bytes) -> frozenset[str]:
     return frozenset(b"\n".join({*_WORD.findall(text)}).decode("utf-8", "replace").split("\n"))
 
 
-def imported_names(small: cst.CSTNode) -> dict[str, tuple[str, str | None]]:
+def imported_names(statement: ast.stmt) -> dict[str, tuple[str, str | None]]:
     """What an import statement binds."""
     found: dict[str, tuple[str, str | None]] = {}
-    if isinstance(small, cst.Import):
-        for alias in small.names:
-            name, alias_name = alias.evaluated_name, alias.evaluated_alias
-            found[alias_name or name.split(".")[0]] = (name if alias_name else name.split(".")[0], None)
-    elif isinstance(small, cst.ImportFrom) and not isinstance(small.names, cst.ImportStar):
-        for alias in small.names:
-            found[alias.evaluated_alias or alias.evaluated_name] = (_module_name(small), alias.evaluated_name)
+    if isinstance(statement, ast.Import):
+        for alias in statement.names:
+            first = alias.name.split(".")[0]
+            found[alias.asname or first] = (alias.name if alias.asname else first, None)
+    elif isinstance(statement, ast.ImportFrom):
+        for alias in [alias for alias in statement.names if alias.name != "*"]:
+            found[alias.asname or alias.name] = (_origin(statement), alias.name)
     return found
 
 
-def _module_name(node: cst.ImportFrom) -> str:
-    return "." * len(node.relative) + (dotted(node.module) or "")
+def _origin(statement: ast.ImportFrom) -> str:
+    return "." * statement.level + (statement.module or "")
 
 
 @dataclass(eq=False)
@@ -233,7 +245,17 @@ class Place:
     def words(self) -> frozenset[str]:
         """Every name that occurs in it, and what aliases stand for; told without its tree."""
         words = self.module.words if self.function is None else self.function.words
-        return words | {self.module.aliases[word] for word in words & self.module.aliases.keys()}
+        aliases = self.module.aliases
+        meant = {aliases[word] for word in aliases if word in words}
+        return words | meant if meant else words
+
+    def says(self, words: Collection[str]) -> bool:
+        """Whether one of a few words is among `words`: most places say none of them anywhere."""
+        text = self.module.source.plain_text if self.function is None else self.function.text
+        meant = any(old in words for old in self.module.aliases.values())
+        if not meant and not any(word.encode() in text for word in words):
+            return False
+        return not self.words.isdisjoint(words)
 
     @cached_property
     def loops(self) -> bool:
@@ -242,12 +264,18 @@ class Place:
         return _LOOP.search(text) is not None
 
     @property
+    def statements(self) -> Statements:
+        return self.module.statements if self.function is None else self.function.statements
+
+    @property
     def outline(self) -> Outline:
         return self.module.values if self.function is None else self.function.values
 
     @property
-    def uses(self) -> Uses:
-        return self.module.uses if self.function is None else self.function.uses
+    def body(self) -> list[ast.stmt]:
+        if self.function is not None:
+            return self.function.outline.body
+        return [part for part in self.module.source.outline.body if not isinstance(part, _DEFINITIONS)]
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import libcst as cst
 
-from chipmunk.rewrite import outlines
+from chipmunk.rewrite import ast_nodes
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.repository import Class, External, Function, Meaning
@@ -109,10 +109,10 @@ def _targets(node: cst.CSTNode) -> list[cst.BaseExpression]:
 
 def _may_load(context: Context, place: Place) -> bool:
     """Whether the place may call such a method of a class of diffusers; told without its tree."""
-    own = {*place.uses.bound, *(place.function.parameters if place.function is not None else ())}
-    for callee in place.uses.callees:
+    own = {*place.statements.bindings, *(place.function.parameters if place.function is not None else ())}
+    for callee in [call.func for call, _ in place.statements.calls]:
         if isinstance(callee, ast.Attribute) and callee.attr in (*_LOADERS, "from_pipe"):
-            name = outlines.dotted(callee.value)
+            name = ast_nodes.dotted(callee.value)
             if name is not None and name.split(".")[0] in own:
                 return True
             if _class_of_diffusers(context, context.repository.resolve(name, place.module)) is not None:
@@ -147,7 +147,7 @@ def _places(context: Context, in_file: Sequence[str], words: Sequence[str]) -> l
         module = context.repository.module(path)
         if module is not None:
             found += [Place(module, None), *(Place(module, function) for function in module.all_functions())]
-    return [place for place in found if not place.words.isdisjoint(words)]
+    return [place for place in found if place.says(words)]
 
 
 def _values(place: Place) -> Iterator[tuple[Step, cst.BaseExpression | None, cst.BaseExpression]]:
@@ -183,7 +183,7 @@ def _class_of_diffusers(context: Context, meaning: Meaning | None) -> str | None
     repository, found = context.repository, [meaning]
     if isinstance(meaning, Class):
         found = [
-            repository.resolve(outlines.dotted(base), owner.module)
+            repository.resolve(ast_nodes.dotted(base), owner.module)
             for owner in repository.bases(meaning)
             for base in owner.outline.bases
         ]
@@ -204,7 +204,7 @@ def _by_transformer(context: Context, owner: Class) -> str | None:
     for parameter in given:
         if maker is None or parameter.arg != "transformer" or parameter.annotation is None:
             continue
-        meaning = context.repository.resolve(outlines.dotted(parameter.annotation), maker.module)
+        meaning = context.repository.resolve(ast_nodes.dotted(parameter.annotation), maker.module)
         if isinstance(meaning, External) and meaning.name.split(".")[0] == "diffusers":
             kind = _TRANSFORMER.fullmatch(meaning.name.split(".")[-1])
             return f"{kind[1]}Pipeline" if kind else None

@@ -260,13 +260,14 @@ class _Reader:
     def _through(
         self, entry: Entry, call: cst.Call, step: Step, objects: dict[str, Class], depth: int
     ) -> Iterator[Found]:
+        if not any(self._holds(entry, arg.value, step) for arg in call.args):
+            return
         for first, callee in enumerate([call.func, *(arg.value for arg in call.args[:1] if arg.keyword is None)]):
             if first and (isinstance(callee, cst.Call) or last_name(call.func) != "checkpoint"):
                 continue
             for inner, own in self._run(entry, callee, step, objects):
                 if isinstance(inner, str):
-                    if any(self._holds(entry, arg.value, step) for arg in call.args):
-                        yield Found(f"{entry.function.name} mixes neighbours ({inner})")
+                    yield Found(f"{entry.function.name} mixes neighbours ({inner})")
                     continue
                 given = bind(inner.node, call, skip=inner.receivers, first=first)
                 tokens = frozenset(n for n, value in given.items() if self._holds(entry, value, step))

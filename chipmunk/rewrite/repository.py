@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import cached_property
@@ -9,10 +10,11 @@ from pathlib import PurePosixPath
 
 import libcst as cst
 
+from chipmunk.rewrite.ast_nodes import dotted as _dotted
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.modules import Class, External, Function, Meaning, Module, imported_names
-from chipmunk.rewrite.outlines import dotted as _dotted
 from chipmunk.rewrite.source import Source, SourceError
+from chipmunk.rewrite.statements import Indexed
 from chipmunk.rewrite.syntax import bind, dotted, is_call, last_name, parameters, self_attribute, walk
 
 _FOLLOW = 6  # imports of imports
@@ -137,7 +139,7 @@ class Repository:
     # Names
 
     def resolve(
-        self, expression: cst.CSTNode | str | None, function: Function | Module, step: Step | None = None
+        self, expression: cst.CSTNode | str | None, function: Function | Module, step: Indexed | None = None
     ) -> Meaning | None:
         """What a name or dotted name means inside `function` (at `step`, if given); None if unknown."""
         name = expression if isinstance(expression, str) else dotted(expression)
@@ -146,7 +148,7 @@ class Repository:
         first, *rest = name.split(".")
         module = function if isinstance(function, Module) else function.module
         if isinstance(function, Function):
-            if first in function.uses.bound and first in function.scope.bindings:
+            if first in function.statements.bindings:
                 return self._local(first, rest, function, step)
             if first in function.parameters:
                 if function.owner is not None and first == function.parameters[0] and len(rest) == 1:
@@ -154,16 +156,17 @@ class Repository:
                 return None
         return self._in_module(module, first, rest, 0)
 
-    def _local(self, first: str, rest: list[str], function: Function, step: Step | None) -> Meaning | None:
+    def _local(self, first: str, rest: list[str], function: Function, step: Indexed | None) -> Meaning | None:
         """A name that the function binds itself: an import inside it, or another name for something known."""
-        scope = function.scope
-        bindings = scope.bindings[first] if step is None else scope.reaching(first, step)
+        inside = function.statements
+        bindings = inside.bindings[first] if step is None else inside.reaching(first, inside.steps[step.index])
         for binding in bindings:
             imported = imported_names(binding.step.node)
             if first in imported:
                 return self._imported(*imported[first], rest, function.module, 0)
-            if binding.value is not None and not binding.path and dotted(binding.value) not in (None, first):
-                return self.resolve(".".join([dotted(binding.value) or "", *rest]), function, binding.step)
+            name = _dotted(binding.value) if binding.value is not None and not binding.path else None
+            if name not in (None, first):
+                return self.resolve(".".join([name or "", *rest]), function, binding.step)
         return None
 
     def _in_module(self, module: Module, first: str, rest: list[str], depth: int) -> Meaning | None:
@@ -177,7 +180,7 @@ class Repository:
         if first in module.imports:
             return self._imported(*module.imports[first], rest, module, depth)
         for binding in reversed(module.bindings(first)):
-            name = dotted(binding.value)
+            name = _dotted(binding.value) if binding.value is not None else None
             if name is not None and not binding.path and name.split(".")[0] != first:
                 head, *tail = name.split(".")
                 return self._in_module(module, head, [*tail, *rest], depth + 1)
@@ -227,10 +230,10 @@ class Repository:
         found: list[tuple[cst.BaseExpression, Function, Step]] = []
         for current in self.bases(owner):
             for method in current.methods.values():
-                if attribute not in method.words or attribute not in method.uses.bound:
+                name = f"{method.receiver}.{attribute}"
+                if attribute not in method.words or name not in method.statements.bindings:
                     continue
-                scope = method.scope
-                for binding in scope.bindings.get(f"{scope.receiver}.{attribute}", ()):
+                for binding in method.scope.bindings[name]:
                     if binding.value is not None and not binding.path:
                         found.append((binding.value, method, binding.step))
         return found
@@ -247,7 +250,7 @@ class Repository:
                 self._built(owner, value, method, step, found, 0, run)
             for current in self.bases(owner):
                 for method in current.methods.values():
-                    if attribute not in method.words or _ADDING.isdisjoint(method.uses.called):
+                    if attribute not in method.words or not _adds_to(method, attribute):
                         continue
                     for call, step in method.scope.calls:
                         function = call.func
@@ -337,6 +340,13 @@ class Repository:
                 for call, step in place.scope.calls:
                     if last_name(call.func) == owner.name and self.resolve(call.func, place, step) is owner:
                         yield call, place, step
+
+
+def _adds_to(method: Function, attribute: str) -> bool:
+    """Whether the method may add something to the list in `self.<attribute>`; told without its tree."""
+    name = f"{method.receiver}.{attribute}"
+    added = (call.func for call, _ in method.statements.calls if isinstance(call.func, ast.Attribute))
+    return any(func.attr in _ADDING and _dotted(func.value) == name for func in added)
 
 
 def _parts(path: str) -> list[str]:

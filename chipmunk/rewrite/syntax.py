@@ -12,6 +12,8 @@ import libcst as cst
 # Parts of a node that hold only formatting: leaving them out makes a walk three times faster.
 _FORMATTING = ("whitespace", "leading_lines", "lines_after", "trailing", "header", "footer", "newline", "indent")
 _PUNCTUATION = {"lpar", "rpar", "lbracket", "rbracket", "comma", "semicolon", "equal", "dot", "colon", "asynchronous"}
+_LEAVES = {cst.Name, cst.Integer, cst.Float, cst.SimpleString, cst.Ellipsis}
+"""Nodes without parts that carry meaning."""
 
 
 @cache
@@ -46,6 +48,8 @@ def walk(node: cst.CSTNode, into: Callable[[cst.CSTNode], bool] | None = None) -
     while stack:
         current = stack.pop()
         yield current
+        if type(current) in _LEAVES:
+            continue
         if into is None or into(current):
             stack += reversed(children(current))
 
