@@ -19,8 +19,8 @@ FLOOR_FACTOR = 2.0
 """How much larger than the difference of two dense runs an error in half precision may be: everything kept rounds at
 other places than dense in the MLPs too, and not in attention alone."""
 NEAR_TIE = 3e-7
-"""Where the last score chosen and the first left out are as close as this, relative to the largest, rounding decides,
-and two correct runs go different ways."""
+"""Where the last score chosen and the first left out are as close as this, relative to the largest (of an MLP: to the
+largest mean, two of which a score is the difference of), rounding decides, and two correct runs go different ways."""
 
 REPEATED = "a second call from the same place in one step"
 """How the runtime's reason begins for calls that are not a step of their own: a loop that iterates inside its steps."""

@@ -134,7 +134,7 @@ def check(results: dict[str, Any]) -> None:
     for name, result in results.items():
         assert result["off"], name
         assert result["kept"] < 1e-5, name
-        assert result["margin"] > 1e-6, f"{name}: a tie, choose another seed"
+        assert result["margin"] > 2e-7, f"{name}: a tie, choose another seed"
         assert result["oracle"] < 1e-4, name
         assert result["sparse"] > 1e-3, f"{name}: nothing was sparse"
         assert result["layers"][1:] == [8] * 5, name

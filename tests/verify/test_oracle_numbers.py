@@ -58,7 +58,7 @@ def test_kinds_of_attention_steps(settings: dict[str, Any], expected: str) -> No
     ("settings", "expected"),
     [
         ({"full_step_every": 4}, "FsssFsssFsss"),
-        ({"full_step_every": None}, "FssFsssFssss"),
+        ({"full_step_every": None}, "FFsFsssFssss"),
         ({"full_step_every": 1}, "FFFFFFFFFFFF"),
         ({"top_keys": 0.9}, "dddddddddddd"),
         ({"bm": 15, "mbm": 15}, "dddddddddddd"),
@@ -135,6 +135,17 @@ def test_choice_best_first_ties_to_the_lower_index_then_random_ascending() -> No
     rest = sorted([0, 3, 4], key=lambda index: hash_of(5, 6, 7, index))
     assert decisions.choose([1.0, 3.0, 3.0, 2.0, 3.0], 2, 2, 5, 6, 7) == sorted([1, 2, *rest[:2]])
     assert decisions.smallest_margin == 0
+
+
+def test_how_close_a_choice_was_is_told_in_what_is_rounded() -> None:
+    """Small differences of large means have the means' rounding."""
+    of_scores, of_values = Decisions(config(), steps=None), Decisions(config(), steps=None)
+    assert of_scores.choose([0.01, 0.02, 0.04], 1, 0, 0, 0, 0) == [2]
+    assert of_scores.smallest_margin == pytest.approx(0.5)
+    assert of_values.choose([0.01, 0.02, 0.04], 1, 0, 0, 0, 0, values=2.0) == [2]
+    assert of_values.smallest_margin == pytest.approx(0.01)
+    of_values.choose([1.0, 3.0], 1, 0, 0, 0, 0, values=2.0)
+    assert of_values.smallest_margin == pytest.approx(0.01)
 
 
 def test_mlp_by_hand() -> None:

@@ -24,7 +24,7 @@ class Decisions:
     """How often each layer's "attention" and "mlp" ran "dense", "full" and "sparse"."""
     smallest_margin: float = math.inf
     """The closest decision of all: the gap between the last score chosen and the first left out, relative to the
-    largest score."""
+    largest score, or the largest of the values whose differences the scores are: these are what is rounded."""
 
     @property
     def too_few_steps(self) -> bool:
@@ -36,12 +36,17 @@ class Decisions:
     ) -> bool:
         return not enabled or layer < first_dense_layers or everything_kept or len(groups) < 2 or self.too_few_steps
 
-    def choose(self, scores: list[float], keep: int, random: int, step: int, layer: int, group: int) -> list[int]:
-        """The `keep` best indices and `random` more by hash, ascending."""
+    def choose(
+        self, scores: list[float], keep: int, random: int, step: int, layer: int, group: int, values: float = 0.0
+    ) -> list[int]:
+        """The `keep` best indices and `random` more by hash, ascending.
+
+        values: the largest of those whose differences the scores are, if they are.
+        """
         ranking = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
         chosen, others = ranking[:keep], ranking[keep:]
         if chosen and others:
-            largest = max(abs(scores[chosen[0]]), 1e-300)
+            largest = max(abs(scores[chosen[0]]), values, 1e-300)
             self.smallest_margin = min(self.smallest_margin, (scores[chosen[-1]] - scores[others[0]]) / largest)
         if random:
             others.sort(key=lambda index: (hash_of(step, layer, group, index), index))

@@ -97,7 +97,8 @@ def mlp(decisions: Decisions, cache: MlpCache, layer: int, dense: DenseMlp) -> T
                 score = torch.stack([abs(n - o) for n, o in zip(now, before, strict=True)]).sum(dim=0)
                 # A neuron with a gate has two rows, `neurons` apart.
                 score = score.reshape(-1, neurons).sum(dim=0)
-                chosen = decisions.choose(score.tolist(), keep, random, count, layer, g)
+                largest = max(float(mean.abs().max()) for mean in (*now, *before))
+                chosen = decisions.choose(score.tolist(), keep, random, count, layer, g, values=largest)
                 for n, o in zip(now, before, strict=True):
                     for first in range(0, len(n), neurons):
                         refreshed = [first + neuron for neuron in chosen]
