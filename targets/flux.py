@@ -67,12 +67,17 @@ _TAYLOR = {"interval": 3, "max_order": 1, "first_enhance": 3}
 
 
 def recognise(models: Sequence[ModelFacts], files: Mapping[str, bytes]) -> bool:
-    """A model whose image tokens and positions have FLUX's names, and whose joint attention was found."""
-    names = {("img", "img_ids"), ("x", "x_ids")}
-    return any(
-        (model.image, model.ids) in names and model.forward == "forward" and model.double_block.attention
-        for model in models
-    )
+    """A model whose image tokens and positions have FLUX's names, and whose joint attention was found.
+
+    Where tokens keep their order, no facts say what positions are called: the model's file does.
+    """
+    names = {"img": "img_ids", "x": "x_ids"}
+    for model in models:
+        ids = names.get(model.image, "?")
+        is_named = model.ids == ids or (model.ids is None and ids.encode() in files.get(model.file, b""))
+        if is_named and model.forward == "forward" and model.double_block.attention:
+            return True
+    return False
 
 
 # Building the model.

@@ -53,6 +53,8 @@ def test_recognises_by_the_model_not_by_files() -> None:
     assert flux.recognise([replace(FACTS, ids=None), FACTS], {"unrelated.py": b""})
     assert not flux.recognise([], {"flux/model.py": b""})
     assert not flux.recognise([replace(FACTS, ids=None)], {})
+    assert flux.recognise([replace(FACTS, ids=None)], {FACTS.file: b"def forward(self, img, img_ids): ..."})
+    assert not flux.recognise([replace(FACTS, ids="positions")], {FACTS.file: b"img_ids"})
     assert not flux.recognise([replace(FACTS, image="latents")], {})
     assert not flux.recognise([replace(FACTS, double_block=replace(FACTS.double_block, attention=False))], {})
 
