@@ -304,12 +304,28 @@ def _missing(function: Function, value: cst.BaseExpression | None, step: Step, a
     """The parameter that a part of a concatenated value comes from, though it is not given on this way."""
     scope = function.scope
     for call, at in scope.calls_behind(value, step) if value is not None and absent else ():
+        if _needs(at, absent) and not _needs(step, absent):
+            continue  # it is not concatenated on this way
         parts = elements(call.args[0].value) if is_call(call, *CONCATENATIONS) and call.args else None
         for part in parts or []:
             roots = scope.roots(part, at)
             if roots and roots <= absent:
                 return min(roots)
     return None
+
+
+def _needs(step: Step, absent: frozenset[str]) -> bool:
+    """Whether the step runs only where one of these parameters is given: `if keys is not None:`, or `if keys:`."""
+    for node, branch in step.chain:
+        test, given = node.test if isinstance(node, cst.If) else None, "body"
+        if isinstance(test, cst.UnaryOperation) and isinstance(test.operator, cst.Not):
+            test, given = test.expression, "orelse"
+        if isinstance(test, cst.Comparison) and dotted(test.comparisons[0].comparator) == "None":
+            given = "body" if isinstance(test.comparisons[0].operator, (cst.IsNot, cst.NotEqual)) else "orelse"
+            test = test.left
+        if branch == given and dotted(test) in absent:
+            return True
+    return False
 
 
 def _is_cut_out(function: Function, value: cst.BaseExpression | None, step: Step) -> bool:
