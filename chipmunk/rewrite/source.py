@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import io
 import re
+import sys
 import tokenize
 import warnings
 from bisect import bisect_right
@@ -85,7 +86,8 @@ class Source:
                 warnings.simplefilter("ignore")  # the file's own, about escapes in its strings, say
                 return ast.parse(text)
         except SyntaxError as error:
-            reason = f"it is not valid Python: {error.msg}"
+            version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+            reason = f"Python {version}, which chipmunk runs on, cannot read it: {error.msg}"
             raise SourceError(self.path, "parse", reason, error.lineno or 1) from error
         except ValueError as error:
             raise SourceError(self.path, "parse", f"it is not valid Python: {error}") from error
