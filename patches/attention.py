@@ -541,7 +541,11 @@ EXAMPLES = (
         variant(
             _INLINE,
             _IMPORT,
-            (f"{_CALL}q", f'chipmunk.attention(chipmunk.layer(self).get("chipmunk_layer"), {_CALL[:-1]}, q'),
+            (
+                f"{_CALL}q, k, v).transpose",
+                f'chipmunk.attention(\n            chipmunk.layer(self).get("chipmunk_layer"), {_CALL[:-1]}, q, k, v\n'
+                "        ).transpose",
+            ),
         ),
     ),
 )

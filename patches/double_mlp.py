@@ -158,7 +158,8 @@ EXAMPLES = (
             _IMPORT,
             (
                 _CALL,
-                'chipmunk.mlp(self, self.image_mlp, self.image_norm(image), parts="up, gelu_tanh, down", of="Feed")',
+                "chipmunk.mlp(\n            self, self.image_mlp, self.image_norm(image), "
+                'parts="up, gelu_tanh, down", of="Feed"\n        )',
             ),
         ),
     ),

@@ -10,10 +10,13 @@ counts the steps, `timesteps` names the parameter whose changes do.
 
 from __future__ import annotations
 
+from math import isfinite
+
 import libcst as cst
 
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
+from chipmunk.rewrite.layout import bounds_of, limit_of
 from chipmunk.rewrite.minimal import MODEL, SINGLE, variant
 from chipmunk.rewrite.roles import Model
 from chipmunk.rewrite.timestep import timestep_parameter
@@ -54,10 +57,13 @@ def _mark(context: Context, model: Model, timesteps: str | None) -> None:
     start = source.span(first)[0]
     indentation = source.indentation(first)
     line = f"@{runtime}.model_forward({', '.join(options)})"
-    if len(indentation.expandtabs(4) + line) > max(88, _longest_line(source.text)):
+    bounds = bounds_of(source)
+    longest = limit_of(bounds) if isfinite(bounds[1]) else 0
+    longest = longest or max(88, _longest_line(source.text))
+    if len(indentation.expandtabs(4) + line) > longest:
         inner = f"\n{indentation}" + ("\t" if "\t" in indentation else "    ")
         listed = ", ".join(options)
-        if len(inner.expandtabs(4)) - 1 + len(listed) > max(88, _longest_line(source.text)):
+        if len(inner.expandtabs(4)) - 1 + len(listed) > longest:
             listed = f",{inner}".join(options) + ","
         line = f"@{runtime}.model_forward({inner}{listed}\n{indentation})"
     context.edit(source, start, start, f"{line}\n{indentation}")

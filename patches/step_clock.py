@@ -204,6 +204,12 @@ EXAMPLES = (
         "two calls in a step",
         "flow/sampling.py",
         _GUIDED,
-        variant(_GUIDED, _IMPORT, _STEPS, ("opposite = model(", 'opposite = chipmunk.slot(model, "opposite")(')),
+        variant(
+            _GUIDED,
+            _IMPORT,
+            _STEPS,
+            ("opposite = model(image", 'opposite = chipmunk.slot(model, "opposite")(\n            image'),
+            ("text=-text, text_ids=text_ids, time=time)", "text=-text, text_ids=text_ids, time=time\n        )"),
+        ),
     ),
 )

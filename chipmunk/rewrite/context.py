@@ -9,6 +9,7 @@ import libcst as cst
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.growth import grow
 from chipmunk.rewrite.imports import PACKAGE, import_edit, runtime_name
+from chipmunk.rewrite.layout import Bounds, bounds_of, laid_out, limit_of
 from chipmunk.rewrite.loops import Loops, find_loops
 from chipmunk.rewrite.plan import LoopFacts, ModelFacts, Site, SiteStatus
 from chipmunk.rewrite.repository import External, Function, Module, Repository
@@ -208,9 +209,15 @@ class Context:
         """The edits of a changed file, the import of the runtime among them."""
         source = self._source(path)
         name, imported = runtime_name(source)
+        limit = limit_of(self._line_bounds[path], self._line_bounds.values())
+        edits = laid_out(source, self.edits[path], limit) if limit else self.edits[path]
         if path not in self._needs_import or imported:
-            return self.edits[path]
-        return self.edits[path] | {import_edit(source, name, self.repository.own_names)}
+            return edits
+        return edits | {import_edit(source, name, self.repository.own_names)}
+
+    @cached_property
+    def _line_bounds(self) -> dict[str, Bounds]:
+        return {path: bounds_of(self._source(path)) for path in self.edits}
 
     def _source(self, path: str) -> Source:
         module = self.repository.module(path)

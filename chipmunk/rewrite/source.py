@@ -134,6 +134,10 @@ class Source:
             at, goes_on = end, is_plain
         return found
 
+    def line_start(self, line: int) -> int:
+        """Where a line, counted from 1, starts."""
+        return self._rows[line - 1]
+
     def lines(self, statement: ast.stmt) -> tuple[int, int]:
         """Where the lines of a statement start and end."""
         first, last = statement.lineno, statement.end_lineno or statement.lineno

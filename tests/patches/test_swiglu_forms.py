@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -270,7 +271,9 @@ def test_a_form_is_patched_once(patch: str, name: str) -> None:
 
 def test_the_change() -> None:
     def after_of(text: str) -> str:
-        return next(c.after.decode() for c in planned(single=text).changes if c.path == "flow/single.py")
+        found = next(c.after.decode() for c in planned(single=text).changes if c.path == "flow/single.py")
+        found = re.sub(r"(?<=\() *\n *|,? *\n *(?=\))", "", found)  # a call on one line
+        return re.sub(r",\n *", ", ", found)
 
     assert f"chipmunk.cat_linear(self, self.leave, mixed, None, chipmunk.gated(self, {SILU}, gate, value))" in after_of(
         HALVES
@@ -296,6 +299,6 @@ def test_they_run(tmp_path: Path) -> None:
     for index, (name, text) in enumerate(SINGLES.items()):
         double = doubles[index % len(doubles)]
         cases.append((f"{double}; {name}", {"double": DOUBLES[double], "single": text}))
-    results = run(tmp_path, cases, seed=2)
+    results = run(tmp_path, cases, seed=4)
     check(results)
     assert len(results) == len(SINGLES)

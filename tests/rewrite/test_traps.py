@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from chipmunk.registry import load
@@ -199,6 +201,7 @@ def test_an_attention_function_that_is_not_handled_is_named_in_the_report(import
 def test_attention_functions_of_other_libraries(imported: str, call: str) -> None:
     text = after(with_attention(imported, call), "flow/double.py")
     function, arguments = call.split("(", 1)
+    text = re.sub(r"(?<=\() *\n *| *\n *(?=\))", "", text)  # a call on one line
     assert f'chipmunk.attention(chipmunk.layer(self).get("chipmunk_layer"), {function}, {arguments}' in text
 
 
