@@ -163,7 +163,7 @@ def run(
     try:
         with tempfile.TemporaryDirectory(prefix="chipmunk-bench-") as folder:
             work = Path(folder).resolve()
-            target = target_of(facts, plan.target, registry.load(options.plugins).targets)
+            target = target_of(facts, plan.target, registry.load(options.plugins).targets, state.root)
             base = _spec(options, state.root, facts, target, work)
             original = rebuild(state.root, originals, work / "original-repository")
             theirs, ours = _both_sides(base, original, configs, options, follow)

@@ -93,7 +93,7 @@ def prepare(root: Path, options: FidelityOptions, work: Path) -> Prepared:
         root=rebuild(state.root, originals, work / "original-repository"),
         out=work / "original",
         facts=facts,
-        target=target_of(facts, plan.target, registry.load(options.plugins).targets),
+        target=target_of(facts, plan.target, registry.load(options.plugins).targets, state.root),
         dense=work / "dense",
         device=options.device,
         dtype=options.dtype,

@@ -115,9 +115,16 @@ def original_plan(
     return plan
 
 
-def target_of(facts: ModelFacts, chosen: str | None, targets: Mapping[str, registry.Target]) -> Path:
-    """The file of the target that knows one model: the repository's, that of another family, or the one for all."""
-    known = [name for name, target in targets.items() if target.recognise([facts], {})]
+def target_of(
+    facts: ModelFacts, chosen: str | None, targets: Mapping[str, registry.Target], root: Path | None = None
+) -> Path:
+    """The file of the target that knows one model: the repository's, that of another family, or the one for all.
+
+    root: the folder that the model's file is in, where there is one.
+    """
+    file_of_model = None if root is None else root / facts.file
+    files = {facts.file: file_of_model.read_bytes()} if file_of_model is not None and file_of_model.is_file() else {}
+    known = [name for name, target in targets.items() if target.recognise([facts], files)]
     rest = ANY if ANY in targets else next(iter(targets))
     name = chosen if chosen in known else next(iter(known), rest)
     file = targets[name].module.__file__
@@ -161,7 +168,7 @@ def verify(
             root=original,
             out=work / f"original-{number}",
             facts=facts,
-            target=target_of(facts, plan.target, targets),
+            target=target_of(facts, plan.target, targets, original),
             device=options.device,
             seed=options.seed,
             only=options.only,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from chipmunk import registry
 from chipmunk.rewrite.plan import BlockFacts, LoopFacts, ModelFacts
+from chipmunk.verify.run import target_of
 
 flux: Any = registry.load().targets["flux"].module
 
@@ -48,12 +50,15 @@ def model(starter: ModuleType) -> nn.Module:
     return built.requires_grad_(False)
 
 
-def test_recognises_by_the_model_not_by_files() -> None:
+def test_recognises_by_the_model_not_by_files(tmp_path: Path) -> None:
     assert flux.recognise([FACTS], {})
     assert flux.recognise([replace(FACTS, ids=None), FACTS], {"unrelated.py": b""})
     assert not flux.recognise([], {"flux/model.py": b""})
     assert not flux.recognise([replace(FACTS, ids=None)], {})
     assert flux.recognise([replace(FACTS, ids=None)], {FACTS.file: b"def forward(self, img, img_ids): ..."})
+    assert target_of(replace(FACTS, ids=None), "flux", registry.load().targets).name == "by_signature.py"
+    (tmp_path / FACTS.file).write_text("def forward(self, img, img_ids): ...")
+    assert target_of(replace(FACTS, ids=None), "flux", registry.load().targets, tmp_path).name == "flux.py"
     assert not flux.recognise([replace(FACTS, ids="positions")], {FACTS.file: b"img_ids"})
     assert not flux.recognise([replace(FACTS, image="latents")], {})
     assert not flux.recognise([replace(FACTS, double_block=replace(FACTS.double_block, attention=False))], {})
