@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Collection, Iterable, Mapping
-from functools import partial
 
 from chipmunk.rewrite.ast_nodes import arguments, dotted, last_name, mentions, walk
 from chipmunk.rewrite.known_names import KnownNames
@@ -69,7 +68,7 @@ class _Growth:
 
     def _tell(self, word: str) -> None:
         """Something is known of what has this name."""
-        self._values.hot.add(word)
+        self._values.hot[word] = None
         self._news.add(word)
 
     # Files
@@ -108,7 +107,8 @@ class _Growth:
             known = {*model.forward.parameters[1:]}
             if len(wanted) < 3:
                 continue
-            for path in self._repository.files_where(partial(_gives, wanted), ("gives", *sorted(wanted))):
+            rare = max(sorted(wanted), key=len)
+            for path in [p for p in self._repository.files_with(rare) if _gives(wanted, self._repository.files[p])]:
                 module = self._repository.module(path)
                 functions = module.all_functions() if module is not None else []
                 for function in [f for f in functions if wanted <= f.words and _calls_with(f, wanted)]:
@@ -129,8 +129,7 @@ class _Growth:
         while self._news:
             news, self._news = self._news, set()
             for place in list(self._values.places):
-                is_new = place in news or id(place.function) in news or not news.isdisjoint(place.words)
-                if is_new and self._values.is_hot(place) and self._may_matter(place):
+                if self._values.is_hot(place) and self._is_touched(place, news) and self._may_matter(place):
                     self._visit(place)
 
     def _visit(self, place: Place) -> None:
@@ -222,6 +221,9 @@ class _Growth:
                 self._tell(key[1])
 
     # The cheap tests before a place is visited, or an expression valued
+
+    def _is_touched(self, place: Place, news: set[object]) -> bool:
+        return place in news or id(place.function) in news or not news.isdisjoint(place.words)
 
     def _may_matter(self, place: Place) -> bool:
         """Whether a visit may tell anything: what has no label goes nowhere."""

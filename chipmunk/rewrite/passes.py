@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import libcst as cst
 
+from chipmunk.rewrite import ast_nodes
 from chipmunk.rewrite.flow import Scope, Step, value_names
+from chipmunk.rewrite.statements import Statements
 from chipmunk.rewrite.syntax import dotted, elements, is_call, self_list, target_names, walk
 
 BY_NAME = -1
@@ -87,6 +90,31 @@ def _block_call(value: cst.CSTNode | None, names: set[str]) -> tuple[cst.Call, i
     ):
         return value, BY_NAME
     return None
+
+
+def may_join(statements: Statements) -> bool:
+    """Whether a function may have two streams come out of a loop and be joined; told without its tree.
+
+    The answer may be yes too often, never no where `joined` or `joined_inside` finds streams, nor where a pass gives
+    back the two streams that it takes.
+    """
+    pairs: list[set[str]] = []
+    for node in [step.node for step in statements.steps if step.in_loop]:
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)) or not isinstance(node.value, ast.Call):
+            continue
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+        names = [ast_nodes.dotted(part) for part in target.elts] if isinstance(target, (ast.Tuple, ast.List)) else []
+        results = {name for name in names if name is not None}
+        if len(results) > 1:
+            if results <= {ast_nodes.dotted(arg) for arg in ast_nodes.arguments(node.value)}:
+                return True
+            pairs.append(results)
+    for call, _ in statements.calls if pairs else ():
+        given = ast_nodes.arguments(call) if ast_nodes.last_name(call.func) in CONCATENATIONS else []
+        parts = {ast_nodes.dotted(part) or "" for part in ast_nodes.elements(given[0]) or []} if given else set()
+        if parts and any(parts <= pair for pair in pairs):
+            return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from chipmunk.rewrite.candidates import may_hold_model, may_run_blocks
 from chipmunk.rewrite.flow import Scope
 from chipmunk.rewrite.handed import work_of
 from chipmunk.rewrite.image_tokens import ids_parameter, image_parameter, other_spatial
-from chipmunk.rewrite.passes import BY_NAME, CONCATENATIONS, Pass, Streams, joined, joined_inside, passes
+from chipmunk.rewrite.passes import BY_NAME, CONCATENATIONS, Pass, Streams, joined, joined_inside, may_join, passes
 from chipmunk.rewrite.places import Entry, is_made, is_number, read
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
 from chipmunk.rewrite.syntax import (
@@ -189,7 +189,7 @@ def _distance(path: str, other: str) -> int:
 
 
 def _model(repository: Repository, owner: Class, method: Function) -> Model | Lookalike | None:
-    if not may_run_blocks(method.text):
+    if not may_run_blocks(method.text) or not may_join(method.statements):
         return None
     scope = method.scope
     found = passes(scope)

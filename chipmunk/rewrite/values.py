@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 import libcst as cst
 
@@ -69,10 +70,11 @@ class Values:
     """The attributes of any class that have a label."""
     globals: dict[tuple[int, str], frozenset[str]] = field(default_factory=dict)
     """By module (`id`) and name."""
-    hot: set[str] = field(default_factory=lambda: set(PARSING))
-    """Words without which a function has nothing to do with models."""
+    hot: dict[str, None] = field(default_factory=lambda: dict.fromkeys(PARSING))
+    """Words without which a function has nothing to do with models, in the order in which they were learnt."""
     called: set[int] = field(default_factory=set)
     """Functions (`id`) with an argument that has a label."""
+    _cold: dict[Place, int] = field(default_factory=dict)
     _making: dict[Place, bool] = field(default_factory=dict)
     _calling: dict[Place, bool] = field(default_factory=dict)
 
@@ -114,7 +116,11 @@ class Values:
         """Whether the place can hold a model at all: it says one of the words, or gets a model as an argument."""
         if place.function is not None and id(place.function) in self.called:
             return True
-        return not self.hot.isdisjoint(place.words)
+        asked = self._cold.get(place, 0)  # of so many words it says none; -1: it says one
+        if 0 <= asked < len(self.hot) and place.says({*islice(self.hot, asked, None)}):
+            asked = -1
+        self._cold[place] = asked if asked < 0 else len(self.hot)
+        return asked < 0
 
     def makes(self, place: Place) -> bool:
         """Whether a name of the place gets a model from a call; told without its tree."""

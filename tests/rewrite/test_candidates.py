@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import textwrap
 
 import pytest
 
 from chipmunk.rewrite.candidates import may_hold_model, may_run_blocks
 from chipmunk.rewrite.minimal import FILES, MODEL
+from chipmunk.rewrite.passes import may_join
+from chipmunk.rewrite.statements import Statements
 
 MANY = """\
 def forward(self, img, txt):
@@ -128,3 +131,56 @@ def test_what_stands_between_the_loops_of_a_model(between: str) -> None:
     assert may_hold_model(text.replace("    ", "\t").encode())
     inside = f"if True:\n    class A(B):\n{textwrap.indent(text, ' ' * 8)}"
     assert may_hold_model(inside.encode())
+
+
+JOINED = """\
+def forward(self, img, txt):
+    for block in self.double:
+        {call}
+    {between}
+    for block in self.single:
+        x = block(x)
+    return x[:, txt.shape[1] :]
+"""
+
+
+def streams(call: str, between: str = "x = torch.cat((txt, img), 1)") -> Statements:
+    function = ast.parse(JOINED.format(call=call, between=between)).body[0]
+    assert isinstance(function, ast.FunctionDef)
+    return Statements(function)
+
+
+@pytest.mark.parametrize(
+    ("call", "between"),
+    [
+        ("img, txt = block(img, txt)", "x = self.join(img, txt)"),
+        ("img, txt = block(txt=txt, img=img)", "x = join()"),
+        ("[img, txt] = run(block, img, txt)", "x = join()"),
+        ("img, txt = block(*streams)", "x = torch.cat([txt, img], dim=1)"),
+        ("a, img, txt = block(*streams)", "x = cat(tensors=(txt, img))"),
+        ("(img, txt), more = block(x)\n        img, more = block(x)", "x = torch.concat((img, more), 1)"),
+        ("img, txt = self.s.img, s.txt = block(**given)", "x = torch.concatenate((img, txt))"),
+    ],
+)
+def test_streams_that_may_be_joined(call: str, between: str) -> None:
+    assert may_join(streams(call, between))
+
+
+@pytest.mark.parametrize(
+    ("call", "between"),
+    [
+        ("img, kept = block(img)", "x = torch.cat((img, txt), 1)"),
+        ("img = block(img, txt)", "x = torch.cat((txt, img), 1)"),
+        ("img, txt = other, more", "x = torch.cat((txt, img), 1)"),
+        ("img, txt = block(one, two)", "x = torch.stack((txt, img), 1)"),
+        ("img, txt = block(one, two)", "x = torch.cat((txt, img, more), 1)"),
+    ],
+)
+def test_streams_that_are_not_joined(call: str, between: str) -> None:
+    assert not may_join(streams(call, between))
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_a_model_joins_its_streams(path: str) -> None:
+    functions = [node for node in ast.walk(ast.parse(FILES[path])) if isinstance(node, ast.FunctionDef)]
+    assert any(may_join(Statements(function)) for function in functions) == (path == "flow/model.py")
