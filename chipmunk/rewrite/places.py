@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import libcst as cst
 
@@ -22,13 +21,21 @@ from chipmunk.rewrite.syntax import (
     argument,
     bind,
     dotted,
-    elements,
     integer,
     is_call,
     last_name,
     self_attribute,
     text_of_string,
     walk,
+)
+from chipmunk.rewrite.token_axis import (
+    along_tokens,
+    is_alike_for_all,
+    is_fixed_slice,
+    is_torch_function,
+    own_attribute,
+    stored,
+    takes_apart,
 )
 
 _DEPTH = 6
@@ -41,10 +48,7 @@ _MOVES = {"roll": "dims", "flip": "dims", "cumsum": "dim", "cumprod": "dim", "lo
 """Functions that go along an axis, and what the axis is called."""
 _MIXES = re.compile(r"(conv(_transpose)?|(adaptive_)?(avg|max)_pool)[123]d|interpolate|unfold|fold|pixel_(un)?shuffle")
 _PARTS = ("chunk", "tensor_split")
-_SHAPES = ("reshape", "view", "unflatten")
-_EINOPS = ("rearrange", "reduce", "repeat")
 _TABLES = ("Parameter", "Buffer")
-_FILLED = ("zeros", "ones", "empty", "randn", "rand", "full", "normal")
 _REDUCED = ("max", "amax", "min", "mean", "sum", "norm", "std", "item", "len")
 _MASKS = ("attn_mask", "attn_bias", "mask", "attention_mask")
 
@@ -94,7 +98,7 @@ class _Reader:
                         yield from self._table(entry, node, step)
                     elif (
                         isinstance(node, cst.Subscript)
-                        and _is_fixed_slice(node)
+                        and is_fixed_slice(node)
                         and self._holds(entry, node.value, step)
                     ):
                         yield Found(f"{function.name} goes by where tokens lie (a slice at a fixed place)")
@@ -130,7 +134,7 @@ class _Reader:
         where = f"{function.name} goes by where tokens lie"
         if name in _MOVES and self._holds(entry, subject, step):
             place = shift + (1 if name == "roll" else 0)
-            if _along_tokens(argument(call, place, _MOVES[name]), call):
+            if along_tokens(argument(call, place, _MOVES[name]), call):
                 yield Found(f"{where} ({name})")
         elif name in _PARTS and self._holds(entry, subject, step):
             if integer(argument(call, shift + 1, "dim")) in (1, -2) and integer(argument(call, shift, "chunks")):
@@ -139,7 +143,7 @@ class _Reader:
             meaning = self.repository.resolve(call.func, function, step)
             if shift == 0 or isinstance(meaning, External):
                 yield Found(f"{where} ({name})")
-        elif _takes_apart(name, call) and self._holds(entry, subject, step):
+        elif takes_apart(name, call) and self._holds(entry, subject, step):
             yield Found(f"{where} ({name})")
         elif self._makes_mask(entry, call, step):
             yield Found(f"{function.name} computes attention with a mask of the model's own")
@@ -164,7 +168,7 @@ class _Reader:
         others = roots - {scope.receiver} if entry.function.receivers else roots
         if others or dotted(node) in ("None", "True", "False") or isinstance(node, cst.SimpleString):
             return False
-        if any(_is_torch_function(call) for call, _ in scope.calls_behind(node, step)):
+        if any(is_torch_function(call) for call, _ in scope.calls_behind(node, step)):
             return True
         owner = entry.function.owner
         names = [name for name in _names_behind(entry, node, step) if name is not None]
@@ -173,7 +177,7 @@ class _Reader:
     def _is_tensor(self, owner: Class, attribute: str) -> bool:
         values = self.repository.values_of(owner, attribute)
         calls = [node for value, *_ in values for node in walk(value) if isinstance(node, cst.Call)]
-        return any(_is_torch_function(call) or last_name(call.func) in _TABLES for call in calls) or bool(
+        return any(is_torch_function(call) or last_name(call.func) in _TABLES for call in calls) or bool(
             list(self._registered(owner, attribute))
         )
 
@@ -183,7 +187,7 @@ class _Reader:
         if owner is None or not isinstance(node.operator, (cst.Add, cst.Subtract, cst.Multiply)):
             return
         for own, other in ((node.left, node.right), (node.right, node.left)):
-            name = _own_attribute(own, entry.function.scope.receiver)
+            name = own_attribute(own, entry.function.scope.receiver)
             if name is not None and self._has_rows(owner, name) and self._holds(entry, other, step):
                 own_name = f"{entry.function.scope.receiver}.{name}"
                 yield Found(f"{entry.function.name} adds {own_name} to the tokens, row by row")
@@ -193,7 +197,7 @@ class _Reader:
         values = [value for value, *_ in self.repository.values_of(owner, attribute)]
         tables = [call.args[0].value for call in values if is_call(call, *_TABLES) and call.args]
         tables += self._registered(owner, attribute)
-        return any(not _is_alike_for_all(table) for table in tables)
+        return any(not is_alike_for_all(table) for table in tables)
 
     def _registered(self, owner: Class, attribute: str) -> Iterator[cst.BaseExpression]:
         for current in self.repository.bases(owner):
@@ -209,7 +213,7 @@ class _Reader:
 
         grown: names of the function's own dictionaries and lists that tokens were put into before.
         """
-        for place, value in _stored(step):
+        for place, value in stored(step):
             held = self._holds(entry, value, step) or not grown.isdisjoint(value_names(value))
             if not held or _is_number(entry, value, step):
                 continue
@@ -322,23 +326,6 @@ def read(repository: Repository, whole: Entry, blocks: Iterable[Entry], builder:
     return placed, next((each.reason for each in below if each.keeps), "")
 
 
-def _takes_apart(name: str, call: cst.Call) -> bool:
-    return (name in _EINOPS and _splits_tokens(call)) or (name in _SHAPES and _makes_grid(call))
-
-
-def _makes_grid(call: cst.Call) -> bool:
-    """Whether a shape has rows and columns: `x.reshape(batch, h, w, -1)`, or `x.view(side, side)`."""
-    sizes = [size for arg in call.args for size in (elements(arg.value) or [arg.value])]
-    names = [(dotted(size) or "").rpartition(".")[2].lower() for size in sizes]
-    return any(_are_sides(first, second) for first, second in pairwise(names) if first)
-
-
-def _are_sides(first: str, second: str) -> bool:
-    if first == second or (first.replace("height", "width"), first.replace("row", "col")).count(second) == 1:
-        return True
-    return any(first[:at] + "w" + first[at + 1 :] == second for at, letter in enumerate(first) if letter == "h")
-
-
 def _is_number(entry: Entry, value: cst.CSTNode, step: Step) -> bool:
     """Whether a value is computed from one number for all tokens: `x.abs().max()`."""
     calls = [call for call, _ in entry.function.scope.calls_behind(value, step) if last_name(call.func) in _REDUCED]
@@ -373,33 +360,6 @@ def _plain_roots(entry: Entry, node: cst.CSTNode | None, step: Step) -> frozense
     return frozenset(found)
 
 
-def _is_torch_function(call: cst.Call) -> bool:
-    """`torch.ones(…)`, and not a layer or a cast: its name begins small."""
-    name = dotted(call.func) or ""
-    return name.startswith("torch.") and name.count(".") == 1 and name[6:7].islower()
-
-
-def _stored(step: Step) -> Iterator[tuple[cst.BaseExpression, cst.BaseExpression]]:
-    """What the statement stores, and where: the innermost thing that is no element of another."""
-    if isinstance(step.node, cst.Expr) and is_call(step.node.value, "append", "extend", "update", "insert"):
-        function = step.node.value.func
-        if isinstance(function, cst.Attribute):
-            yield from ((_holder(function.value), arg.value) for arg in step.node.value.args)
-    for target in step.node.targets if isinstance(step.node, cst.Assign) else ():
-        assert isinstance(step.node, cst.Assign)
-        places = elements(target.target) or [target.target]
-        values = elements(step.node.value) or [step.node.value] * len(places)
-        for place, value in zip(places, values, strict=False):
-            if not isinstance(place, cst.Name):
-                yield _holder(place), value
-
-
-def _holder(node: cst.BaseExpression) -> cst.BaseExpression:
-    while isinstance(node, cst.Subscript):
-        node = node.value
-    return node
-
-
 def _first(item: tuple[str, Class]) -> str:
     return item[0]
 
@@ -416,64 +376,3 @@ def _names_behind(entry: Entry, node: cst.CSTNode, step: Step) -> Iterator[str |
 def _attribute_of(name: str, receiver: str) -> str | None:
     head, _, rest = name.partition(".")
     return rest if head == receiver and rest and "." not in rest else None
-
-
-def _own_attribute(node: cst.CSTNode, receiver: str) -> str | None:
-    """`table` of `self.table`, `self.table[:, :n]` and `self.table.to(x)`."""
-    while True:
-        name = self_attribute(node, receiver)
-        if name is not None:
-            return name
-        if isinstance(node, cst.Subscript):
-            node = node.value
-        elif isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute):
-            node = node.func.value
-        else:
-            return None
-
-
-def _is_alike_for_all(table: cst.BaseExpression) -> bool:
-    """Whether a table is made with one row at most, or with one number for each channel."""
-    for call in walk(table):
-        if isinstance(call, cst.Call) and last_name(call.func) in _FILLED and call.args:
-            sizes = [arg.value for arg in call.args if arg.keyword is None]
-            sizes = elements(sizes[0]) or sizes if sizes else []
-            return len(sizes) < 2 or integer(sizes[-2]) == 1
-        if isinstance(call, cst.Call) and last_name(call.func) in ("tensor", "as_tensor") and call.args:
-            return elements(call.args[0].value) is None
-    return False
-
-
-def _along_tokens(axes: cst.BaseExpression | None, call: cst.Call) -> bool:
-    """Whether an axis, or one of several, may be the tokens'."""
-    given = [axes] if axes is not None else []
-    if last_name(call.func) == "flip" and axes is not None:
-        given = [arg.value for arg in call.args if integer(arg.value) is not None or elements(arg.value) is not None]
-        given = given or [axes]
-    for each in given:
-        for axis in elements(each) or [each]:
-            if integer(axis) not in (0, -1, 3):
-                return True
-    return not given
-
-
-def _is_fixed_slice(node: cst.Subscript) -> bool:
-    """Whether it cuts the tokens' axis at a number that is written out: `x[:, :512]`, `keys[:, :, 512:, :]`."""
-    parts = node.slice
-    if any(isinstance(p.slice, cst.Index) and isinstance(p.slice.value, cst.Ellipsis) for p in parts[:3]):
-        return False
-    for place in {2: (1,), 3: (1,), 4: (1, 2)}.get(len(parts), ()):
-        cut = parts[place].slice
-        if isinstance(cut, cst.Slice) and any(integer(end) for end in (cut.lower, cut.upper, cut.step)):
-            return True
-    return False
-
-
-def _splits_tokens(call: cst.Call) -> bool:
-    """Whether the axis before the last is taken apart: `b (h w) c -> …`, `b c (h w) d -> …`."""
-    pattern = text_of_string(call.args[1].value) if len(call.args) > 1 else None
-    if pattern is None or "->" not in pattern:
-        return False
-    axes = re.findall(r"\([^)]*\)|\S+", pattern.partition("->")[0])
-    inner = axes[-2] if len(axes) > 2 else ""
-    return inner.startswith("(") and len(inner.strip("()").split()) > 1
