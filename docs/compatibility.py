@@ -164,10 +164,10 @@ def chipmunk(command: str, root: Path, *options: str) -> tuple[int, dict[str, An
 
 def formatted(root: Path) -> set[str]:
     """Files in which ruff, with the repository's own settings, has nothing to change."""
-    command = [sys.executable, "-m", "ruff", "format", "--check", "--no-cache", "--force-exclude", str(root)]
+    command = [sys.executable, "-m", "ruff", "format", "--diff", "--no-cache", "--force-exclude", str(root)]
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    prefix = "Would reformat: "
-    others = {line.removeprefix(prefix).strip() for line in said.splitlines() if line.startswith(prefix)}
+    # What `--check` prints differs from release to release; a diff names each file that would change.
+    others = {line.removeprefix("--- ").strip() for line in said.splitlines() if line.startswith("--- ")}
     paths = {path.relative_to(root).as_posix() for path in root.rglob("*.py")}
     return paths - {os.path.relpath(os.path.join(os.getcwd(), other), root) for other in others}
 

@@ -20,6 +20,8 @@ from chipmunk.rewrite.source import Edit, Source
 _LIMITS = (120, 119, 110, 100, 88)
 _OPENING, _CLOSING = "([{", ")]}"
 _UNFIT = re.compile(r"#|;|\\|\"\"\"|'''|\b[bru]?f[r]?[\"']|,\s*[)\]}]|\t|\blambda\b", re.IGNORECASE)
+_STRING = re.compile(r"[\"'][^\"']{20,}")
+"""What no formatter breaks, however long the line."""
 _SUM, _PRODUCT = ("+", "-"), ("*", "/", "//", "%", "@")
 _OTHERS = {
     "and",
@@ -93,7 +95,7 @@ def bounds_of(source: Source) -> Bounds:
         text = source.text[start:end].decode("utf-8")
         if _UNFIT.search(text):
             continue
-        longest = max(longest, *map(len, text.split("\n")))
+        longest = max([longest, *(len(line) for line in text.split("\n") if not _STRING.search(line))])
         if "\n" in text:
             shortest = min(shortest, len(_flat(text)))
     return longest, shortest

@@ -30,7 +30,7 @@ def broken(limit: int) -> str:
 
 def evidence(limit: int) -> str:
     """What tells of this limit: a line as long, and a statement that was broken."""
-    return formatted(f"x = '{'a' * (limit - 6)}'\n{broken(limit)}", limit)
+    return formatted(f"x = {'a' * (limit - 4)}\n{broken(limit)}", limit)
 
 
 def edited(before: str, old: str, new: str, limit: int) -> str:
@@ -125,7 +125,8 @@ def test_the_limit_is_told_by_what_a_formatter_has_joined_and_broken() -> None:
         assert limit(evidence(each), evidence(88), evidence(120)) == each
     assert limit("x = 1\n") == 120
     assert limit("x = run(\n    1\n)\n") == 0  # no formatter leaves that
-    assert limit(f"x = '{'a' * 130}'\n") == 0
+    assert limit(f"x = {'a' * 130}\n") == 0
+    assert limit(f"x = '{'a' * 130}'\n{evidence(100)}") == 100  # a text cannot be broken
 
 
 @pytest.mark.parametrize("limit", LIMITS)
