@@ -68,9 +68,9 @@ EXPECTED: dict[str, dict[str, Sites]] = {
         "TaylorSeer-FLUX/src/flux/math.py": Sites(1),
     },
     "huggingface/diffusers": {  # processors below a module of the block; FLUX.2's may keep keys of reference images,
-        # and attend twice in one call to get them: reference images to themselves, all others to everything
+        # and attend twice in one call to get them: reference images to themselves (dense), all others to everything
         "src/diffusers/models/transformers/transformer_flux.py": Sites(2, dense=1, models=1),
-        "src/diffusers/models/transformers/transformer_flux2.py": Sites(10, dense=2, models=1),
+        "src/diffusers/models/transformers/transformer_flux2.py": Sites(11, dense=1, models=1),
         "src/diffusers/models/controlnets/controlnet_flux.py": Sites(0),
     },
 }
