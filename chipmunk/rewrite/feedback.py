@@ -16,6 +16,7 @@ def feeds_back(scope: Scope, loop: cst.For, calls: Iterable[tuple[cst.Call, Step
     """Whether the loop hands the model something that descends from what the model returned in an earlier round."""
     calls = list(calls)
     nodes = [call for call, _ in calls]
+    assignments = _assignments(scope, loop)
     seen: set[tuple[str, int, bool]] = set()
 
     def earlier(value: cst.CSTNode, step: Step, crossed: bool) -> bool:
@@ -28,7 +29,7 @@ def feeds_back(scope: Scope, loop: cst.For, calls: Iterable[tuple[cst.Call, Step
         if (name, step.index, crossed) in seen:
             return False
         seen.add((name, step.index, crossed))
-        inside = [b for b in _assignments(scope, loop) if _overlap(b[0], name)]
+        inside = [b for b in assignments if _overlap(b[0], name)]
         here = [b for b in scope.reaching(name, step) if loop in b.step.loops or b.step.node is loop]
         before = [b for b in inside if b[2].index < step.index]
         if any(earlier(value, at, crossed) for _, value, at in before):
