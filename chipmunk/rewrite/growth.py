@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import partial
 
 from chipmunk.rewrite.ast_nodes import arguments, dotted, last_name, mentions, walk
 from chipmunk.rewrite.known_names import KnownNames
@@ -107,11 +108,10 @@ class _Growth:
             known = {*model.forward.parameters[1:]}
             if len(wanted) < 3:
                 continue
-            rare = max(sorted(wanted), key=len)
-            for path in [p for p in self._repository.files_with(rare) if _gives(wanted, self._repository.files[p])]:
+            for path in self._repository.files_where(partial(_gives, wanted), ("gives", *sorted(wanted))):
                 module = self._repository.module(path)
                 functions = module.all_functions() if module is not None else []
-                for function in [f for f in functions if wanted <= f.words and _calls_with(f, wanted)]:
+                for function in [f for f in functions if _says_all(f.text, wanted) and _calls_with(f, wanted)]:
                     for call, step in function.statements.calls:
                         keywords = {keyword.arg for keyword in call.keywords if keyword.arg is not None}
                         name = dotted(call.func)
@@ -276,10 +276,15 @@ class _Growth:
 
 def _gives(keywords: Collection[str], content: bytes) -> bool:
     """Whether a file may have a loop in which something is called with all these keywords."""
-    words = [keyword.encode() for keyword in keywords]
-    if b"for " not in content or not all(word in content for word in words):
+    if not _says_all(content, keywords) or b"for " not in content:
         return False
-    return all(re.search(rb"\b" + word + rb"\s*=", content) for word in words)
+    # that the pattern begins with plain text makes it fast
+    return all(re.search(rf"{word}(?<!\w{word})\s*=".encode(), content) for word in keywords)
+
+
+def _says_all(text: bytes, words: Collection[str]) -> bool:
+    """Whether a text has all the words, the longest first: it is the rarest."""
+    return all(word.encode() in text for word in sorted(words, key=len, reverse=True))
 
 
 def _calls_with(function: Function, keywords: set[str]) -> bool:

@@ -156,6 +156,11 @@ class Module:
         return found
 
     @cached_property
+    def renamed(self) -> frozenset[str]:
+        """The old names of the aliases."""
+        return frozenset(self.aliases.values())
+
+    @cached_property
     def scope(self) -> Scope:
         """The statements outside functions and classes."""
         return Scope(cst.Module(body=self.source.statements))
@@ -252,8 +257,7 @@ class Place:
     def says(self, words: Collection[str]) -> bool:
         """Whether one of a few words is among `words`: most places say none of them anywhere."""
         text = self.module.source.plain_text if self.function is None else self.function.text
-        meant = any(old in words for old in self.module.aliases.values())
-        if not meant and not any(word.encode() in text for word in words):
+        if self.module.renamed.isdisjoint(words) and not any(word.encode() in text for word in words):
             return False
         return not self.words.isdisjoint(words)
 
