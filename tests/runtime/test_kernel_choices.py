@@ -17,9 +17,7 @@ ROW, COLUMN = sympy.symbols("d0 d1", integer=True)
 def features(length: object, *reads: object, others: tuple[object, ...] = ()) -> SimpleNamespace:
     """What Inductor tells of a kernel with one reduction of `length` numbers, and `others` read beside it."""
     node, rest = (SimpleNamespace(read_writes=SimpleNamespace(reads=each)) for each in (reads, others))
-    return SimpleNamespace(
-        reduction_numel=length, reduction_nodes=lambda: [node], scheduler_nodes=lambda: (node, rest)
-    )
+    return SimpleNamespace(reduction_numel=length, reduction_nodes=lambda: [node], scheduler_nodes=lambda: (node, rest))
 
 
 def read(index: sympy.Expr, length: int = 128) -> MemoryDep:
