@@ -26,6 +26,7 @@ from chipmunk.bench.measurement import Image, Run, steady, steps_that_fit
 from chipmunk.bench.model import Loop, build
 from chipmunk.bench.model_calls import model_calls
 from chipmunk.bench.spec import Spec
+from chipmunk.runtime.compiling import methods_of
 from chipmunk.runtime.counts import Statistics
 from chipmunk.runtime.session import ATTRIBUTE, Session, statistics
 from chipmunk.verify.checkout import CheckoutError
@@ -88,7 +89,10 @@ def compile_blocks(model: nn.Module, spec: Spec) -> None:
     name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(torch._dynamo.config, name, 64)
     for block in (*attrgetter(spec.facts.double)(model), *attrgetter(spec.facts.single)(model)):
-        block.compile(dynamic=False)
+        for method in methods_of(block):
+            setattr(block, method, torch.compile(getattr(block, method), dynamic=False))
+        if not methods_of(block):
+            block.compile(dynamic=False)
 
 
 class Side:

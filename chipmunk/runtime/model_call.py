@@ -143,6 +143,7 @@ def _attempt(
         versions = versions_of(session, arguments)
         with (
             _states_installed(session, blocks, slot, step),
+            session.compiler.methods_in_place(blocks),
             session.compiler.settings(),
             record_fallbacks(session.recorder.fallbacks),
             _caches_as_wanted(slot.layers, labels),

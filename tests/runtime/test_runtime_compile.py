@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from flux_model import Flux, build, denoise, error, inputs, same, small
+from flux_model import DoubleBlock, Flux, SingleBlock, build, denoise, error, inputs, rotary_table, same, small
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -107,6 +107,83 @@ def test_the_session_compiles_where_the_configuration_says_so(monkeypatch: pytes
     chipmunk.disable(model)
     assert all(block._compiled_call_impl is None for block in blocks_of(model))
     assert same(denoise(model, 9, **inputs()), denoise(tiny(), 9, **inputs()))
+
+
+class MethodDouble(DoubleBlock):
+    """As in FLUX.2 with a cache of reference tokens: no `forward`, and a method for each way to run the block."""
+
+    forward = nn.Module.forward
+
+    def forward_plain(self, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.forward_kept(**given)[:2]
+
+    def forward_kept(self, **given: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
+        return *DoubleBlock.forward(self, **given), None
+
+    def forward_never_called(self) -> None:
+        raise AssertionError
+
+
+class MethodSingle(SingleBlock):
+    forward = nn.Module.forward
+    forward_kept = SingleBlock.forward
+
+
+class MethodFlux(Flux):
+    def __init__(self) -> None:
+        super().__init__(double=2, single=1)
+        for block in self.double_blocks:
+            block.__class__ = MethodDouble
+        for block in self.single_blocks:
+            block.__class__ = MethodSingle
+
+    @chipmunk.model_forward(double="double_blocks", single="single_blocks", image="img", ids="img_ids")
+    def forward(self, img: Any, img_ids: Any, txt: Any, txt_ids: Any, timesteps: Any, **options: Any) -> torch.Tensor:
+        vec = self.vec_in(timesteps[:, None].to(img.dtype)).tanh()
+        img, txt = self.img_in(img), self.txt_in(txt)
+        pe = rotary_table(torch.cat((txt_ids, img_ids), dim=1), self.size // self.count)
+        for block in chipmunk.blocks(self.double_blocks, self, img):
+            img, txt = block.forward_plain(img=img, txt=txt, vec=vec, pe=pe)
+        img = torch.cat((txt, img), dim=1)
+        for block in chipmunk.blocks(self.single_blocks, self):
+            img = block.forward_kept(img, vec=vec, pe=pe)
+        return self.out(chipmunk.hidden(self, img[:, txt.shape[1] :]))
+
+
+def method_model() -> MethodFlux:
+    torch.manual_seed(0)
+    model = MethodFlux().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+def test_blocks_that_a_method_runs_are_compiled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    model = method_model()
+    chipmunk.enable(model, small(compile=True))
+    assert error(denoise(model, 12, **inputs()), eager(inputs())) < 1e-5
+    assert graphs() == 4 + 3
+    assert not counters["graph_break"]
+    layer = chipmunk.statistics(model).layers[1]
+    assert (layer.attention["main"].full, layer.attention["main"].sparse) == (3, 9)
+    assert not any(name.startswith("forward") for block in blocks_of(model) for name in block.__dict__)
+    copy.deepcopy(model)
+    chipmunk.disable(model)
+    counters.clear()
+    assert same(denoise(model, 9, **inputs()), denoise(tiny(), 9, **inputs()))
+    assert graphs() == 0
+
+
+def test_a_method_that_the_user_compiled_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "must not be used")
+    model = method_model()
+    block = model.single_blocks[0]
+    block.forward_kept = mine = torch.compile(block.forward_kept, backend="eager")
+    chipmunk.enable(model, small(compile=True))
+    assert error(denoise(model, 9, **inputs()), eager(inputs(), 9)) < 1e-5
+    assert block.forward_kept is mine
 
 
 def test_keeping_the_first_selection_survives_the_shared_graph(monkeypatch: pytest.MonkeyPatch) -> None:
