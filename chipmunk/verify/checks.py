@@ -18,7 +18,7 @@ ORACLE_LIMIT = 1e-4
 FLOOR_FACTOR = 2.0
 """How much larger than the difference of two dense runs an error in half precision may be: everything kept rounds at
 other places than dense in the MLPs too, and not in attention alone."""
-NEAR_TIE = 1e-6
+NEAR_TIE = 3e-7
 """Where the last score chosen and the first left out are as close as this, relative to the largest (of an MLP: to the
 largest mean, two of which a score is the difference of), rounding decides, and two correct runs go different ways."""
 
