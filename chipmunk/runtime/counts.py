@@ -45,6 +45,8 @@ class Statistics:
     """Everything since Chipmunk was enabled on this model."""
 
     enabled: bool
+    forward: str = ""
+    """The model's forward, whose calls are counted: `Flux.forward`."""
     layers: tuple[LayerStatistics, ...] = ()
     """Double blocks, then single blocks."""
     model_calls: int = 0
@@ -74,6 +76,8 @@ class Statistics:
             f"Chipmunk: {self.model_calls} model calls, {sum(self.dense_model_calls.values())} of them dense; "
             f"caches {_size(self.cache_bytes)} now, {_size(self.peak_cache_bytes)} at most."
         ]
+        if not self.model_calls:
+            lines.append(f"  no call came through {self.forward}: other methods that run the blocks are dense")
         for title, counts in (
             ("dense model calls", self.dense_model_calls),
             ("token order", self.token_order),
@@ -148,7 +152,7 @@ class Recorder:
             self.skipped_model_calls += 1
             steps.append(generation.step)
 
-    def report(self, names: list[str], cache_bytes: int) -> Statistics:
+    def report(self, forward: str, names: list[str], cache_bytes: int) -> Statistics:
         layers = []
         for index, name in enumerate(names):
             parts = self._layers.get(index, {"attention": {}, "mlp": {}})
@@ -156,6 +160,7 @@ class Recorder:
             layers.append(LayerStatistics(name, attention, mlp))
         return Statistics(
             enabled=True,
+            forward=forward,
             layers=tuple(layers),
             model_calls=self.model_calls,
             dense_model_calls=dict(self.dense_model_calls),

@@ -322,7 +322,7 @@ def statistics(model: Any) -> Statistics:
         return Statistics(enabled=False)
     names = [name for name, _ in blocks_of(owner, session.spec)]
     with session.lock:
-        return session.recorder.report(names, session.cache_bytes())
+        return session.recorder.report(f"{type(owner).__name__}.forward", names, session.cache_bytes())
 
 
 def steps(model: Any, iterable: Iterable[Item]) -> Iterable[Item]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from flux_model import build, denoise, inputs, same, small, sparse_calls
+from flux_model import Flux, build, denoise, inputs, same, small, sparse_calls
 from torch import Tensor, nn
 
 import chipmunk
@@ -189,3 +189,21 @@ def test_an_engine_in_the_place_of_the_model(tmp_path: Path, monkeypatch: pytest
     chipmunk.enable(Engine())  # nobody asked this command for it: the loop will say that it has no effect
     with pytest.warns(RuntimeWarning, match=r"other\.yml has no effect on this sampling loop.*Engine"):
         assert chipmunk.steps(Engine(), loop) is loop
+
+
+class TwoWays(Flux):
+    """As FLUX.2 with a cache of reference tokens: another method goes through the blocks too."""
+
+    def forward_cached(self, **given: Any) -> Tensor:
+        return Flux.forward.__wrapped__(self, **given)  # type: ignore[attr-defined, no-any-return]
+
+
+def test_statistics_say_where_no_call_came_through_the_marked_forward() -> None:
+    model = build(kind=TwoWays)
+    dense = denoise(model, 9, **inputs())
+    chipmunk.enable(model, small())
+    assert same(denoise(model.forward_cached, 9, **inputs()), dense)
+    told = " ".join(str(chipmunk.statistics(model)).split())
+    assert told.endswith(" no call came through TwoWays.forward: other methods that run the blocks are dense")
+    denoise(model, 9, **inputs())
+    assert "no call came" not in str(chipmunk.statistics(model))
