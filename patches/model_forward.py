@@ -19,7 +19,7 @@ from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.layout import bounds_of, limit_of
 from chipmunk.rewrite.minimal import MODEL, SINGLE, variant
 from chipmunk.rewrite.roles import Model
-from chipmunk.rewrite.timestep import timestep_parameter
+from chipmunk.rewrite.timestep import model_mark, timestep_parameter
 
 NAME = "model-forward"
 API = 1
@@ -30,28 +30,25 @@ def rule(context: Context) -> None:
     for found in context.roles.lookalikes:
         context.left_dense(found.owner.source, found.node, found.reason, matched=f"class {found.owner.name}")
     for index, model in enumerate(context.models):
-        timesteps = None
-        if context.sampling.leaves_calls(index):
-            timesteps = timestep_parameter(context.repository, model)
-        _mark(context, model, timesteps)
+        if model_mark(context, model) is not None:
+            source, name = model.forward.source, model.forward.node.name
+            context.already(source, name, "its forward is marked", matched=model.forward.name)
+        else:
+            counted = context.sampling.leaves_calls(index)
+            _mark(context, model, timestep_parameter(context.repository, model) if counted else None)
 
 
 def _mark(context: Context, model: Model, timesteps: str | None) -> None:
-    source, function = model.forward.source, model.forward.node
-    matched = model.forward.name
-    for decorator in function.decorators:
-        if context.runtime_call(decorator.decorator, model.forward.module) == "model_forward":
-            context.already(source, function.name, "its forward is marked", matched=matched)
-            return
+    source, function, order = model.forward.source, model.forward.node, model.order
     runtime = context.runtime(source)
     options = [f'model="{model.forward.scope.receiver}"'] if model.forward.owner is None else []
     options += [f'double="{model.double}"', f'single="{model.single}"', f'image="{model.image}"']
-    if model.ids is not None:
-        options.append(f'ids="{model.ids}"')
+    if order.ids is not None:
+        options.append(f'ids="{order.ids}"')
     if timesteps is not None:
         options.append(f'timesteps="{timesteps}"')
-    if model.per_token:
-        names = [f'"{name}"' for name in model.per_token]
+    if order.per_token:
+        names = [f'"{name}"' for name in order.per_token]
         options.append(f"per_token=({', '.join(names)}{',' if len(names) == 1 else ''})")
     first: cst.CSTNode = function.decorators[0] if function.decorators else function
     start = source.span(first)[0]
@@ -70,10 +67,10 @@ def _mark(context: Context, model: Model, timesteps: str | None) -> None:
     streams = "two streams" if len(model.double_block.streams) > 1 else "the image"
     owner = model.forward.scope.receiver
     reason = f"it runs {owner}.{model.double} on {streams} and {owner}.{model.single} on the joint one"
-    order = model.order_off or f"token order follows {model.ids}"
-    if model.per_token:
-        order += f", unless {' or '.join(model.per_token)} is given"
-    context.patched(source, function.name, f"{reason}; {order}", matched=matched)
+    reason += f"; {order.off or f'token order follows {order.ids}'}"
+    if order.per_token:
+        reason += f", unless {' or '.join(order.per_token)} is given"
+    context.patched(source, function.name, reason, matched=model.forward.name)
 
 
 def _longest_line(text: bytes) -> int:

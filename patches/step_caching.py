@@ -251,8 +251,8 @@ def _check(model: Model, loops: list[_Loop], hidden: _Hidden) -> None:
         found = _from_blocks(scope, used, step, nodes, grown, hidden)
         if found is not None:
             raise _DoesNotFit(f"{found} comes out of the blocks too, and is used after them", step.node)
-    if model.kept:
-        raise _DoesNotFit(model.kept)
+    if model.order.kept:
+        raise _DoesNotFit(model.order.kept)
 
 
 def _check_kept(model: Model, step: Step, loops: list[cst.For], made: set[str]) -> None:

@@ -75,6 +75,7 @@ def plan_repository(
     while True:
         try:
             repository, context = _run(files, registry, chosen, parsed, progress, hopeless=hopeless)
+            facts = tuple(_facts(model, index, context) for index, model in enumerate(context.models))
         except SourceError as unread:  # Python reads the file, LibCST does not
             parsed = {**parsed, unread.path: unread}
             continue
@@ -87,7 +88,6 @@ def plan_repository(
         # Such a file is treated as one that cannot be parsed, and the rest goes on without it.
         parsed = {**repository.parsed, **unfit}
     sites = [*context.sites.values(), *_refused(repository, context)]
-    facts = tuple(_facts(model, index, context) for index, model in enumerate(context.models))
     facts += tuple(context.installed)
     problem = problem or _check(files, after, context, registry, chosen, hopeless)
     if problem is not None:
@@ -234,7 +234,7 @@ def _facts(model: Model, index: int, context: Context) -> ModelFacts:
         double=model.double,
         single=model.single,
         image=model.image,
-        ids=model.ids,
+        ids=model.order.ids,
         double_block=_block_facts(model.double_block),
         single_block=_block_facts(model.single_block),
         loops=tuple(context.loops.get(index, ())),

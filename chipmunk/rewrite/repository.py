@@ -39,6 +39,7 @@ class Repository:
         self._modules: dict[str, Module | SourceError] = dict(parsed or {})
         self._found_modules: dict[tuple[str, str], str | None] = {}
         self._classes_built: dict[tuple[int, str, str], list[Class]] = {}
+        self._values: dict[tuple[int, str], list[tuple[cst.BaseExpression, Function, Step]]] = {}
         self._bases: dict[int, list[Class]] = {}
         self._found_files: dict[Hashable, list[str]] = {}
 
@@ -227,16 +228,19 @@ class Repository:
 
     def values_of(self, owner: Class, attribute: str) -> list[tuple[cst.BaseExpression, Function, Step]]:
         """The expressions that any method assigns to `self.attribute`, or appends to it."""
-        found: list[tuple[cst.BaseExpression, Function, Step]] = []
+        key = (id(owner), attribute)
+        if key not in self._values:
+            self._values[key] = [*self._assigned(owner, attribute)]
+        return self._values[key]
+
+    def _assigned(self, owner: Class, attribute: str) -> Iterator[tuple[cst.BaseExpression, Function, Step]]:
         for current in self.bases(owner):
             for method in current.methods.values():
                 name = f"{method.receiver}.{attribute}"
-                if attribute not in method.words or name not in method.statements.bindings:
-                    continue
-                for binding in method.scope.bindings[name]:
-                    if binding.value is not None and not binding.path:
-                        found.append((binding.value, method, binding.step))
-        return found
+                if attribute in method.words and name in method.statements.bindings:
+                    for binding in method.scope.bindings[name]:
+                        if binding.value is not None and not binding.path:
+                            yield binding.value, method, binding.step
 
     def classes_in(self, owner: Class, attribute: str, run: str = "forward") -> list[Class]:
         """The classes of the objects in `self.attribute`: one for a sub-module, those of a list's elements.

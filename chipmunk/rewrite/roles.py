@@ -8,28 +8,20 @@ there the first list may be one for each stream, whose elements turn one stream 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import libcst as cst
 
 from chipmunk.rewrite.candidates import may_hold_model, may_run_blocks
 from chipmunk.rewrite.flow import Scope
 from chipmunk.rewrite.handed import work_of
-from chipmunk.rewrite.image_tokens import ids_parameter, image_parameter, other_spatial
+from chipmunk.rewrite.image_tokens import image_parameter
 from chipmunk.rewrite.passes import BY_NAME, CONCATENATIONS, Pass, Streams, joined, joined_inside, may_join, passes
-from chipmunk.rewrite.places import Entry, is_made, is_number, read
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
-from chipmunk.rewrite.syntax import (
-    bind,
-    dotted,
-    elements,
-    is_call,
-    last_name,
-    parameters,
-    self_attribute,
-    walk,
-)
+from chipmunk.rewrite.syntax import bind, dotted, is_call, last_name, parameters, self_attribute, walk
+from chipmunk.rewrite.token_order import Order, order_of
 
 
 @dataclass(eq=False)
@@ -72,17 +64,16 @@ class Model:
     double_block: Block
     single_block: Block
     image: str
-    ids: str | None
-    order_off: str
-    """Why token order stays off; empty when it is on."""
-    per_token: tuple[str, ...] = ()
-    """Optional parameters that are added to the image stream: where one is given, tokens keep their order."""
-    kept: str = ""
-    """What the blocks keep for later calls, in words; empty if nothing is known."""
+    find_order: Callable[[], Order]
 
     @property
     def name(self) -> str:
         return self.owner.name
+
+    @cached_property
+    def order(self) -> Order:
+        """Whether image tokens may be put into another order. Much is read for it, and not before it is asked for."""
+        return self.find_order()
 
 
 @dataclass(frozen=True)
@@ -281,49 +272,8 @@ def _with_roles(
         return Lookalike(owner, method.node.name, "the image stream does not come from a parameter of this method")
     if streams.text:  # the text is no property of single image tokens
         others -= {image_parameter(scope, streams.text, double)[0] or ""}
-    place = streams.place if streams.place is not None else _place_inside(blocks[1])
-    ids, why = ids_parameter(scope, (double, single), place, set(outside))
-    per_token: tuple[str, ...] = ()
-    if ids is not None:
-        taken_in = {dotted(arg.value) or "" for arg in single.call.args} & streams.inside.keys()
-        mixed = {streams.image, *taken_in, *single.results[:1]} - {streams.text}
-        why, per_token = other_spatial(method, double, single, streams.image, mixed, others)
-        if {image, ids} & set(per_token):
-            why = "token order is off: something computed from the image itself is added to its stream"
-        chosen = next((told for block in blocks if (told := _chosen_by(block)) is not None), None)
-        if chosen is not None:
-            why = f"token order is off: which tokens the blocks work on is told by {chosen}"
-        other = next((block.forward.name for block in blocks if block.is_handed), None)
-        if other is not None and not why:
-            why = f"token order is off: {other}, which does the blocks' work, may know where tokens lie"
-    placed, kept = _by_place(repository, method, image, blocks, (double, single))
-    if placed and not why:
-        why = f"token order is off: {placed}"
-    return Model(
-        owner, method, double.attribute, single.attribute, blocks[0], blocks[1],
-        image, None if why else ids, why, () if why else per_token, kept,
-    )  # fmt: skip
-
-
-def _by_place(
-    repository: Repository, method: Function, image: str, blocks: list[Block], found: tuple[Pass, Pass]
-) -> tuple[str, str]:
-    """What treats image tokens by where they lie, in the model's forward and in its blocks; what these keep."""
-    own = () if method.owner is None else ((method.scope.receiver, method.owner),)
-    whole = Entry(method, frozenset({image}), own)
-    entries: list[Entry] = []
-    for block, each in zip(blocks, found, strict=True):
-        given = {} if each.first == BY_NAME else bind(block.forward.node, each.call, skip=1, first=max(each.first, 0))
-        made = frozenset(name for name, value in given.items() if is_made(repository, whole, value, each.step))
-        others = frozenset(method.scope.parameters) - {image, method.scope.receiver}
-        numbers = frozenset(
-            name
-            for name, value in given.items()
-            if name not in block.streams and is_number(whole, value, each.step, others)
-        )
-        objects = ((block.receiver, block.owner),)
-        entries.append(Entry(block.forward, frozenset(block.streams), objects, made, numbers))
-    return read(repository, whole, entries, blocks[0].owner.module)
+    order = partial(order_of, repository, method, image, others, blocks, (double, single), streams)
+    return Model(owner, method, double.attribute, single.attribute, blocks[0], blocks[1], image, order)
 
 
 def _elsewhere(repository: Repository, owner: Class, attribute: str) -> Class | str | None:
@@ -357,19 +307,6 @@ def _leading(repository: Repository, method: Function, found: Pass) -> int:
     return found.first
 
 
-def _place_inside(block: Block) -> int | None:
-    """Which of the two streams that the block concatenates is the image: 0 the first, 1 the second."""
-    scope = block.forward.scope
-    for call, step in scope.calls:
-        parts = elements(call.args[0].value) if is_call(call, *CONCATENATIONS) and call.args else None
-        if parts is None or len(parts) != 2:
-            continue
-        found = [{block.streams[root] for root in scope.roots(part, step) & block.streams.keys()} for part in parts]
-        if {"image"} in found and {"text"} in found:
-            return found.index({"image"})
-    return None
-
-
 def _followed(
     repository: Repository, owner: Class, forward: Function, streams: dict[str, str]
 ) -> tuple[Function, dict[str, str]]:
@@ -399,21 +336,6 @@ def _stream_of(value: cst.BaseExpression, streams: dict[str, str]) -> str | None
         return name
     if is_call(value, *CONCATENATIONS) and len(streams) == 1:
         return next(iter(streams))
-    return None
-
-
-def _chosen_by(block: Block) -> str | None:
-    """The parameter of a block, no stream, that says where tokens lie: `keys[:, :, info["places"]] = image_keys`."""
-    scope = block.forward.scope
-    others = set(scope.parameters) - block.streams.keys() - {block.receiver, scope.receiver}
-    for step in scope.steps:
-        for expression in step.expressions:
-            for node in walk(expression):
-                if not isinstance(node, cst.Subscript) or len(node.slice) < 2:
-                    continue
-                for part in node.slice[1:]:
-                    if isinstance(part.slice, cst.Index) and (found := scope.roots(part.slice.value, step) & others):
-                        return min(found)
     return None
 
 

@@ -39,7 +39,7 @@ def timestep_parameter(repository: Repository, model: Model) -> str | None:
     may be left out, then a name that speaks of time, and of nothing else, before others; that alone is enough where no
     sine is seen.
     """
-    others = {model.image, model.ids, *_joined_parameters(model)}
+    others = {model.image, model.order.ids, *_joined_parameters(model)}
     own = parameters(model.forward.node)[1:]
     names = [p.name.value for p in own if p.name.value not in others]
     reached = [name for name in _waves(repository, model.forward, 0) if name in names]
@@ -66,9 +66,9 @@ def _joined_parameters(model: Model) -> set[str]:
             continue
         roots = [scope.roots(part, step) - {scope.receiver} for part in elements(call.args[0].value) or []]
         joined = [next(iter(each)) for each in roots if len(each) == 1]
-        if {model.image, model.ids} & set(joined):
+        if {model.image, model.order.ids} & set(joined):
             found.update(joined)
-        if len(together := frozenset[str]().union(*roots)) == 2 and together & {model.image, model.ids}:
+        if len(together := frozenset[str]().union(*roots)) == 2 and together & {model.image, model.order.ids}:
             found |= together
     return found
 
