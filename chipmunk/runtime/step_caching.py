@@ -166,32 +166,32 @@ class StepCall:
         self.skip = skip
         self.problem: str | None = NO_PLACE
         """Why the forward is no place for step caching; None once it has asked for the hidden state."""
+        self._entered: torch.Size | None = None
+        """Shape of the image tokens that entered the blocks."""
         self._before: Tensor | None = None
         self._loops = 0
         self._asked = False
 
     def blocks(self, blocks: Any, image: Tensor | None) -> Any:
         self._loops += 1
-        if self.skip:
-            return ()
-        if image is not None and self._before is None and not self.cache.keeps_hidden:
-            self._before = image.clone()  # the blocks may work in place
-        return blocks
+        if image is not None and self._entered is None:
+            self._entered = image.shape
+            if not self.skip and not self.cache.keeps_hidden:
+                self._before = image.clone()  # the blocks may work in place
+        return () if self.skip else blocks
 
     def hidden(self, image: Tensor) -> Tensor:
         if self._loops < 2 or self._asked:
             self.problem = "the forward does not run two loops over blocks and then ask for the hidden state, once"
             return image
         self._asked, self.problem = True, None
+        before = self._before
+        if self._entered != image.shape or (before is not None and before.dtype != image.dtype):
+            self.problem = "the blocks change the shape or the dtype of the image tokens"
+            return image
         if self.skip:
             return self.cache.skip(self.step, image)
-        before = self._before
-        if not self.cache.keeps_hidden and (
-            before is None or (before.shape, before.dtype) != (image.shape, image.dtype)
-        ):
-            self.problem = "the blocks change the shape or the dtype of the image tokens"
-        else:
-            self.cache.keep(self.step, before, image)
+        self.cache.keep(self.step, before, image)
         return image
 
     def __deepcopy__(self, memo: object) -> None:

@@ -325,6 +325,53 @@ def test_a_forward_that_leaves_early_on_a_skipped_step_is_run_again() -> None:
     assert len(skipped(model)) == chipmunk.statistics(model).skipped_model_calls > 0
 
 
+class TwoCuts(Old):
+    """As FLUX.2 of diffusers: what is cut off hangs on what the call is for."""
+
+    keeps = 0
+
+    @chipmunk.model_forward(double="double_blocks", single="single_blocks", image="img", ids="img_ids")
+    def forward(
+        self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, timesteps: Tensor, **options: Any
+    ) -> Tensor:
+        pe = flux_model.rotary_table(torch.cat((txt_ids, img_ids), dim=1), self.size // self.count)
+        vec = self.vec_in(timesteps[:, None]).tanh()
+        img, txt = self.img_in(img), self.txt_in(txt)
+        for block in chipmunk.blocks(self.double_blocks, self, img):
+            img, txt = block(img=img, txt=txt, vec=vec, pe=pe)
+        img = torch.cat((txt, img), dim=1)
+        for block in chipmunk.blocks(self.single_blocks, self):
+            img = block(img, vec=vec, pe=pe)
+        if self.keeps:
+            img = chipmunk.hidden(self, img[:, -self.keeps :])
+        else:
+            img = chipmunk.hidden(self, img[:, txt.shape[1] :])
+        return self.out(img)
+
+
+@pytest.mark.parametrize("keys", [{"keep": 0.5}, {"mode": "static"}], ids=["adaptive", "static"])
+def test_where_less_than_what_entered_leaves_the_blocks_steps_are_not_skipped(keys: dict[str, Any]) -> None:
+    whole = enabled({**DENSE, **caching(**keys)}, TwoCuts)
+    usual = denoise(whole, 20, **inputs())
+    assert chipmunk.statistics(whole).skipped_model_calls > 0
+    assert same(usual, denoise(enabled({**DENSE, **caching(**keys)}), 20, **inputs()))
+
+    def run(model: Any, narrow: frozenset[int]) -> list[Tensor]:
+        given, found = inputs(), []
+        for step in chipmunk.steps(model, range(20)):
+            model.keeps = 20 if step in narrow else 0
+            found.append(model(timesteps=torch.full((1,), 1 - step / 20), **given))
+        return found
+
+    for narrow in (frozenset({0}), frozenset(skipped(whole)[:1])):  # one that would be kept, one that is skipped
+        model, plain = enabled({**DENSE, **caching(**keys)}, TwoCuts), build(TwoCuts)
+        chipmunk.disable(plain)
+        with pytest.warns(RuntimeWarning, match="no steps are skipped"):
+            got = run(model, narrow)
+        assert same(got, run(plain, narrow))
+        assert chipmunk.statistics(model).skipped_model_calls == 0
+
+
 def test_a_copy_made_during_a_call_carries_no_state() -> None:
     model, given = enabled({**DENSE, **caching(keep=0.5)}), inputs()
     copies: list[Any] = []
