@@ -20,6 +20,7 @@ from torch import Tensor
 
 from chipmunk.ops import tuning
 from chipmunk.ops.dispatch import groups_of
+from chipmunk.ops.launch import empty
 
 _FEWEST_STEPS = 6  # of a part: fewer do not pay for the sums' way through memory
 _ONE_BAND, _BAND = 64 << 20, 40 << 20  # bytes, by a Hopper's 50 MiB of L2: docs/kernels.md has the times
@@ -35,9 +36,9 @@ class Share:
     parts: int  # into how many parts each
     run: int  # steps of a part, at most
 
-    def workspace(self, tile_size: int, device: torch.device) -> Tensor:
-        """The parts' sums: part, tile, element."""
-        return torch.empty(max(self.left * self.parts * tile_size, 1), dtype=torch.float32, device=device)
+    def workspace(self, tile_size: int, like: Tensor) -> Tensor:
+        """The parts' sums: part, tile, element; float32, on the device of `like`."""
+        return empty((max(self.left * self.parts * tile_size, 1),), like, dtype=torch.float32)
 
 
 def share(tiles: int, steps: int, programs: int, balanced: bool = True) -> Share:

@@ -13,13 +13,19 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from chipmunk.ops.launch import compile_ahead
+from chipmunk.ops import launch
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 
 _fallbacks: ContextVar[Counter[str] | None] = ContextVar("chipmunk_fallbacks", default=None)
 
 _dense_only: ContextVar[bool] = ContextVar("chipmunk_dense_only", default=False)
+
+override: dict[str, dict[str, int]] = {}
+"""Launch parameters that a benchmark puts here; operator → parameters. Nothing else should."""
+
+_repeated: dict[object, launch.Repeated] = {}
+"""What calls in Triton launched, by operator and the form of its arguments."""
 
 Result = TypeVar("Result")
 
@@ -62,18 +68,34 @@ def _triton_module(operator: str) -> ModuleType | str:
         return "not written yet" if error.name == name else f"Triton cannot be imported ({error})"
 
 
-def call(operator: str, implementation: str, reference: Callable[..., Result], device_of: Tensor, *args: Any) -> Result:
-    """Run `operator` on `args` by the chosen implementation; `device_of` is the tensor whose device decides.
+def call(
+    operator: str, implementation: str, reference: Callable[..., Result], expect: Callable[..., None], *args: Any
+) -> Result:
+    """Run `operator` on `args` by the chosen implementation; the device of the first, a tensor, decides.
 
-    Raises ValueError for an unknown implementation, NotImplementedError where Triton was asked for and cannot run.
+    expect: raises ValueError for arguments that the operator's contract does not allow.
+    Raises ValueError for an unknown implementation too, NotImplementedError where Triton was asked for and cannot run.
     """
-    if implementation == "reference" or (implementation == "auto" and device_of.device.type != "cuda"):
-        return reference(*args)
+    in_triton = implementation == "triton" or (implementation == "auto" and args[0].device.type == "cuda")
+    form = None
+    if in_triton and not override:
+        form = (operator, *launch.form(args))
+        repeated = _repeated.get(form)
+        if repeated is not None:  # a call of this form was allowed, and ran in Triton
+            again: Result = repeated(args)
+            return again
+    expect(*args)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {implementation!r}")
+    if not in_triton:
+        return reference(*args)
     reason = why_not_triton(operator, *args)
     if reason is None:
-        result: Result = getattr(_triton_module(operator), operator)(*args)
+        with launch.recording() as recorded:
+            result: Result = getattr(_triton_module(operator), operator)(*args)
+        repeated = recorded.repeated(args, result)
+        if form is not None and repeated is not None:
+            _repeated[form] = repeated
         return result
     if implementation == "triton":
         raise NotImplementedError(
@@ -93,15 +115,15 @@ def why_not_triton(operator: str, *args: Any) -> str | None:
     return reason
 
 
-def prepare(operator: str, implementation: str, device_of: Tensor, *args: Any) -> None:
+def prepare(operator: str, implementation: str, *args: Any) -> None:
     """Compile what `call` with these arguments, which may hold no data, is going to run. To be called from fakes."""
-    if implementation == "reference" or device_of.device.type != "cuda":
+    if implementation == "reference" or args[0].device.type != "cuda":
         return
     if not all(type(size) is int for arg in args if isinstance(arg, Tensor) for size in arg.shape):
         return  # a graph for any size: asking for one would tie it to that
     module = _triton_module(operator)
     if not isinstance(module, str) and module.unsupported(*args) is None:
-        compile_ahead(getattr(module, operator), device_of.device, *args)
+        launch.compile_ahead(getattr(module, operator), args[0].device, *args)
 
 
 def groups_of(rows: int, group: int) -> int:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from chipmunk.ops import balance, tuning
-from chipmunk.ops.launch import launch
+from chipmunk.ops.launch import empty, launch
 
 
 def unsupported(x: Tensor, weight: Tensor) -> str | None:
@@ -48,9 +47,9 @@ def run(
     """
     batch, tokens, width = x.shape
     kept, depth, split = indices.shape[-1], parameters["depth"], parameters["split"]
-    delta = torch.empty(batch, tokens, kept, dtype=x.dtype, device=x.device)
+    delta = empty((batch, tokens, kept), x)
     tiles = balance.tiles(x, group, kept, parameters["neurons"], triton.cdiv(width, depth), parameters)
-    sums = tiles.share.workspace(tiles.rows * len(weights) * parameters["neurons"], x.device)
+    sums = tiles.share.workspace(tiles.rows * len(weights) * parameters["neurons"], x)
     where = (tokens, width, kept, tiles.groups, tiles.row_tiles, tiles.column_tiles, tiles.band)
     cut = (tiles.share.whole, tiles.share.left, tiles.share.parts)
     tensors = (*(biases or len(weights) * (x,)), indices.contiguous(), act_cache, delta, sums)

@@ -1,7 +1,9 @@
-"""Launching the Triton kernels, and compiling them ahead of their first launch.
+"""Launching the Triton kernels, repeating what was launched, and compiling kernels ahead of their first launch.
 
-A launch through Triton binds, checks and hashes some thirty arguments anew. What a kernel was compiled to depends on
-few things, so it is remembered by these, and launched directly the next time.
+A launch through Triton binds, checks and hashes some thirty arguments anew, and before it an operator checks its own
+and works out grids and strides: 80 µs of the processor for kernels that may run no longer. All of it follows
+from the form of the arguments. So what a call launched is remembered by their `form`, and the next call of this form
+launches the same on its own tensors (`Repeated`).
 
 While `torch.compile` traces a block, it asks every operator for the shape of its result. At that moment shapes, dtypes
 and strides are known, so the kernels that the operator is going to launch are compiled then, in the compiler's worker
@@ -29,40 +31,126 @@ _ahead: ContextVar[torch.device | None] = ContextVar("chipmunk_ahead", default=N
 _asked: set[object] = set()
 """What was compiled ahead: kernel, dtypes of its tensors, its numbers."""
 _pending: dict[Any, list[Future[None]]] = {}
-_compiled: dict[object, tuple[Callable[..., None], tuple[object, ...]]] = {}
-"""How to launch what a kernel was compiled to, and its constants."""
+
+
+class Recording:
+    """What a call of an operator allocates and launches."""
+
+    def __init__(self) -> None:
+        self.allocated: list[Tensor] = []
+        self.launched: list[tuple[Callable[..., None], tuple[Any, ...], tuple[object, ...]]] = []
+        """How a compiled kernel is launched, its arguments, its constants."""
+        self.is_repeatable = True
+
+    def repeated(self, args: tuple[Any, ...], result: object) -> Repeated | None:
+        """What repeats the call with these arguments that had this result; None where that cannot be known."""
+        places: dict[int, int] = {}
+        for place, tensor in enumerate((*args, *self.allocated)):
+            if isinstance(tensor, Tensor) and places.setdefault(id(tensor), place) != place:
+                return None  # one tensor in two places: which of them a kernel was given is not known
+        given = [arg for _, tensors, _ in self.launched for arg in tensors if isinstance(arg, Tensor)]
+        known = all(id(tensor) in places for tensor in (*given, *([] if result is None else [result])))
+        if not known or not self.launched or not self.is_repeatable:
+            return None
+        launches = []
+        for run, arguments, constants in self.launched:
+            chosen = [places[id(arg)] for arg in arguments if isinstance(arg, Tensor)]
+            launches.append((run, chosen, arguments[len(chosen) :] + constants))
+        return Repeated(self.allocated, launches, None if result is None else places[id(result)])
+
+
+class Repeated:
+    """A call of an operator carried out once more, with other tensors of the same form."""
+
+    def __init__(
+        self,
+        allocated: list[Tensor],
+        launches: list[tuple[Callable[..., None], list[int], tuple[object, ...]]],
+        result: int | None,
+    ) -> None:
+        """launches: of each, how the kernel is launched, its tensors by place (arguments, then allocated), the rest."""
+        self._allocated = [(each.shape, each.stride(), each.dtype, each.device) for each in allocated]
+        self._launches = launches
+        self._result = result
+
+    def __call__(self, args: tuple[Any, ...]) -> Any:
+        """Allocate, launch, return what the operator returns."""
+        fresh = [torch.empty_strided(*size, dtype=dtype, device=device) for *size, dtype, device in self._allocated]
+        tensors = (*args, *fresh)
+        for run, places, rest in self._launches:
+            run(*[tensors[place] for place in places], *rest)
+        return None if self._result is None else tensors[self._result]
+
+
+_recording: ContextVar[Recording | None] = ContextVar("chipmunk_recording", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """While this is open, `launch` and `empty` note what they do."""
+    recorded = Recording()
+    token = _recording.set(recorded)
+    try:
+        yield recorded
+    finally:
+        _recording.reset(token)
+
+
+def do_not_repeat() -> None:
+    """Say that the next call of this form may do something else: launch parameters are being tried out, say."""
+    recorded = _recording.get()
+    if recorded is not None:
+        recorded.is_repeatable = False
+
+
+def empty(size: tuple[int, ...], like: Tensor, *, dtype: torch.dtype | None = None, heads_last: bool = False) -> Tensor:
+    """A tensor without values on the device of `like`, and in its dtype if none is named, for kernels to write to.
+
+    heads_last: (B, H, N, D) that lies in memory as (B, N, H, D).
+    """
+    dtype = dtype or like.dtype
+    if heads_last:
+        _, heads, rows, width = size
+        new = torch.empty_strided(
+            size, (rows * heads * width, width, heads * width, 1), dtype=dtype, device=like.device
+        )
+    else:
+        new = torch.empty(size, dtype=dtype, device=like.device)
+    recorded = _recording.get()
+    if recorded is not None:
+        recorded.allocated.append(new)
+    return new
+
+
+def form(args: tuple[Any, ...]) -> tuple[object, ...]:
+    """What launches depend on: of tensors, all but their values and where they lie."""
+    return tuple(
+        (each.shape, each.stride(), each.dtype, each.device, each.data_ptr() % 16) if isinstance(each, Tensor) else each
+        for each in args
+    )
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """`kernel[grid](*args, **options)`, or its compilation alone within `compiling_ahead`.
 
-    args: the kernel's arguments up to its constants, in order, a tensor first. options: constants and launch options.
+    args: the kernel's arguments up to its constants, in order, tensors first. options: constants and launch options.
     """
     device = _ahead.get()
     if device is not None:
         _compile_ahead(device, kernel, args, options)
         return
-    # Triton compiles for dtypes, the alignment of pointers, and what some integers are; the rest of the key costs less
-    # than finding out which.
-    key = (
-        kernel,
-        grid,
-        args[0].device if isinstance(args[0], Tensor) else None,
-        *((each.dtype, each.data_ptr() % 16) if isinstance(each, Tensor) else each for each in args),
-        *options.items(),
-    )
-    known = _compiled.get(key)
-    if known is not None:
-        run, constants = known
-        run(*args, *constants)
-        return
     if _pending:  # it may be in the making: twice would take longer
         for future in _pending.pop(kernel, ()):
             future.exception()
     compiled = kernel[grid](*args, **options)
-    if compiled is not None:  # Triton's interpreter compiles nothing
-        constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
-        _compiled[key] = (compiled[(*grid, 1, 1)[:3]], constants)
+    recorded = _recording.get()
+    if recorded is None:
+        return
+    if compiled is None:  # Triton's interpreter compiles nothing
+        recorded.is_repeatable = False
+        return
+    constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+    recorded.launched.append((compiled[(*grid, 1, 1)[:3]], args, constants))
 
 
 def is_ahead() -> bool:

@@ -50,22 +50,24 @@ def hold_against_reference() -> Iterator[dict[str, Found]]:
     found: dict[str, Found] = {}
     original = dispatch.call
 
-    def call(operator: str, implementation: str, reference: Callable[..., Any], device_of: Tensor, *args: Any) -> Any:
+    def call(
+        operator: str, implementation: str, reference: Callable[..., Any], expect: Callable[..., None], *args: Any
+    ) -> Any:
         here = found.setdefault(operator, Found())
         reason = dispatch.why_not_triton(operator, *args)
         if reason is not None:
             here.passed_over[reason] = here.passed_over.get(reason, 0) + 1
-            return original(operator, implementation, reference, device_of, *args)
+            return original(operator, implementation, reference, expect, *args)
         exact = [_exact(arg, operator) for arg in args]
         wanted = _results(operator, reference(*exact), exact)
-        result = original(operator, "triton", reference, device_of, *args)
+        result = original(operator, "triton", reference, expect, *args)
         here.calls += 1
         for got, want in zip(_results(operator, result, args), wanted, strict=True):
             error = _error(got, want, _scale(operator, want, args, exact))
             if error >= here.error:
                 here.error = error
                 here.shapes = ", ".join(str(tuple(arg.shape)) for arg in args if isinstance(arg, Tensor))
-        here.limit = 0.0 if operator in _CHOICES else LIMITS[device_of.dtype]
+        here.limit = 0.0 if operator in _CHOICES else LIMITS[args[0].dtype]
         return result
 
     dispatch.call = call

@@ -292,7 +292,7 @@ def test_auto_counts_why_triton_was_passed_over(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ops.dispatch, "_triton_module", lambda name: "not written yet")
     counter: Counter[str] = Counter()
     with ops.record_fallbacks(counter):
-        assert ops.dispatch.call("some_operator", "auto", lambda x: x + 1, OnGpu(), 1) == 2  # type: ignore[arg-type]
+        assert ops.dispatch.call("some_operator", "auto", lambda x: 2, lambda x: None, OnGpu()) == 2  # type: ignore[arg-type]
     assert counter == {"some_operator: not written yet": 1}
 
 

@@ -58,7 +58,6 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     monkeypatch.setattr(tuning, "capability", lambda device: (9, 0))
     monkeypatch.setattr(launch, "_asked", set())
     monkeypatch.setattr(launch, "_pending", {})
-    monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "workers", _Here)
     driver.set_active(_Absent())
     return found
@@ -120,40 +119,6 @@ def test_a_launch_waits_for_the_compilation_of_its_kernel(built: list[tuple[str,
     launch.launch(kernel, (1,), 7)
     assert [only_compiled for name, only_compiled in built if name == "select_columns"] == [True, False]
     assert kernel not in launch._pending
-
-
-class _Kernel:
-    """Stands for a kernel with two arguments and a constant; notes how it was launched."""
-
-    arg_names = ("x", "n", "size")
-
-    def __init__(self) -> None:
-        self.through_triton: list[object] = []
-        self.direct: list[object] = []
-
-    def __getitem__(self, grid: object) -> Any:
-        def first(*args: object, **options: object) -> Any:
-            self.through_triton.append((grid, *args, options["size"]))
-            return self
-
-        def again(*args: object) -> None:
-            self.direct.append((grid, *args))
-
-        return again if grid == (3, 1, 1) else first
-
-
-def test_the_second_launch_goes_past_triton_unless_something_differs() -> None:
-    kernel, x = _Kernel(), torch.zeros(64)
-    launch.launch(kernel, (3,), x, 7, size=16, num_warps=4)
-    launch.launch(kernel, (3,), x, 7, size=16, num_warps=4)
-    assert kernel.direct == [((3, 1, 1), x, 7, 16)]
-    for other in (torch.zeros(64, dtype=torch.float16), torch.zeros(65)[1:]):  # another dtype, another alignment
-        launch.launch(kernel, (3,), other, 7, size=16, num_warps=4)
-    launch.launch(kernel, (3,), x, 1, size=16, num_warps=4)
-    launch.launch(kernel, (3,), x, 7, size=32, num_warps=4)
-    launch.launch(kernel, (3,), x, 7, size=16, num_warps=8)
-    assert len(kernel.through_triton) == 6
-    assert len(kernel.direct) == 1
 
 
 def test_a_worker_leaves_the_compiled_kernel_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from poison import poisoned_memory, test_the_poison_works  # noqa: F401
 from torch import Tensor
 
 from chipmunk import ops
-from chipmunk.ops import tuning
+from chipmunk.ops import dispatch, tuning
 
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 4e-3}
 SPARSE = [
@@ -47,7 +47,7 @@ def test_sparse(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(tuning.override, "column_sparse_attention", parameters)
+    monkeypatch.setitem(dispatch.override, "column_sparse_attention", parameters)
     q, k, v = _inputs(shape, dtype)
     batch, heads, tokens, width, group = shape
     groups = -(-tokens // group)
@@ -66,7 +66,7 @@ def test_sparse(
 def test_column_sums(
     shape: tuple[int, ...], parameters: tuning.Parameters, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tuning.override, "attention_with_column_sums", parameters)
+    monkeypatch.setitem(dispatch.override, "attention_with_column_sums", parameters)
     q, k, v = _inputs(shape, dtype)
     group, scale = shape[-1], shape[-2] ** -0.5
     out, sums = ops.attention_with_column_sums(q, k, v, group, scale, "triton")
@@ -78,7 +78,7 @@ def test_column_sums(
 
 
 def test_scores_far_from_zero_do_not_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tuning.override, "column_sparse_attention", SPARSE[0])
+    monkeypatch.setitem(dispatch.override, "column_sparse_attention", SPARSE[0])
     q, k, v = _inputs((1, 1, 64, 32, 32), torch.float32, loud=30)
     indices = torch.arange(64, dtype=torch.int32).expand(1, 1, 2, 64)
     args = (q, k, v, indices, None, 32, 1.0, False)

@@ -9,7 +9,7 @@ import triton.language as tl
 from poison import poisoned_memory, test_the_poison_works  # noqa: F401
 
 from chipmunk import ops
-from chipmunk.ops import balance, tuning
+from chipmunk.ops import balance, dispatch, tuning
 from chipmunk.ops.balance import piece, pieces
 
 PARAMETERS = [
@@ -28,8 +28,8 @@ SHAPES = [(1, 97, 208, 150, 100, 32), (2, 70, 50, 90, 33, 48), (1, 33, 16, 64, 1
 def test_fc1_and_fc2(
     shape: tuple[int, ...], parameters: tuning.Parameters, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tuning.override, "sparse_mlp_in", parameters)
-    monkeypatch.setitem(tuning.override, "sparse_mlp_out", parameters)
+    monkeypatch.setitem(dispatch.override, "sparse_mlp_in", parameters)
+    monkeypatch.setitem(dispatch.override, "sparse_mlp_out", parameters)
     batch, tokens, width, neurons, kept, group = shape
     tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 2e-3}
     fused = torch.randn(2 * neurons, width + 3).mul(width**-0.5).to(dtype)

@@ -8,7 +8,7 @@ from poison import poisoned_memory, test_the_poison_works  # noqa: F401
 from torch.nn import functional
 
 from chipmunk import ops
-from chipmunk.ops import tuning
+from chipmunk.ops import dispatch, tuning
 
 PARAMETERS = [
     {"rows": 32, "neurons": 32, "depth": 16, "warps": 4, "stages": 1, "split": 2},
@@ -29,7 +29,7 @@ SHAPES = [(1, 97, 200, 150, 100, 32), (2, 70, 50, 90, 33, 48), (1, 33, 16, 64, 1
 def test_gate_and_value(
     shape: tuple[int, ...], parameters: tuning.Parameters, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tuning.override, "sparse_swiglu_in", parameters)
+    monkeypatch.setitem(dispatch.override, "sparse_swiglu_in", parameters)
     batch, tokens, width, neurons, kept, group = shape
     tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 4e-3}
     fused = torch.randn(3 * neurons, width + 3).mul(width**-0.5).to(dtype)[:, :width]  # views, as of a fused linear

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from chipmunk.bench.ops.cases import Case, Run, cases
-from chipmunk.ops import tuning
+from chipmunk.ops import dispatch
 
 
 def milliseconds(runs: Sequence[Run], budget: float = 0.12) -> float:
@@ -57,11 +57,11 @@ def _prepare(wanted: tuple[str, str]) -> None:
 
 @contextmanager
 def _using(case: Case) -> Iterator[None]:
-    tuning.override.clear()
+    dispatch.override.clear()
     if case.parameters is not None:
-        tuning.override[case.operator] = case.parameters
+        dispatch.override[case.operator] = case.parameters
     yield
-    tuning.override.clear()
+    dispatch.override.clear()
 
 
 def _listed(variants: str, pattern: str) -> list[Case]:

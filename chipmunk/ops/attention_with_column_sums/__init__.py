@@ -30,17 +30,20 @@ def attention_with_column_sums(
     "(Tensor q, Tensor k, Tensor v, SymInt group, float scale, str implementation) -> (Tensor, Tensor)",
 )
 def _operator(q, k, v, group, scale, implementation):  # type: ignore[no-untyped-def]
-    dispatch.check(q.dim() == 4 and q.shape == k.shape == v.shape, _NAME, "q, k and v must have one shape (B, H, N, D)")
-    dispatch.check(q.dtype == k.dtype == v.dtype, _NAME, "q, k and v must have one dtype")
     if dispatch.is_dense_only():
         out, sums = _empty(q, group)
         return out.copy_(functional.scaled_dot_product_attention(q, k, v, scale=scale)), sums.zero_()
-    return dispatch.call(_NAME, implementation, reference.attention_with_column_sums, q, q, k, v, group, scale)
+    return dispatch.call(_NAME, implementation, reference.attention_with_column_sums, _expect, q, k, v, group, scale)
+
+
+def _expect(q, k, v, group, scale):  # type: ignore[no-untyped-def]
+    dispatch.check(q.dim() == 4 and q.shape == k.shape == v.shape, _NAME, "q, k and v must have one shape (B, H, N, D)")
+    dispatch.check(q.dtype == k.dtype == v.dtype, _NAME, "q, k and v must have one dtype")
 
 
 @register.fake(_NAME)
 def _(q, k, v, group, scale, implementation):  # type: ignore[no-untyped-def]
-    dispatch.prepare(_NAME, implementation, q, q, k, v, group, scale)
+    dispatch.prepare(_NAME, implementation, q, k, v, group, scale)
     return _empty(q, group)
 
 

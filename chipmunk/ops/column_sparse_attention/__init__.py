@@ -36,21 +36,24 @@ def column_sparse_attention(
     "str implementation) -> Tensor",
 )
 def _operator(q, k, v, indices, addend, group, scale, subtract, implementation):  # type: ignore[no-untyped-def]
+    if subtract and dispatch.is_dense_only():
+        return _empty(q).zero_()
+    args = (q, k, v, indices, addend, group, scale, subtract)
+    return dispatch.call(_NAME, implementation, reference.column_sparse_attention, _expect, *args)
+
+
+def _expect(q, k, v, indices, addend, group, scale, subtract):  # type: ignore[no-untyped-def]
     dispatch.check(q.dim() == 4 and q.shape == k.shape == v.shape, _NAME, "q, k and v must have one shape (B, H, N, D)")
     dispatch.check(q.dtype == k.dtype == v.dtype, _NAME, "q, k and v must have one dtype")
     groups = dispatch.groups_of(q.shape[2], group)
     dispatch.check(indices.shape[:-1] == (*q.shape[:2], groups), _NAME, f"indices must be (B, H, {groups}, K)")
     dispatch.check(indices.shape[-1] > 0, _NAME, "at least one key must be kept")
     dispatch.check(addend is None or addend.shape == q.shape, _NAME, "the addend must have the shape of q")
-    if subtract and dispatch.is_dense_only():
-        return _empty(q).zero_()
-    args = (q, k, v, indices, addend, group, scale, subtract)
-    return dispatch.call(_NAME, implementation, reference.column_sparse_attention, q, *args)
 
 
 @register.fake(_NAME)
 def _(q, k, v, indices, addend, group, scale, subtract, implementation):  # type: ignore[no-untyped-def]
-    dispatch.prepare(_NAME, implementation, q, q, k, v, indices, addend, group, scale, subtract)
+    dispatch.prepare(_NAME, implementation, q, k, v, indices, addend, group, scale, subtract)
     return _empty(q)
 
 

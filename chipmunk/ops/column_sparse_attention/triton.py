@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from chipmunk.ops import tuning
 from chipmunk.ops.dispatch import groups_of
-from chipmunk.ops.launch import launch
+from chipmunk.ops.launch import empty, launch
 
 _CANDIDATES = [
     ({"rows": 128, "keys": 64, "warps": 8, "stages": 2}, 100 << 10),
@@ -79,7 +78,7 @@ def _run(
     batch, heads, tokens, width = q.shape
     kept = indices.shape[-1]
     indices = indices.contiguous()
-    out = torch.empty(batch, tokens, heads, width, dtype=q.dtype, device=q.device).transpose(1, 2)
+    out = empty((batch, heads, tokens, width), q, heads_last=True)
     added = out if addend is None else addend
     groups, keys = groups_of(tokens, group), parameters["keys"]
     tensors = (q, k, v, indices, added, out)

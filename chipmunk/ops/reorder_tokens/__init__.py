@@ -16,8 +16,11 @@ def reorder_tokens(x: Tensor, order: Tensor, implementation: str = "auto") -> Te
 
 @register.operator(_NAME, "(Tensor x, Tensor order, str implementation) -> Tensor")
 def _operator(x, order, implementation):  # type: ignore[no-untyped-def]
+    return dispatch.call(_NAME, implementation, reference.reorder_tokens, _expect, x, order)
+
+
+def _expect(x, order):  # type: ignore[no-untyped-def]
     dispatch.check(x.dim() >= 2 and order.dim() == 1, _NAME, "x must be (B, L, …) and the order (L)")
-    return dispatch.call(_NAME, implementation, reference.reorder_tokens, x, x, order)
 
 
 @register.fake(_NAME)

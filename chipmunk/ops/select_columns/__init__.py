@@ -27,15 +27,18 @@ def select_columns(scores: Tensor, seed: Tensor, keep: int, random: int, impleme
     "(Tensor scores, Tensor seed, SymInt keep, SymInt random, str implementation) -> Tensor",
 )
 def _operator(scores, seed, keep, random, implementation):  # type: ignore[no-untyped-def]
+    return dispatch.call(_NAME, implementation, reference.select_columns, _expect, scores, seed, keep, random)
+
+
+def _expect(scores, seed, keep, random):  # type: ignore[no-untyped-def]
     columns = scores.shape[-1]
     dispatch.check(scores.dim() >= 2, _NAME, "scores must be (B, …, N)")
     dispatch.check(keep >= 0 and random >= 0, _NAME, f"counts must not be negative: {keep} and {random}")
     dispatch.check(0 < keep + random <= columns, _NAME, f"cannot keep {keep} + {random} of {columns} columns")
     dispatch.check(seed.dtype == torch.int64 and seed.numel() == 3, _NAME, "the seed must be 3 × int64")
-    return dispatch.call(_NAME, implementation, reference.select_columns, scores, scores, seed, keep, random)
 
 
 @register.fake(_NAME)
 def _(scores, seed, keep, random, implementation):  # type: ignore[no-untyped-def]
-    dispatch.prepare(_NAME, implementation, scores, scores, seed, keep, random)
+    dispatch.prepare(_NAME, implementation, scores, seed, keep, random)
     return scores.new_empty((*scores.shape[:-1], keep + random), dtype=torch.int32)

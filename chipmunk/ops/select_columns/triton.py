@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk.ops import tuning
-from chipmunk.ops.launch import launch
+from chipmunk.ops.dispatch import override
+from chipmunk.ops.launch import empty, launch
 
 LONGEST = 131072
 
@@ -42,7 +43,7 @@ def select_columns(scores: Tensor, seed: Tensor, keep: int, random: int) -> Tens
     scores = scores.contiguous()
     columns = scores.shape[-1]
     rows = scores.numel() // columns
-    indices = torch.empty(*scores.shape[:-1], keep + random, dtype=torch.int32, device=scores.device)
+    indices = empty((*scores.shape[:-1], keep + random), scores, dtype=torch.int32)
     head, tail, threads = pieces(columns, rows)
     launch(
         _kernel,
@@ -67,7 +68,7 @@ def select_columns(scores: Tensor, seed: Tensor, keep: int, random: int) -> Tens
 def pieces(columns: int, rows: int) -> tuple[int, int, int]:
     """Lengths of the two powers of two that hold a row of `columns`, and how many threads share it, one of `rows`."""
     padded = triton.next_power_of_2(columns)
-    wanted = tuning.override.get("select_columns", {}).get("warps", 0)
+    wanted = override.get("select_columns", {}).get("warps", 0)
     few = rows < 256  # not enough to fill a GPU: more threads for each then
     threads = 32 * (wanted or min(max(padded // (1024 if few else 2048), 4), 16 if few else 8))
     head = max(padded // 2, 16)

@@ -29,17 +29,20 @@ def select_neurons(
     "-> Tensor",
 )
 def _operator(new, means, seed, neurons, keep, random, implementation):  # type: ignore[no-untyped-def]
+    args = (new, means, seed, neurons, keep, random)
+    return dispatch.call(_NAME, implementation, reference.select_neurons, _expect, *args)
+
+
+def _expect(new, means, seed, neurons, keep, random):  # type: ignore[no-untyped-def]
     dispatch.check(new.dim() == 4, _NAME, "the means must be (B, G, P, R)")
     dispatch.check(new.shape == means.shape and new.dtype == means.dtype, _NAME, "new and means must be alike")
     dispatch.check(new.shape[3] % neurons == 0, _NAME, f"{new.shape[3]} rows are not those of {neurons} neurons")
     dispatch.check(keep >= 0 and random >= 0, _NAME, f"counts must not be negative: {keep} and {random}")
     dispatch.check(0 < keep + random <= neurons, _NAME, f"cannot keep {keep} + {random} of {neurons} neurons")
     dispatch.check(seed.dtype == torch.int64 and seed.numel() == 3, _NAME, "the seed must be 3 × int64")
-    args = (new, means, seed, neurons, keep, random)
-    return dispatch.call(_NAME, implementation, reference.select_neurons, new, *args)
 
 
 @register.fake(_NAME)
 def _(new, means, seed, neurons, keep, random, implementation):  # type: ignore[no-untyped-def]
-    dispatch.prepare(_NAME, implementation, new, new, means, seed, neurons, keep, random)
+    dispatch.prepare(_NAME, implementation, new, means, seed, neurons, keep, random)
     return new.new_empty((*new.shape[:2], keep + random), dtype=torch.int32)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from chipmunk.ops import tuning
-from chipmunk.ops.launch import launch
+from chipmunk.ops.launch import empty, launch
 from chipmunk.ops.select_columns.triton import LONGEST, choose, is_chosen, pieces, put
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -39,7 +39,7 @@ def unsupported(new: Tensor, means: Tensor, seed: Tensor, neurons: int, keep: in
 def select_neurons(new: Tensor, means: Tensor, seed: Tensor, neurons: int, keep: int, random: int) -> Tensor:
     """See `chipmunk.ops.select_neurons`."""
     batch, groups, parts, rows = new.shape
-    indices = torch.empty(batch, groups, keep + random, dtype=torch.int32, device=new.device)
+    indices = empty((batch, groups, keep + random), new, dtype=torch.int32)
     head, tail, threads = pieces(neurons, batch * groups)
     launch(
         _kernel,

@@ -36,6 +36,11 @@ def sparse_mlp_in(
     "str activation, str implementation) -> Tensor",
 )
 def _operator(x, weight, bias, indices, act_cache, group, activation, implementation):  # type: ignore[no-untyped-def]
+    args = (x, weight, bias, indices, act_cache, group, activation)
+    return dispatch.call(_NAME, implementation, reference.sparse_mlp_in, _expect, *args)
+
+
+def _expect(x, weight, bias, indices, act_cache, group, activation):  # type: ignore[no-untyped-def]
     dispatch.check(x.dim() == 3, _NAME, "x must be (B, N, C)")
     batch, rows, width = x.shape
     dispatch.check(weight.dim() == 2 and weight.shape[1] == width, _NAME, f"the weight must be (F, {width})")
@@ -44,11 +49,9 @@ def _operator(x, weight, bias, indices, act_cache, group, activation, implementa
     dispatch.check(act_cache.shape == (batch, rows, neurons), _NAME, f"the cache must be {(batch, rows, neurons)}")
     dispatch.check(indices.shape[:-1] == (batch, groups), _NAME, f"indices must be ({batch}, {groups}, K)")
     dispatch.check(activation in ACTIVATIONS, _NAME, f"activation must be one of {', '.join(ACTIVATIONS)}")
-    args = (x, weight, bias, indices, act_cache, group, activation)
-    return dispatch.call(_NAME, implementation, reference.sparse_mlp_in, x, *args)
 
 
 @register.fake(_NAME)
 def _(x, weight, bias, indices, act_cache, group, activation, implementation):  # type: ignore[no-untyped-def]
-    dispatch.prepare(_NAME, implementation, x, x, weight, bias, indices, act_cache, group, activation)
+    dispatch.prepare(_NAME, implementation, x, weight, bias, indices, act_cache, group, activation)
     return x.new_empty(x.shape[0], x.shape[1], indices.shape[-1])

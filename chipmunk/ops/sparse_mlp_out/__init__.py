@@ -24,17 +24,19 @@ def sparse_mlp_out(
     "(Tensor delta, Tensor weight, Tensor indices, Tensor(a!) out_cache, SymInt group, str implementation) -> ()",
 )
 def _operator(delta, weight, indices, out_cache, group, implementation):  # type: ignore[no-untyped-def]
+    dispatch.call(_NAME, implementation, reference.sparse_mlp_out, _expect, delta, weight, indices, out_cache, group)
+
+
+def _expect(delta, weight, indices, out_cache, group):  # type: ignore[no-untyped-def]
     dispatch.check(delta.dim() == 3 and weight.dim() == 2, _NAME, "delta must be (B, N, K) and the weight (C, F)")
     batch, rows, kept = delta.shape
     groups = dispatch.groups_of(rows, group)
     dispatch.check(indices.shape == (batch, groups, kept), _NAME, f"indices must be ({batch}, {groups}, {kept})")
     expected = (batch, rows, weight.shape[0])
     dispatch.check(out_cache.shape == expected, _NAME, f"the cache must be {expected}")
-    args = (delta, weight, indices, out_cache, group)
-    dispatch.call(_NAME, implementation, reference.sparse_mlp_out, delta, *args)
 
 
 @register.fake(_NAME)
 def _(delta, weight, indices, out_cache, group, implementation):  # type: ignore[no-untyped-def]
-    dispatch.prepare(_NAME, implementation, delta, delta, weight, indices, out_cache, group)
+    dispatch.prepare(_NAME, implementation, delta, weight, indices, out_cache, group)
     return None

@@ -84,7 +84,7 @@ def _run(
     width = weight.shape[0]
     columns, depth = parameters["columns"], parameters["depth"]
     tiles = balance.tiles(delta, group, width, columns, triton.cdiv(kept, depth), parameters)
-    sums = tiles.share.workspace(tiles.rows * columns, delta.device)
+    sums = tiles.share.workspace(tiles.rows * columns, delta)
     where = (tokens, width, tiles.groups, tiles.row_tiles, tiles.column_tiles, tiles.band)
     cut = (tiles.share.whole, tiles.share.left, tiles.share.parts)
     shape = {"group": group, "per_group": tiles.per_group, "rows": tiles.rows, "columns": columns}
@@ -137,7 +137,7 @@ def _run_gluon(
     groups, per_group = groups_of(tokens, group), group // 128
     row_tiles, column_tiles = batch * groups * per_group, weight.shape[0] // columns
     share = balance.share(row_tiles * column_tiles, kept // 64, tuning.multiprocessors(delta.device))
-    sums = share.workspace(128 * columns, delta.device)
+    sums = share.workspace(128 * columns, delta)
     cut = (share.whole, share.left, share.parts)
     launch(
         product_kernel,

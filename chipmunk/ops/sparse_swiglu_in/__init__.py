@@ -36,6 +36,11 @@ def sparse_swiglu_in(
     "Tensor(a!) act_cache, SymInt group, str implementation) -> Tensor",
 )
 def _operator(x, gate, value, gate_bias, value_bias, indices, act_cache, group, implementation):  # type: ignore[no-untyped-def]
+    args = (x, gate, value, gate_bias, value_bias, indices, act_cache, group)
+    return dispatch.call(_NAME, implementation, reference.sparse_swiglu_in, _expect, *args)
+
+
+def _expect(x, gate, value, gate_bias, value_bias, indices, act_cache, group):  # type: ignore[no-untyped-def]
     dispatch.check(x.dim() == 3, _NAME, "x must be (B, N, C)")
     batch, rows, width = x.shape
     dispatch.check(gate.dim() == 2 and gate.shape[1] == width, _NAME, f"the gate's weight must be (F, {width})")
@@ -46,12 +51,10 @@ def _operator(x, gate, value, gate_bias, value_bias, indices, act_cache, group, 
         dispatch.check(bias is None or bias.shape == (neurons,), _NAME, f"a bias must be ({neurons})")
     dispatch.check(act_cache.shape == (batch, rows, neurons), _NAME, f"the cache must be {(batch, rows, neurons)}")
     dispatch.check(indices.shape[:-1] == (batch, groups), _NAME, f"indices must be ({batch}, {groups}, K)")
-    args = (x, gate, value, gate_bias, value_bias, indices, act_cache, group)
-    return dispatch.call(_NAME, implementation, reference.sparse_swiglu_in, x, *args)
 
 
 @register.fake(_NAME)
 def _(x, gate, value, gate_bias, value_bias, indices, act_cache, group, implementation):  # type: ignore[no-untyped-def]
     args = (x, gate, value, gate_bias, value_bias, indices, act_cache, group)
-    dispatch.prepare(_NAME, implementation, x, *args)
+    dispatch.prepare(_NAME, implementation, *args)
     return x.new_empty(x.shape[0], x.shape[1], indices.shape[-1])
