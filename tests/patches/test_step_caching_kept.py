@@ -15,6 +15,7 @@ END = "        return x +"
 OUT = "        return self.out(x)\n"
 GIVEN = ("text_ids, time):", "text_ids, time, given=None):")
 TOLD = ("rotation):\n", "rotation, told=None):\n")
+HANGS = "where the image stream is cut off hangs on a condition"
 KEEP = "def keep(store, feature):\n    mine = {}\n    mine[0] = feature\n    store['x'] = mine\n\n\nclass Joint"
 
 
@@ -67,7 +68,86 @@ IN_MODEL |= {
     ),
     "another cut in another branch": (
         (GIVEN, (CUT, f"        if given:\n            x = x[:, -given:]\n        else:\n    {CUT}")),
-        "where the image stream is cut off hangs on a condition",
+        "patched",
+    ),
+    "three cuts": (
+        (
+            GIVEN,
+            (
+                CUT,
+                f"        if given:\n            x = x[:, -given:]\n        elif text_ids is None:\n    {CUT}"
+                f"        else:\n    {CUT}",
+            ),
+        ),
+        "patched",
+    ),
+    "none in one of three branches": (
+        (
+            GIVEN,
+            (
+                CUT,
+                f"        if given:\n            x = x[:, -given:]\n        elif text_ids is None:\n    {CUT}"
+                "        else:\n            pass\n",
+            ),
+        ),
+        HANGS,
+    ),
+    "none where a condition does not hold": ((GIVEN, (CUT, f"        if given:\n    {CUT}")), HANGS),
+    "none where the second condition does not hold either": (
+        (GIVEN, (CUT, f"        if given:\n            x = x[:, -given:]\n        elif text_ids is None:\n    {CUT}")),
+        HANGS,
+    ),
+    "more than a cut in one branch": (
+        (
+            GIVEN,
+            (CUT, f"        if given:\n            x = x[:, -given:]\n            x = x * 2\n        else:\n    {CUT}"),
+        ),
+        HANGS,
+    ),
+    "one stream's in one branch, another one's in the other": (
+        (
+            GIVEN,
+            (CUT, f"        if given:\n            x = image[:, -given:]\n        else:\n    {CUT}"),
+        ),
+        HANGS,
+    ),
+    "a condition of what the blocks compute": (
+        ((CUT, f"        if x.mean() > 0:\n            x = x[:, -9:]\n        else:\n    {CUT}"),),
+        "where the image stream is cut off hangs on what the blocks compute",
+    ),
+    "a second condition of what the blocks compute": (
+        (
+            GIVEN,
+            (
+                CUT,
+                f"        if given:\n            x = x[:, -given:]\n        elif x.mean() > 0:\n    {CUT}"
+                f"        else:\n    {CUT}",
+            ),
+        ),
+        "where the image stream is cut off hangs on what the blocks compute",
+    ),
+    "a condition of how much the blocks give": (
+        ((CUT, f"        if x.shape[1] > 9:\n            x = x[:, -9:]\n        else:\n    {CUT}"),),
+        "patched",
+    ),
+    "cuts in two branches that something else comes out of too": (
+        (GIVEN, (CUT, f"        if given:\n            text = x[:, -given:]\n        else:\n    {CUT}")),
+        "x comes out of the blocks too, and is used after them",
+    ),
+    "a loop around the cut": (
+        (
+            GIVEN,
+            (
+                CUT,
+                "        if given:\n            for _ in given:\n                x = x[:, -9:]\n"
+                f"        else:\n    {CUT}",
+            ),
+        ),
+        HANGS,
+    ),
+    "a cut in an expression with two": (
+        (GIVEN, (CUT, "        x = x[:, -given:] if given else x[:, text.shape[1] :]\n")),
+        "x comes out of the blocks too, and is used after them",
     ),
     "something else in their place": (
         ((JOINTS, f"        if self.busy:\n{BRANCH}        else:\n            x = 2 * x\n"),),
