@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from chipmunk import ops
+from chipmunk.fidelity.block_calls import block_calls
 from chipmunk.runtime import linears, mlp_caches, sparse_mlp
 from chipmunk.runtime.layer_state import LayerState
 from chipmunk.runtime.mlp_caches import Rows
@@ -30,15 +31,14 @@ def coverage(model: nn.Module, blocks: list[nn.Module]) -> Iterator[dict[str, Co
     change that is at the kept neurons.
     """
     found: dict[str, Coverage] = {"attention": {}, "mlp": {}}
-    index = {id(block): number for number, block in enumerate(blocks)}
     call, inside = [-1], [0]
     original_attention, original_change = ops.column_sparse_attention, mlp_caches.changed_activations
 
     def before_model(*_: object) -> None:
         call[0] += 1
 
-    def before_block(block: nn.Module, _: object) -> None:
-        inside[0] = index[id(block)]
+    def before_block(index: int) -> None:
+        inside[0] = index
 
     def attention(
         q: Tensor, k: Tensor, v: Tensor, keys: Tensor, addend: Any, group: int, scale: float, subtract: bool, how: str
@@ -58,15 +58,14 @@ def coverage(model: nn.Module, blocks: list[nn.Module]) -> Iterator[dict[str, Co
         found["mlp"].setdefault(inside[0], []).append((call[0], share))
         return delta
 
-    handles = [model.register_forward_pre_hook(before_model)]
-    handles += [block.register_forward_pre_hook(before_block) for block in blocks]
+    handle = model.register_forward_pre_hook(before_model)
     _put(attention, changed)
     try:
-        yield found
+        with block_calls(blocks, before_block):
+            yield found
     finally:
         _put(original_attention, original_change)
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 def _put(attention: Callable[..., Any], change: Callable[..., Any]) -> None:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import chipmunk
+from chipmunk.fidelity.block_calls import block_calls
 from chipmunk.fidelity.flops import LayerCall, LayerShape, ModelCost
 from chipmunk.runtime.layer_state import DONE, LayerState
 from chipmunk.runtime.session import ATTRIBUTE, Session, statistics
@@ -44,7 +45,7 @@ class Recording:
 def recording(model: nn.Module, blocks: list[nn.Module], watched: bool = False) -> Iterator[Recording]:
     """Note each call of `model`.
 
-    watched: note which blocks ran by hooks on them, where it is another library that leaves them out.
+    watched: note which blocks ran by listening at them, where it is another library that leaves them out.
     """
     found = Recording()
     cuda = next(model.parameters()).is_cuda
@@ -78,11 +79,12 @@ def recording(model: nn.Module, blocks: list[nn.Module], watched: bool = False) 
 
     dense_calls[0] = sum(statistics(model).dense_model_calls.values())
     handles = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
-    for number, block in enumerate(blocks if watched else []):
-        handles.append(block.register_forward_pre_hook(lambda *_, number=number: ran.update({number: LayerCall()})))
     start = time.perf_counter()
     try:
-        with _told(model, noted):
+        with (
+            _told(model, noted),
+            block_calls(blocks if watched else [], lambda number: ran.update({number: LayerCall()})),
+        ):
             yield found
     finally:
         if cuda:
@@ -163,22 +165,16 @@ def measure_cost(model: nn.Module, blocks: list[nn.Module], draw: Callable[[], o
     finally:
         chipmunk.disable(model)
 
-    counts, counter, handles = [0] * len(blocks), FlopCounterMode(display=False), []
-    for index, block in enumerate(blocks):
+    counts, counter = [0] * len(blocks), FlopCounterMode(display=False)
 
-        def before(*_: object, index: int = index) -> None:
-            counts[index] -= counter.get_total_flops()
+    def before(index: int) -> None:
+        counts[index] -= counter.get_total_flops()
 
-        def after(*_: object, index: int = index) -> None:
-            counts[index] += counter.get_total_flops()
+    def after(index: int) -> None:
+        counts[index] += counter.get_total_flops()
 
-        handles += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
-    try:
-        with sdpa_kernel(SDPBackend.MATH), counter:  # its products are counted on every device
-            draw()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with block_calls(blocks, before, after), sdpa_kernel(SDPBackend.MATH), counter:
+        draw()  # the math backend's products are counted on every device
     return ModelCost(tuple(shapes), tuple(counts), counter.get_total_flops() - sum(counts))
 
 
