@@ -10,16 +10,17 @@ model may be called through functions, closures and objects of the repository. W
 
 from __future__ import annotations
 
-import libcst as cst
+import ast
 
 from chipmunk.registry import Example
+from chipmunk.rewrite.ast_nodes import dotted
 from chipmunk.rewrite.context import Context, Matched
-from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.loops import ModelCall, SamplingLoop
 from chipmunk.rewrite.minimal import SAMPLING, variant
 from chipmunk.rewrite.plan import LoopFacts, SiteStatus
-from chipmunk.rewrite.source import Source
-from chipmunk.rewrite.syntax import argument, dotted, target_names
+from chipmunk.rewrite.source import Node, Source
+from chipmunk.rewrite.statements import Statement, target_names
+from chipmunk.rewrite.syntax import argument
 from chipmunk.rewrite.timestep import model_mark, timestep_parameter
 
 NAME = "step-clock"
@@ -43,12 +44,10 @@ def rule(context: Context) -> None:
             reason, source = "no loop that calls the model was found", model.forward.source
             if any(context.models[call.model].owner is model.owner for found in loops.found for call in found.calls):
                 reason = f"no loop of those that call {model.name} is known to run {model.forward.name}"
-            _count_otherwise(context, index, source, model.forward.node.name, reason, f"class {model.name}")
+            _count_otherwise(context, index, source, model.forward.outline, reason, f"class {model.name}")
 
 
-def _count_otherwise(
-    context: Context, index: int, source: Source, node: cst.CSTNode, reason: str, matched: Matched
-) -> None:
+def _count_otherwise(context: Context, index: int, source: Source, node: Node, reason: str, matched: Matched) -> None:
     """Report steps that no iterable can count: the patch of the model's forward has them counted there, if it can."""
     model = context.models[index]
     mark = model_mark(context, model)
@@ -68,9 +67,9 @@ def _patch_loop(context: Context, found: SamplingLoop) -> None:
     source, head = place.module.source, found.head
     models = list(dict.fromkeys(call.at_head for call in calls))
     inner, wrapped = loop.iter, set()
-    while isinstance(inner, cst.Call) and context.runtime_call(inner, place.names, head) == "steps":
-        wrapped.add(dotted(inner.args[0].value))
-        inner = inner.args[1].value
+    while isinstance(inner, ast.Call) and context.runtime_call(inner, place.names, head) == "steps":
+        wrapped.add(dotted(inner.args[0]))
+        inner = inner.args[1]
     slots = _slot_names(calls)
     missing = [(call, name) for call, name in zip(calls[1:], slots[1:], strict=True) if call.slot is None]
     matched = loop.iter
@@ -87,17 +86,18 @@ def _patch_loop(context: Context, found: SamplingLoop) -> None:
         reason = f"each step of this loop calls the model as {' and '.join(models)}{through}{many}"
         context.patched(source, loop, reason, matched=matched)
     for call in calls:
-        if call.step.loops and call.step.loops[-1] is not loop and loop in call.step.loops:
+        if loop in call.step.loops[:-1]:
             again = "a loop inside the step calls the model here: of its calls in one step, all but the first run dense"
             context.left_dense(source, call.call, again)
-    parameter = models[0] if models[0] in place.scope.parameters else None
+    parameter = models[0] if place.function is not None and models[0] in place.function.parameters else None
     facts = LoopFacts(source.path, place.name, context.line(source, loop), parameter, tuple(slots))
     context.loops.setdefault(calls[0].model, []).append(facts)
 
 
-def _wrap(context: Context, source: Source, iterable: cst.BaseExpression, models: list[str]) -> None:
+def _wrap(context: Context, source: Source, iterable: ast.expr, models: list[str]) -> None:
     runtime, text = context.runtime(source), source.code(iterable)
-    if isinstance(iterable, cst.Tuple) and not iterable.lpar:
+    first = iterable.elts[0] if isinstance(iterable, ast.Tuple) and iterable.elts else None
+    if first is not None and source.span(first)[0] == source.span(iterable)[0]:  # a tuple without parentheses
         text = f"({text})"
     for model in models:
         text = f"{runtime}.steps({model}, {text})"
@@ -127,9 +127,10 @@ def _slot_names(calls: list[ModelCall]) -> list[str]:
     return names
 
 
-def _assigned(step: Step) -> str:
-    if isinstance(step.node, (cst.Assign, cst.AnnAssign, cst.AugAssign)):
-        target = step.node.targets[0].target if isinstance(step.node, cst.Assign) else step.node.target
+def _assigned(step: Statement) -> str:
+    node = step.node
+    if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+        target = node.targets[0] if isinstance(node, ast.Assign) else node.target
         for name, _ in target_names(target):
             return name.split(".")[-1]
     return ""

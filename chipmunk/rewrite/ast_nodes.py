@@ -35,6 +35,14 @@ def arguments(call: ast.Call) -> list[ast.expr]:
     return [arg.value if isinstance(arg, ast.Starred) else arg for arg in given]
 
 
+def required(given: ast.arguments) -> list[str]:
+    """The parameters that a call must give."""
+    positional = [*given.posonlyargs, *given.args]
+    keywords = zip(given.kwonlyargs, given.kw_defaults, strict=True)
+    needed = positional[: len(positional) - len(given.defaults)]
+    return [parameter.arg for parameter in (*needed, *(p for p, default in keywords if default is None))]
+
+
 def quoted(node: ast.AST) -> str | None:
     """The name in a quoted annotation: `"Flux"`."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):

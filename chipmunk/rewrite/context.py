@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 from functools import cached_property
 
 import libcst as cst
 
-from chipmunk.rewrite.flow import Step
+from chipmunk.rewrite import ast_nodes
 from chipmunk.rewrite.growth import grow
 from chipmunk.rewrite.imports import PACKAGE, import_edit, runtime_name
 from chipmunk.rewrite.layout import Bounds, bounds_of, laid_out, limit_of
@@ -14,8 +15,9 @@ from chipmunk.rewrite.loops import Loops, find_loops
 from chipmunk.rewrite.plan import LoopFacts, ModelFacts, Site, SiteStatus
 from chipmunk.rewrite.repository import External, Function, Module, Repository
 from chipmunk.rewrite.roles import Model, Roles
-from chipmunk.rewrite.source import Edit, Source
-from chipmunk.rewrite.syntax import dotted, last_name, parameters
+from chipmunk.rewrite.source import Edit, Node, Source
+from chipmunk.rewrite.statements import Indexed
+from chipmunk.rewrite.syntax import dotted, parameters
 from chipmunk.rewrite.values import Values
 
 RUNTIME = {
@@ -25,15 +27,17 @@ RUNTIME = {
 """The runtime's functions that rules insert."""
 
 
-Matched = str | cst.CSTNode | None
+Matched = str | Node | None
 
 
 class Context:
     """One run of all rules over a repository. Rules call `replace`, `insert` and their like, then report a site."""
 
-    def __init__(self, repository: Repository, roles: Roles, *, located: bool = True) -> None:
-        """`located`: whether sites need their lines; working out positions is half of the time of a run."""
-        self._located = located
+    def __init__(self, repository: Repository, roles: Roles, *, again: bool = False) -> None:
+        """`again`: this is the second run, over what the first one made. All that it is asked is what it would change
+        once more: what is done needs no reasons, and no site its lines.
+        """
+        self.again = again
         self.repository = repository
         self.models: list[Model] = roles.models
         self.roles = roles
@@ -61,14 +65,12 @@ class Context:
 
     # Reporting
 
-    def site(
-        self, source: Source, node: cst.CSTNode, status: SiteStatus, reason: str, *, matched: Matched = None
-    ) -> None:
+    def site(self, source: Source, node: Node, status: SiteStatus, reason: str, *, matched: Matched = None) -> None:
         """Report one place. Reported twice, through two models say, it is listed once: patched wins over left dense.
 
         matched: what was matched there, or the node with its text; without it the text of `node`.
         """
-        if not self._located:
+        if self.again:
             self.sites[source.path, id(node), self.patch, ""] = Site(source.path, 0, self.patch, status, "", reason)
             return
         text = matched if isinstance(matched, str) and matched else source.summary(matched or node)
@@ -79,18 +81,18 @@ class Context:
         if known is None or ranks.index(known.status) < ranks.index(status):
             self.sites[key] = site
 
-    def patched(self, source: Source, node: cst.CSTNode, reason: str, *, matched: Matched = None) -> None:
+    def patched(self, source: Source, node: Node, reason: str, *, matched: Matched = None) -> None:
         self.site(source, node, SiteStatus.PATCHED, reason, matched=matched)
 
-    def already(self, source: Source, node: cst.CSTNode, reason: str, *, matched: Matched = None) -> None:
+    def already(self, source: Source, node: Node, reason: str, *, matched: Matched = None) -> None:
         self.site(source, node, SiteStatus.ALREADY, reason, matched=matched)
 
-    def left_dense(self, source: Source, node: cst.CSTNode, reason: str, *, matched: Matched = None) -> None:
+    def left_dense(self, source: Source, node: Node, reason: str, *, matched: Matched = None) -> None:
         self.site(source, node, SiteStatus.LEFT_DENSE, reason, matched=matched)
 
-    def line(self, source: Source, node: cst.CSTNode) -> int:
+    def line(self, source: Source, node: Node) -> int:
         """The line on which the node starts; 0 where lines are not needed."""
-        return source.line(node) if self._located else 0
+        return 0 if self.again else source.line(node)
 
     # Names
 
@@ -101,13 +103,15 @@ class Context:
             self._needs_import.add(source.path)
         return name
 
-    def runtime_call(
-        self, node: cst.CSTNode | None, function: Function | Module, step: Step | None = None
-    ) -> str | None:
+    def runtime_call(self, node: Node | None, function: Function | Module, step: Indexed | None = None) -> str | None:
         """`attention` if the node calls `chipmunk.attention`, whatever the import is called; None otherwise."""
-        if not isinstance(node, cst.Call) or last_name(node.func) not in RUNTIME or dotted(node.func) is None:
+        if isinstance(node, ast.Call):
+            name = ast_nodes.dotted(node.func)
+        else:
+            name = dotted(node.func) if isinstance(node, cst.Call) else None
+        if name is None or name.split(".")[-1] not in RUNTIME:
             return None
-        meaning = self.repository.resolve(node.func, function, step)
+        meaning = self.repository.resolve(name, function, step)
         if isinstance(meaning, External) and meaning.name.startswith(PACKAGE + ".") and meaning.name.count(".") == 1:
             return meaning.name.split(".")[1]
         return None
@@ -118,14 +122,14 @@ class Context:
         """Replace the bytes `start:end` of the file's text."""
         self.edits.setdefault(source.path, set()).add(Edit(start, end, text.replace("\n", source.newline)))
 
-    def replace(self, source: Source, node: cst.CSTNode, text: str) -> None:
+    def replace(self, source: Source, node: Node, text: str) -> None:
         self.edit(source, *source.span(node), text)
 
-    def insert_before(self, source: Source, node: cst.CSTNode, text: str) -> None:
+    def insert_before(self, source: Source, node: Node, text: str) -> None:
         start = source.span(node)[0]
         self.edit(source, start, start, text)
 
-    def insert_after(self, source: Source, node: cst.CSTNode, text: str) -> None:
+    def insert_after(self, source: Source, node: Node, text: str) -> None:
         end = source.span(node)[1]
         self.edit(source, end, end, text)
 
@@ -201,11 +205,11 @@ class Context:
 
     # Results
 
-    def results(self) -> dict[str, bytes]:
-        """The new bytes of each changed file, imports added."""
-        return {path: self._source(path).apply(self.all_edits(path)) for path in self.edits}
+    def results(self) -> dict[str, Source]:
+        """Each changed file, imports added. Raises OverlapError, or SourceError for what is no Python."""
+        return {path: self._source(path).edited(self._all_edits(path)) for path in self.edits}
 
-    def all_edits(self, path: str) -> set[Edit]:
+    def _all_edits(self, path: str) -> set[Edit]:
         """The edits of a changed file, the import of the runtime among them."""
         source = self._source(path)
         name, imported = runtime_name(source)

@@ -12,9 +12,9 @@ from chipmunk.rewrite import order
 from chipmunk.rewrite.syntax import children, dotted, elements, parameters, self_attribute, target_names, walk
 
 # `x.shape[1]` or `like.dtype` say something about a tensor, but carry none of its values.
-_DESCRIPTIONS = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda"}
-_DESCRIBING_CALLS = {"size", "dim", "numel", "stride"}
-_CASTS = {"to", "type_as", "view_as", "expand_as"}
+DESCRIPTIONS = {"shape", "dtype", "device", "ndim", "requires_grad", "is_cuda"}
+DESCRIBING_CALLS = {"size", "dim", "numel", "stride"}
+CASTS = {"to", "type_as", "view_as", "expand_as"}
 
 Chain = tuple[tuple[cst.CSTNode, str], ...]
 
@@ -233,7 +233,7 @@ def value_names(node: cst.CSTNode) -> Iterator[str]:
     if type(node) is cst.Name:  # `isinstance` is slow where it says no
         yield node.value
     elif type(node) is cst.Attribute:
-        if node.attr.value in _DESCRIPTIONS:
+        if node.attr.value in DESCRIPTIONS:
             return
         name = dotted(node)
         if name is not None:
@@ -241,10 +241,10 @@ def value_names(node: cst.CSTNode) -> Iterator[str]:
         yield from value_names(node.value)
     elif type(node) is cst.Call:
         if type(node.func) is cst.Attribute:
-            if node.func.attr.value in _DESCRIBING_CALLS:
+            if node.func.attr.value in DESCRIBING_CALLS:
                 return
             yield from value_names(node.func.value)
-            if node.func.attr.value in _CASTS:
+            if node.func.attr.value in CASTS:
                 return
         else:
             yield from value_names(node.func)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 
-from chipmunk.rewrite.ast_nodes import arguments, dotted, last_name, mentions, walk
+from chipmunk.rewrite.ast_nodes import arguments, dotted, last_name, mentions, required, walk
 from chipmunk.rewrite.known_names import KnownNames
 from chipmunk.rewrite.modules import Place
 from chipmunk.rewrite.outlines import VALUES, Source, is_warm
@@ -100,11 +100,7 @@ class _Growth:
         """A parameter that a loop calls with the model's own keywords is the model, though nothing says so."""
         values = self._values
         for index, model in enumerate(values.models):
-            taken = model.forward.outline.args
-            positional = [*taken.posonlyargs, *taken.args]
-            required = positional[1 : len(positional) - len(taken.defaults)]
-            keyword_only = zip(taken.kwonlyargs, taken.kw_defaults, strict=True)
-            wanted = {p.arg for p in (*required, *(p for p, default in keyword_only if default is None))}
+            wanted = {*required(model.forward.outline.args)[1:]}
             known = {*model.forward.parameters[1:]}
             if len(wanted) < 3:
                 continue

@@ -21,8 +21,11 @@ from itertools import accumulate
 
 import libcst as cst
 
+from chipmunk.rewrite import positions
 from chipmunk.rewrite.parts import Part, Written
 
+Node = cst.CSTNode | ast.expr | ast.stmt
+"""What has a place in the text: of a tree that was asked for, or of the outline."""
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _Statement = cst.SimpleStatementLine | cst.BaseCompoundStatement
 
@@ -223,8 +226,10 @@ class Source:
                 return at + start - len(part.head), at + end - len(part.head)
         raise KeyError(node)
 
-    def span(self, node: cst.CSTNode) -> tuple[int, int]:
+    def span(self, node: Node) -> tuple[int, int]:
         """Where the node stands, with its parentheses, without the white space around it."""
+        if isinstance(node, (ast.expr, ast.stmt)):
+            return positions.span(node, self.text, self.line_start)
         start, end = self._printed_span(node)
         if isinstance(node, cst.Arg):  # LibCST counts the comma in
             end = self.span(node.value)[1]
@@ -234,16 +239,16 @@ class Source:
             start, end = self._printed_span(node.lpar[0])[0], self._printed_span(node.rpar[-1])[1]
         return start, end
 
-    def line(self, node: cst.CSTNode) -> int:
+    def line(self, node: Node) -> int:
         """The line, from 1, on which the node starts."""
         return bisect_right(self._line_starts, self.span(node)[0])
 
-    def code(self, node: cst.CSTNode) -> str:
+    def code(self, node: Node) -> str:
         """The node's text as it stands in the file."""
         start, end = self.span(node)
         return self.text[start:end].decode("utf-8")
 
-    def summary(self, node: cst.CSTNode, limit: int = 100) -> str:
+    def summary(self, node: Node, limit: int = 100) -> str:
         """The node's text on one line, cut at `limit` characters."""
         text = " ".join(self.code(node).split())
         return text if len(text) <= limit else text[: limit - 1] + "…"
@@ -255,12 +260,12 @@ class Source:
         end = len(self.text) if end < 0 else end
         return start, end - (self.text[end - 1 : end] == b"\r")
 
-    def indentation(self, node: cst.CSTNode) -> str:
+    def indentation(self, node: Node) -> str:
         """The white space before the node on its line."""
         start = self.line_at(self.span(node)[0])[0]
         return self.text[start : self.span(node)[0]].decode("utf-8")
 
-    def starts_line(self, node: cst.CSTNode) -> bool:
+    def starts_line(self, node: Node) -> bool:
         """Whether only white space stands before the node on its line."""
         return not self.indentation(node).strip()
 

@@ -18,11 +18,12 @@ from chipmunk.rewrite import order
 from chipmunk.rewrite.ast_nodes import dotted, elements, walk
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-_LOOPS = (ast.For, ast.AsyncFor)
+LOOPS = (ast.For, ast.AsyncFor)
 _WITHS = (ast.With, ast.AsyncWith)
 _TRIES = (ast.Try, getattr(ast, "TryStar", ast.Try))
-_COMPOUND = (ast.If, ast.While, ast.Match, *_LOOPS, *_WITHS, *_TRIES)
+_COMPOUND = (ast.If, ast.While, ast.Match, *LOOPS, *_WITHS, *_TRIES)
 
+Loop = ast.For | ast.AsyncFor
 Chain = tuple[tuple[ast.stmt, str], ...]
 Path = tuple[int, ...]
 
@@ -42,10 +43,30 @@ class Statement:
     node: ast.stmt
     chain: Chain
     """The compound statements around it, outermost first, each with the branch it stands in."""
+    parts: Sequence[ast.AST]
+    """What it runs by itself: the heads of a compound statement."""
+    line: ast.stmt
+    """The first statement of its block on the same line."""
+
+    @property
+    def loops(self) -> list[Loop]:
+        return [node for node, branch in self.chain if isinstance(node, LOOPS) and branch == "body"]
 
     @property
     def in_loop(self) -> bool:
-        return any(isinstance(node, _LOOPS) and branch == "body" for node, branch in self.chain)
+        return any(isinstance(node, LOOPS) and branch == "body" for node, branch in self.chain)
+
+    def excludes(self, later: Statement) -> bool:
+        """Whether `later` cannot run once this has: they stand in different branches, or this one's branch returns."""
+        if order.exclusive(self.chain, later.chain):
+            return True
+        return self.index < later.index and any(
+            isinstance(node, ast.If)
+            and self.chain[:depth] == later.chain[:depth]
+            and (node, branch) not in later.chain
+            and _leaves(node, branch, self.chain[depth + 1 :])
+            for depth, (node, branch) in enumerate(self.chain)
+        )
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -71,21 +92,26 @@ class Statements:
         self._read(node.body, ())
 
     def _read(self, body: Iterable[ast.stmt], chain: Chain) -> None:
+        line: ast.stmt | None = None
+        end = 0
         for node in body:
+            if line is None or node.lineno > end:
+                line = node
+            end = node.end_lineno or node.lineno
             if isinstance(node, _FUNCTIONS):
                 # A function inside a function runs with its names; those of a module are scopes of their own.
                 if self._is_function:
-                    self._add(node, node.decorator_list, chain)
+                    self._add(node, node.decorator_list, chain, line)
                     self._read(node.body, (*chain, (node, "body")))
             elif isinstance(node, _COMPOUND):
-                self._compound(node, chain)
+                self._compound(node, chain, line)
             elif not isinstance(node, ast.ClassDef):
-                self._simple(node, chain)
+                self._simple(node, chain, line)
 
-    def _compound(self, node: Any, chain: Chain) -> None:
+    def _compound(self, node: Any, chain: Chain, line: ast.stmt) -> None:
         heads = [getattr(node, name) for name in ("test", "iter", "subject") if hasattr(node, name)]
-        step = self._add(node, [*heads, *getattr(node, "items", ())], chain)
-        if isinstance(node, _LOOPS):
+        step = self._add(node, [*heads, *getattr(node, "items", ())], chain, line)
+        if isinstance(node, LOOPS):
             self._bind(node.target, node.iter, step, element=True)
         for item in node.items if isinstance(node, _WITHS) else ():
             if item.optional_vars is not None:
@@ -98,8 +124,8 @@ class Statements:
             if body:
                 self._read(body, (*chain, (node, name)))
 
-    def _simple(self, node: ast.stmt, chain: Chain) -> None:
-        step = self._add(node, [node], chain)
+    def _simple(self, node: ast.stmt, chain: Chain, line: ast.stmt) -> None:
+        step = self._add(node, [node], chain, line)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             for alias in [alias for alias in node.names if alias.name != "*"]:
                 name = alias.asname or alias.name.split(".")[0]
@@ -110,8 +136,8 @@ class Statements:
         elif isinstance(node, (ast.AnnAssign, ast.AugAssign)) and node.value is not None:
             self._bind(node.target, node.value, step, augmented=isinstance(node, ast.AugAssign))
 
-    def _add(self, node: ast.stmt, parts: Sequence[ast.AST], chain: Chain) -> Statement:
-        step = Statement(len(self.steps), node, chain)
+    def _add(self, node: ast.stmt, parts: Sequence[ast.AST], chain: Chain, line: ast.stmt) -> Statement:
+        step = Statement(len(self.steps), node, chain, parts, line)
         self.steps.append(step)
         calls: list[ast.Call] = []
         for inner in walk(parts):
@@ -133,7 +159,7 @@ class Statements:
         augmented: bool = False,
         element: bool = False,
     ) -> None:
-        for name, path in _targets(target):
+        for name, path in target_names(target):
             chosen, rest = (value, (-1, *path)) if element else _element(value, path)
             self.bindings.setdefault(name, []).append(Assignment(name, chosen, rest, step, augmented))
 
@@ -195,12 +221,21 @@ def bind(function: ast.FunctionDef | ast.AsyncFunctionDef, call: ast.Call, *, sk
     return given
 
 
+def _leaves(node: ast.If, branch: str, inside: Chain) -> bool:
+    """Whether a branch, or that of its `elif` that is gone into, ends the function or the loop's round."""
+    suite = node.body if branch == "body" else node.orelse
+    last = suite[-1]
+    if branch == "orelse" and len(suite) == 1 and isinstance(last, ast.If) and inside and inside[0][0] is last:
+        return _leaves(last, inside[0][1], inside[1:])
+    return isinstance(last, (ast.Return, ast.Raise, ast.Continue, ast.Break))
+
+
 def _place(node: ast.expr) -> tuple[int, int, int, int]:
     """Of two that start at the same place, the outer one comes first."""
     return node.lineno, node.col_offset, -(node.end_lineno or 0), -(node.end_col_offset or 0)
 
 
-def _targets(target: ast.expr) -> list[tuple[str, Path]]:
+def target_names(target: ast.expr) -> list[tuple[str, Path]]:
     """The names that an assignment to `target` binds, each with its place inside a tuple."""
     name = dotted(target)
     if name is not None:
@@ -208,7 +243,7 @@ def _targets(target: ast.expr) -> list[tuple[str, Path]]:
     found: list[tuple[str, Path]] = []
     if isinstance(target, (ast.Tuple, ast.List)):
         for place, part in enumerate(target.elts):
-            inner = _targets(part.value if isinstance(part, ast.Starred) else part)
+            inner = target_names(part.value if isinstance(part, ast.Starred) else part)
             found += [(name, (place, *path)) for name, path in inner]
     return found
 
@@ -223,4 +258,4 @@ def _element(value: ast.expr, path: Path) -> tuple[ast.expr, Path]:
     return value, path
 
 
-__all__ = ["Assignment", "Indexed", "Statement", "Statements", "bind", "expression"]
+__all__ = ["Assignment", "Indexed", "Loop", "Statement", "Statements", "bind", "expression", "target_names"]
