@@ -27,8 +27,9 @@ from chipmunk.bench.model import Loop, build
 from chipmunk.bench.model_calls import model_calls
 from chipmunk.bench.spec import Spec
 from chipmunk.runtime.compiling import methods_of
+from chipmunk.runtime.control import statistics
 from chipmunk.runtime.counts import Statistics
-from chipmunk.runtime.session import ATTRIBUTE, Session, statistics
+from chipmunk.runtime.session import ATTRIBUTE, Session
 from chipmunk.verify.checkout import CheckoutError
 from chipmunk.verify.order import PROGRESS, read_order
 from chipmunk.verify.placeholders import PlaceholderUsed, to_install

@@ -22,7 +22,7 @@ from chipmunk.fidelity.flops import ModelCost
 from chipmunk.fidelity.recording import Recording, measure_cost, recording
 from chipmunk.fidelity.spec import Picture, Spec, Variant
 from chipmunk.fidelity.studio import BuildError, Drawing, Studio
-from chipmunk.runtime.session import statistics
+from chipmunk.runtime.control import statistics
 from chipmunk.verify.order import PROGRESS
 
 Result = dict[str, Any]

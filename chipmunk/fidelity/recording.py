@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import chipmunk
 from chipmunk.fidelity.block_calls import block_calls
 from chipmunk.fidelity.flops import LayerCall, LayerShape, ModelCost
+from chipmunk.runtime.control import statistics
 from chipmunk.runtime.layer_state import DONE, LayerState
-from chipmunk.runtime.session import ATTRIBUTE, Session, statistics
+from chipmunk.runtime.session import ATTRIBUTE, Session
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """What patched code imports: the session of a model, the step clock, sparse attention and sparse MLPs."""
 
-from chipmunk.runtime.session import disable, enable, model_forward, slot, statistics, steps
+from chipmunk.runtime.control import disable, enable, slot, statistics, steps
+from chipmunk.runtime.session import model_forward
 from chipmunk.runtime.sparse_attention import attention, layer
 from chipmunk.runtime.sparse_mlp import (
     activate,

@@ -1,19 +1,14 @@
-"""The session of a model, its configuration, lock and running generations, and the way into it from user code."""
+"""The session of a model: its configuration, lock and running generations; and the mark on a forward that leads to it."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import logging
-import os
-import sys
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextvars import ContextVar
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,11 +17,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from chipmunk import config as configuration
 from chipmunk.config import Config
-from chipmunk.runtime.block_list import blocks_of
-from chipmunk.runtime.clock import Generation, run_steps
+from chipmunk.runtime.clock import Generation
 from chipmunk.runtime.compiling import BlockCompiler
-from chipmunk.runtime.counts import MAIN_SLOT, Recorder, Statistics
-from chipmunk.runtime.find_model import MARK, ForwardSpec, find_model, is_patched, mark_class, spec_of
+from chipmunk.runtime.counts import MAIN_SLOT, Recorder
+from chipmunk.runtime.find_model import MARK, ForwardSpec, is_patched, mark_class, spec_of
 from chipmunk.runtime.guards import is_exporting
 from chipmunk.runtime.model_call import run_model_call
 from chipmunk.runtime.timestep_clock import TimestepClock
@@ -41,7 +35,8 @@ ATTRIBUTE = "_chipmunk_session"
 
 _log = logging.getLogger("chipmunk")
 
-_slot_name: ContextVar[tuple[Session, str] | None] = ContextVar("chipmunk_slot", default=None)
+slot_name: ContextVar[tuple[Session, str] | None] = ContextVar("chipmunk_slot", default=None)
+"""The call slot that the calls of a session's model belong to now, in this thread or task."""
 
 _beginning = threading.Lock()
 """A server's first requests may come at once: one of them begins the session."""
@@ -219,7 +214,7 @@ def _call(
     session = session_of(model)
     if session is None:
         return forward(model, *args, **kwargs)
-    named = _slot_name.get()
+    named = slot_name.get()
     name = named[1] if named is not None and named[0] is session else MAIN_SLOT
     return run_model_call(session, name, forward, signature, model, args, kwargs)
 
@@ -240,174 +235,29 @@ def _keep_out_of_graphs() -> None:
         _call_eagerly = torch.compiler.disable(_call, **told)  # type: ignore[no-untyped-call]
 
 
-def enable(model: Any, config: str | os.PathLike[str] | Config | Mapping[str, Any] | None = None) -> None:
-    """Turn Chipmunk on for a patched model, or a FLUX transformer of diffusers, found through wrappers and pipelines.
-
-    config: a file, a `chipmunk.config.Config`, its content as a mapping, or None: then one that was given before stays
-    on; else it is the file that `CHIPMUNK_CONFIG` names, `chipmunk-config.yml` in the working directory, or the one in
-    the root of the patched repository. Where there is none of them, the model stays as it is: turning off is what
-    `disable` does. Raises TypeError if a configuration is given and `model` holds no patched model (where none is
-    given, nothing happens: `steps` will warn), and ValueError (`chipmunk.config.ConfigError` for a file) for a wrong
-    configuration.
-    """
-    owner = find_model(model)
-    if owner is None:
-        if config is None:
-            _warn_of_empty_pipeline(model)
-            return
-        raise TypeError(
-            f"{type(model).__name__} holds no model that Chipmunk knows (or several): its forward has no "
-            "@chipmunk.model_forward. If it is an engine (TensorRT, --trt), no patched code runs in it: leave the "
-            "engine or the configuration out. Otherwise patch its repository with: chipmunk patch PATH"
-        )
-    spec = spec_of(owner)
-    assert spec is not None
-    if config is None and not is_patched(owner):  # then the patched repository is the caller's
-        spec = replace(spec, file=sys._getframe(1).f_code.co_filename)
-    running = _stored(owner)
-    if running is not None and running.model() is not owner:
-        running = None  # of the model that this one is a shallow copy of
-    chosen = None
-    if config is not None:
-        chosen = _read_config(config)
-    elif running is None or not running.is_chosen:
-        chosen = _find_config(spec)
-    if chosen is not None or running is None:
-        _take_away(owner)
-    if chosen is not None and (unfit := _why_unfit(owner)) is not None:
-        message = f"Chipmunk: {type(owner).__name__} runs dense, as ever: {unfit}. Update it, or leave Chipmunk out."
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return
-    if chosen is not None:
-        running = owner.__dict__[ATTRIBUTE] = Session(owner, spec, chosen)
-        running.is_chosen = config is not None
-    if running is not None and running.adopted is not None:
-        running.adopted.set_aside(model)
-
-
-def _why_unfit(model: nn.Module) -> str | None:
-    """Why a model of diffusers, whose code is not patched, has to stay as it is."""
-    if is_patched(model):
-        return None
-    from chipmunk.runtime.diffusers import why_unfit
-
-    return why_unfit()
-
-
-def _warn_of_empty_pipeline(model: Any) -> None:
-    """Say that `enable` came before a modular pipeline of diffusers was given its transformer."""
-    if getattr(model, "transformer", model) is None and configuration.find(None) is not None:
-        warnings.warn(
-            f"Chipmunk: {type(model).__name__} has no transformer yet, so nothing was enabled. Call chipmunk.enable "
-            "after load_components().",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-def disable(model: Any) -> None:
-    """Turn Chipmunk off: every inserted call is the original expression again, whatever configuration files exist."""
-    owner = find_model(model)
-    if owner is not None:
-        _take_away(owner)
-        if is_patched(owner):
-            owner.__dict__[ATTRIBUTE] = False
-
-
-def statistics(model: Any) -> Statistics:
-    """What ran sparse and what stayed dense, and why, since Chipmunk was enabled on this model; `print` it."""
-    owner = find_model(model)
-    session = None if owner is None else _stored(owner)
-    if owner is None or session is None:
-        return Statistics(enabled=False)
-    names = [name for name, _ in blocks_of(owner, session.spec)]
-    with session.lock:
-        return session.recorder.report(f"{type(owner).__name__}.forward", names, session.cache_bytes())
-
-
-def steps(model: Any, iterable: Iterable[Item]) -> Iterable[Item]:
-    """The iterable of a sampling loop, one item a denoising step, tied to `model`.
-
-    While Chipmunk is off, the iterable itself; otherwise a generator: the caches of all model calls made between two
-    items belong to it, and are freed when the loop ends, by `break` or an exception too.
-    """
-    owner = find_model(model)
-    if owner is None:
-        _warn_of_no_model(model)
-        return iterable
-    session = session_of(owner)
-    return iterable if session is None else run_steps(session, iterable)
-
-
-def _warn_of_no_model(model: Any) -> None:
-    """Say that a loop runs without Chipmunk although there is a configuration: its model has no patched code."""
-    path = configuration.find(None)
-    if path is not None:
-        warnings.warn(
-            f"Chipmunk: {path} has no effect on this sampling loop: no patched code runs in its model, a "
-            f"{type(model).__name__} (an engine of TensorRT, --trt, say). It runs as it did without Chipmunk.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-def slot(model: Any, name: str) -> Any:
-    """The model, to be called from another place in the same step: `chipmunk.slot(model, "negative")(…)`.
-
-    Each name has caches of its own. Returns the model itself while Chipmunk is off.
-    """
-    owner = find_model(model)
-    session = None if owner is None else session_of(owner)
-    if session is None:
-        return model
-    tagged = (session, name)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        token = _slot_name.set(tagged)
-        try:
-            return model(*args, **kwargs)
-        finally:
-            _slot_name.reset(token)
-
-    return call
-
-
 def session_of(model: nn.Module) -> Session | None:
     """The session of a patched model, begun here if a configuration is found; None while Chipmunk is off."""
     if ATTRIBUTE in model.__dict__ and model.__dict__[ATTRIBUTE] is not None:
-        return _stored(model)
+        return stored(model)
     spec = spec_of(model) if is_patched(model) else None  # another one is on after `enable` alone
-    config = None if spec is None else _find_config(spec)
+    config = None if spec is None else find_config(spec)
     if spec is None or config is None:
         return None
     with _beginning:
         if model.__dict__.get(ATTRIBUTE) is None:
             model.__dict__[ATTRIBUTE] = Session(model, spec, config)
-    return _stored(model)
+    return stored(model)
 
 
-def _stored(model: nn.Module) -> Session | None:
+def stored(model: nn.Module) -> Session | None:
+    """The session of a model, if one was begun on it."""
     return model.__dict__.get(ATTRIBUTE) or None
 
 
-def _take_away(model: nn.Module) -> None:
-    session = _stored(model)
-    model.__dict__.pop(ATTRIBUTE, None)
-    if session is not None and session.model() is model:
-        session.close()
-
-
-def _find_config(spec: ForwardSpec) -> Config | None:
+def find_config(spec: ForwardSpec) -> Config | None:
+    """The configuration that the environment, the working directory or the patched repository names."""
     path = configuration.find(spec.root)
     if path is None:
         return None
     _log.info("Chipmunk is on, configured by %s", path)
     return configuration.load(path)
-
-
-def _read_config(config: str | os.PathLike[str] | Config | Mapping[str, Any]) -> Config:
-    if isinstance(config, Config):
-        return config
-    if isinstance(config, Mapping):
-        return Config.model_validate(dict(config))
-    return configuration.load(Path(config))

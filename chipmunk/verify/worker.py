@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import chipmunk
 from chipmunk.ops import dispatch
-from chipmunk.runtime.session import statistics
+from chipmunk.runtime.control import statistics
 from chipmunk.verify.building import BuildError, load_file
 from chipmunk.verify.checkout import CheckoutError
 from chipmunk.verify.drawn import Drawn

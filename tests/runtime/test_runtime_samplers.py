@@ -28,7 +28,7 @@ def pair(kind: type[Flux] = Flux) -> tuple[Flux, Flux]:
     return model, plain
 
 
-def compare(sampler: Callable[[Any], Tensor], kind: type[Flux] = Flux) -> chipmunk.runtime.session.Statistics:
+def compare(sampler: Callable[[Any], Tensor], kind: type[Flux] = Flux) -> chipmunk.runtime.counts.Statistics:
     """Run the sampler on both, check that they agree and that most calls were sparse; what was counted."""
     model, plain = pair(kind)
     assert error([sampler(model)], [sampler(plain)]) < 1e-5

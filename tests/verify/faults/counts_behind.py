@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from chipmunk.runtime import model_call
+from chipmunk.runtime import layer_plan
 
 
 def late(rule: Any) -> Any:
     return lambda config, count, *known: rule(config, max(count - 1, 0), *known)
 
 
-model_call.attention_step = late(model_call.attention_step)
-model_call.mlp_step = late(model_call.mlp_step)
+layer_plan.attention_step = late(layer_plan.attention_step)
+layer_plan.mlp_step = late(layer_plan.mlp_step)

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from chipmunk.runtime import model_call
+from chipmunk.runtime import layer_plan
 
 
 def mlp_step(config: Any, count: int, selected_since_full: bool, *overdue: bool) -> tuple[str, bool]:
@@ -10,5 +10,5 @@ def mlp_step(config: Any, count: int, selected_since_full: bool, *overdue: bool)
     return kind, select and not selected_since_full
 
 
-original = model_call.mlp_step
-model_call.mlp_step = mlp_step
+original = layer_plan.mlp_step
+layer_plan.mlp_step = mlp_step
