@@ -1,4 +1,4 @@
-"""The session of a model: its configuration, lock and running generations; and the mark on a forward that leads to it."""
+"""The session of a model: its configuration, lock and running generations; and the mark that leads to it."""
 
 from __future__ import annotations
 
