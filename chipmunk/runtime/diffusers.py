@@ -44,6 +44,9 @@ _RESIDUALS = ("controlnet_block_samples", "controlnet_single_block_samples")
 _MAKERS = ("diffusers.", "accelerate.", "torch.", "peft.", "chipmunk.")
 """Packages whose forwards treat all tokens alike."""
 
+_OURS = "_chipmunk_forward"
+"""Attribute of the function that stands in for the forward of an adopted model."""
+
 Forward = Callable[..., Any]
 
 
@@ -84,6 +87,7 @@ class Adopted:
         self._attention = diffusers_attention
         self._checked: dict[tuple[object, ...], str | None] = {}
         """By what a layer's computation depends on, why Chipmunk's statement of it is another one."""
+        _forget_copied(model)
         where = "_old_forward" if "_old_forward" in model.__dict__ else "forward"
         self._previous = model.__dict__.get(where)
         self._forward = self._make_forward(model, call)
@@ -160,7 +164,9 @@ class Adopted:
             return result
 
         # Where the model is compiled as a whole after this, the compiler stops here.
-        return MethodType(torch.compiler.disable(forward), model)  # type: ignore[no-untyped-call]
+        outermost = torch.compiler.disable(forward)  # type: ignore[no-untyped-call]
+        setattr(outermost, _OURS, True)
+        return MethodType(outermost, model)
 
     def why_in_order(self, model: nn.Module) -> str | None:
         """Why image tokens keep their order: a forward or processor that may know where they lie, or None.
@@ -242,6 +248,18 @@ class Adopted:
             finally:
                 module.__dict__[ATTRIBUTE] = state
         return self._checked[key]
+
+
+def _forget_copied(model: nn.Module) -> None:
+    """Take away what a copy or a pickle of an adopted model carries: forwards that are another one's."""
+    for where in ("forward", "_old_forward"):
+        function = getattr(model.__dict__.get(where), "__func__", None)
+        if getattr(function, _OURS, False) or function is type(model).forward:
+            model.__dict__[where] = MethodType(type(model).forward, model)
+            if where == "forward":
+                del model.__dict__[where]
+    for module in model.modules():
+        diffusers_mlp.forget_copied(module)
 
 
 def _is_known(function: Any) -> bool:

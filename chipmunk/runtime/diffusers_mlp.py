@@ -130,6 +130,19 @@ def uninstall(module: nn.Module) -> None:
         module.__dict__["_old_forward"] = MethodType(type(module).forward, module)
 
 
+def forget_copied(module: nn.Module) -> None:
+    """Take away what a copy or a pickle of an installed module carries: its forward, which is not installed."""
+    if module.__dict__.get(_PART, False) is not None:
+        return
+    del module.__dict__[_PART]
+    for where in ("forward", "_old_forward"):
+        forward = module.__dict__.get(where)
+        if getattr(forward, "__func__", None) in (*_FORWARDS, type(module).forward):
+            module.__dict__[where] = MethodType(type(module).forward, module)
+            if where == "forward":
+                del module.__dict__[where]
+
+
 # How a module is taken over.
 
 
@@ -222,5 +235,6 @@ def _run_second_linear(self: nn.Module, x: Tensor) -> Tensor:
     return cat_linear(state, part.view, x[..., : part.attention_width], None, x[..., part.attention_width :])
 
 
-for _function in (_run_whole_mlp, _run_first_linear, _run_activation, _run_second_linear):
+_FORWARDS = (_run_whole_mlp, _run_first_linear, _run_activation, _run_second_linear)
+for _function in _FORWARDS:
     _function.__name__ = "forward"  # so that a pickled method is looked up as the class's own
