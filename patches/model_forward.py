@@ -28,11 +28,11 @@ VERSION = "1"
 
 def rule(context: Context) -> None:
     for found in context.roles.lookalikes:
-        context.left_dense(found.owner.source, found.node, found.reason, matched=f"class {found.owner.name}")
+        context.left_dense(found.at.source, found.at.outline, found.reason, matched=f"class {found.owner.name}")
     for index, model in enumerate(context.models):
         if model_mark(context, model) is not None:
-            source, name = model.forward.source, model.forward.node.name
-            context.already(source, name, "its forward is marked", matched=model.forward.name)
+            source, function = model.forward.source, model.forward.outline
+            context.already(source, function, "its forward is marked", matched=model.forward.name)
         else:
             counted = context.sampling.leaves_calls(index)
             _mark(context, model, timestep_parameter(context.repository, model) if counted else None)

@@ -29,12 +29,14 @@ def rule(context: Context) -> None:
             double, single = (block_loops(context, model, attribute) for attribute in (model.double, model.single))
             image = image_name(model, double[0])
             hidden = hidden_state(context, model, single, image)
-            check_left_out(model, [*double, *single], hidden)
+            done = all(loop.done for loop in (*double, *single)) and all(way.done for way in hidden.exits)
+            if not (done and context.again):
+                check_left_out(model, [*double, *single], hidden)
         except DoesNotFit as found:
             context.left_dense(source, found.node or function.name, found.reason, matched=None)
             continue
         context.cached_steps.add(index)
-        if all(loop.done for loop in (*double, *single)) and all(way.done for way in hidden.exits):
+        if done:
             context.already(source, function.name, "its steps can be skipped", matched=_name(model))
             continue
         _patch(context, model, double, single, image, hidden)

@@ -282,8 +282,8 @@ def _bound(function: Function, call: cst.Call, given: Given) -> _Arguments | Non
         return None
     defaults = [parameter for parameter in parameters(function.node) if parameter.default is not None]
     bound = {p.name.value: Given(p.default, function, None, ()) for p in defaults if p.default is not None}
-    skip = 1 if function.node.name.value == "__init__" else function.receivers
-    for name, value in bind(function.node, call, skip=skip).items():
+    skip = 1 if function.outline.name == "__init__" else function.receivers
+    for name, value in bind(function.outline, call, skip=skip).items():
         bound[name] = replace(given, value=value)
     return tuple(bound.items())
 

@@ -33,9 +33,11 @@ Matched = str | Node | None
 class Context:
     """One run of all rules over a repository. Rules call `replace`, `insert` and their like, then report a site."""
 
-    def __init__(self, repository: Repository, roles: Roles, *, located: bool = True) -> None:
-        """`located`: whether sites need their lines; working out positions is half of the time of a run."""
-        self._located = located
+    def __init__(self, repository: Repository, roles: Roles, *, again: bool = False) -> None:
+        """`again`: this is the second run, over what the first one made. All that it is asked is what it would change
+        once more: what is done needs no reasons, and no site its lines.
+        """
+        self.again = again
         self.repository = repository
         self.models: list[Model] = roles.models
         self.roles = roles
@@ -68,7 +70,7 @@ class Context:
 
         matched: what was matched there, or the node with its text; without it the text of `node`.
         """
-        if not self._located:
+        if self.again:
             self.sites[source.path, id(node), self.patch, ""] = Site(source.path, 0, self.patch, status, "", reason)
             return
         text = matched if isinstance(matched, str) and matched else source.summary(matched or node)
@@ -90,7 +92,7 @@ class Context:
 
     def line(self, source: Source, node: Node) -> int:
         """The line on which the node starts; 0 where lines are not needed."""
-        return source.line(node) if self._located else 0
+        return 0 if self.again else source.line(node)
 
     # Names
 
@@ -203,11 +205,11 @@ class Context:
 
     # Results
 
-    def results(self) -> dict[str, bytes]:
-        """The new bytes of each changed file, imports added."""
-        return {path: self._source(path).apply(self.all_edits(path)) for path in self.edits}
+    def results(self) -> dict[str, Source]:
+        """Each changed file, imports added. Raises OverlapError, or SourceError for what is no Python."""
+        return {path: self._source(path).edited(self._all_edits(path)) for path in self.edits}
 
-    def all_edits(self, path: str) -> set[Edit]:
+    def _all_edits(self, path: str) -> set[Edit]:
         """The edits of a changed file, the import of the runtime among them."""
         source = self._source(path)
         name, imported = runtime_name(source)

@@ -12,7 +12,7 @@ from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.plan import BlockFacts, FileChange, ModelFacts, Plan, SelectionError, Site, SiteStatus
 from chipmunk.rewrite.repository import Module, Repository
 from chipmunk.rewrite.roles import Block, Lookalike, Model, find_roles, may_hold_model
-from chipmunk.rewrite.source import OverlapError, SourceError
+from chipmunk.rewrite.source import OverlapError, Source, SourceError
 
 ALIASES = {"mlp": ("double-mlp", "single-mlp")}
 # A block's sparse state comes from the model's forward: these patches do nothing without that one.
@@ -79,7 +79,7 @@ def plan_repository(
         except SourceError as unread:  # Python reads the file, LibCST does not
             parsed = {**parsed, unread.path: unread}
             continue
-        after, unfit, problem = _results(repository, context)
+        edited, unfit, problem = _results(repository, context)
         found = {_key(model) for model in context.models if _NEED_FORWARD & set(chosen) and _is_hopeless(model)}
         if not unfit and not found:
             break
@@ -89,7 +89,8 @@ def plan_repository(
         parsed = {**repository.parsed, **unfit}
     sites = [*context.sites.values(), *_refused(repository, context)]
     facts += tuple(context.installed)
-    problem = problem or _check(files, after, context, registry, chosen, hopeless)
+    after = {path: source.content for path, source in edited.items()}
+    problem = problem or _check(files, edited, context, registry, chosen, hopeless)
     if problem is not None:
         patch, reason = problem
         sites = [
@@ -121,11 +122,11 @@ def _run(
     for model in [model for model in roles.models if _key(model) in hopeless]:
         roles.models.remove(model)
         reason = "neither the attention nor the MLP of its blocks has a form that can be made sparse"
-        roles.lookalikes.append(Lookalike(model.owner, model.forward.node.name, reason))
+        roles.lookalikes.append(Lookalike(model.owner, model.forward, reason))
     total = len(chosen) + 1
     if progress is not None:
         progress("finding models", 0, total)
-    context = Context(repository, roles, located=before is None)
+    context = Context(repository, roles, again=before is not None)
     for index, name in enumerate(chosen):
         if progress is not None:
             progress(name, index + 1, total)
@@ -136,7 +137,7 @@ def _run(
 
 def _results(
     repository: Repository, context: Context
-) -> tuple[dict[str, bytes], dict[str, SourceError], tuple[str, str] | None]:
+) -> tuple[dict[str, Source], dict[str, SourceError], tuple[str, str] | None]:
     """The changed files; those that must not be edited, though they could be parsed; why nothing may be written."""
     unfit: dict[str, SourceError] = {}
     for path in context.edits:
@@ -144,39 +145,41 @@ def _results(
             unfit[path] = SourceError(path, "parse", "it does not survive parsing and printing unchanged")
     if unfit:
         return {}, unfit, None
-    after: dict[str, bytes] = {}
+    edited: dict[str, Source] = {}
     problem: tuple[str, str] | None = None
     try:
-        after = context.results()
+        edited = context.results()
     except OverlapError as overlap:
         problem = "chipmunk", str(overlap)
+    except SourceError as unread:
+        problem = "chipmunk", f"the changed {unread.path} would not compile ({unread.reason})"
     for path in context.edits:
-        error = _compile_error(path, after[path]) if after else ""
+        error = _compile_error(path, edited[path].content) if edited else ""
         if error is None:
             continue  # nor does the file itself fail to, then
         if (own := _compile_error(path, _module(repository, path).source.content)) is not None:
             unfit[path] = SourceError(path, "parse", f"this Python does not compile it as it is ({own})")
         elif problem is None:
             problem = "chipmunk", f"the changed {path} would not compile ({error})"
-    return after, unfit, problem
+    return edited, unfit, problem
 
 
 def _check(
     files: Mapping[str, bytes],
-    after: Mapping[str, bytes],
+    edited: Mapping[str, Source],
     context: Context,
     registry: Registry,
     chosen: list[str],
     hopeless: Collection[str],
 ) -> tuple[str, str] | None:
     """Why the result must not be written: a second run would change it again."""
-    if not after:
+    if not edited:
         return None
     # Everything is worked out anew but for the trees of files, and of statements, whose text is the same.
     first = context.repository
     try:
-        changed = {path: Module(_module(first, path).source.edited(context.all_edits(path))) for path in after}
-        parsed = {**first.parsed, **changed}
+        parsed = {**first.parsed, **{path: Module(source) for path, source in edited.items()}}
+        after = {path: source.content for path, source in edited.items()}
         _, second = _run({**files, **after}, registry, chosen, parsed, None, before=first, hopeless=hopeless)
     except SourceError as error:
         return "chipmunk", f"the result cannot be read again ({error.reason})"
@@ -239,9 +242,9 @@ def _facts(model: Model, index: int, context: Context) -> ModelFacts:
         single_block=_block_facts(model.single_block),
         loops=tuple(context.loops.get(index, ())),
         step_caching=index in context.cached_steps,
-        forward=model.forward.node.name.value,
+        forward=model.forward.outline.name,
         forward_file=None if is_method else model.forward.source.path,
-        receiver=None if is_method else model.forward.scope.receiver,
+        receiver=None if is_method else model.forward.receiver,
     )
 
 

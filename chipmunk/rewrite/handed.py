@@ -26,7 +26,7 @@ def work_of(
     ]
     if not {last_name(decorator) for decorator in decorators} <= set(_PLAIN):
         return None
-    given = bind(function.node, found.call, skip=function.receivers)
+    given = bind(function.outline, found.call, skip=function.receivers)
     order = [p.name.value for p in parameters(function.node)]
     taken = {name: roles[n] for name in order if (n := dotted(given.get(name)) or "") in roles}
     element = _element(found.loop)
@@ -47,7 +47,7 @@ def work_of(
     forward = repository.method(owner, "forward")
     if len(called) != 1 or forward is None:
         return None
-    values = bind(forward.node, called[0][0], skip=1, first=called[0][1])
+    values = bind(forward.outline, called[0][0], skip=1, first=called[0][1])
     inner = {name: taken[n] for name, value in values.items() if (n := dotted(value) or "") in taken}
     return (forward, inner, forward.scope.receiver) if set(inner.values()) == set(taken.values()) else None
 

@@ -134,12 +134,12 @@ class Search:
         """What the repository's functions, methods and objects that a call runs hold of attention calls."""
         function, callee = hop.function, hop.call.func
         if isinstance(meaning, Function):
-            own = {f"{name}.{meaning.node.name.value}" for name in (hop.block_name, hop.module_name) if name}
+            own = {f"{name}.{meaning.outline.name}" for name in (hop.block_name, hop.module_name) if name}
             yield from self._below(meaning, hop, streams, path, receiver=_SAME if dotted(callee) in own else "")
             return
         if meaning is not None:
             return
-        if isinstance(callee, cst.Attribute) and dotted(callee.value) == hop.block_name != function.scope.receiver:
+        if isinstance(callee, cst.Attribute) and dotted(callee.value) == hop.block_name != function.receiver:
             inner = self.context.repository.method(self.block.owner, callee.attr.value)
             if inner is not None:  # the block's own method, called by something that was given the block
                 yield from self._below(inner, hop, streams, path, receiver=_SAME)
@@ -152,7 +152,7 @@ class Search:
     def _held(self, hop: Hop) -> tuple[str, Held]:
         """What the object may be whose attribute is called: `self.attn(…)`, `self.attn.run(…)`, `block.attn(…)`."""
         callee, function = hop.call.func, hop.function
-        for name, owner in ((hop.block_name, self.block.owner), (function.scope.receiver, function.owner)):
+        for name, owner in ((hop.block_name, self.block.owner), (function.receiver, function.owner)):
             if name is None or owner is None or not isinstance(callee, cst.Attribute):
                 continue
             attribute, method = self_attribute(callee, name), None
@@ -179,11 +179,11 @@ class Search:
         """`receiver`: what the receiver of `inner` is, the same object as the caller's, or a module below the block."""
         if len(path) >= DEPTH or any(h.function is inner for h in (*path, hop)):
             return
-        given = bind(inner.node, hop.call, skip=inner.receivers, first=first)
+        given = bind(inner.outline, hop.call, skip=inner.receivers, first=first)
         taken = {n: s for n, v in given.items() if (s := streams_of(hop.function, v, hop.step, streams))}
         if not taken:
             return
-        own = inner.scope.receiver if inner.receivers else None
+        own = inner.receiver if inner.receivers else None
         names: list[str | None] = []
         for known in (hop.block_name, hop.module_name):
             name = next((n for n, value in given.items() if known is not None and dotted(value) == known), None)
@@ -208,10 +208,10 @@ def _tensors_of(meaning: Meaning | None, call: cst.Call) -> tuple[str, ...] | No
     """The names of query, key and value if this is a call of an attention function that the runtime knows."""
     name = meaning.name.split(".")[-1] if isinstance(meaning, External) else ""
     if isinstance(meaning, Function):
-        given = tuple(p.name.value for p in parameters(meaning.node))
+        given = tuple(meaning.parameters)
         if given[:5] in HEADS and HEADS_OPTION in given:
             return given[:3]
-        name = meaning.node.name.value
+        name = meaning.outline.name
         return given[:3] if name in KNOWN and given[:4] == KNOWN[name] else None
     if isinstance(meaning, External) and meaning.name == SDPA:
         return ("query", "key", "value")

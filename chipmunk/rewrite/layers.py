@@ -1,22 +1,18 @@
-"""What a module that is built of torch's layers computes: whether it is an MLP or an activation, and of which parts.
-
-Its forward is followed with a symbol in the place of the input. Whatever is not understood makes the whole of it not
-understood.
-"""
+"""Whether what a module is built of is an MLP or an activation, and of which parts: told by following its forward."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import libcst as cst
 
-from chipmunk.rewrite.building import Builder, Built, Given, Instance, Layer, LibraryMlp, Series, built_as, is_torch
+from chipmunk.rewrite.building import Layer, LibraryMlp, Series, built_as, is_torch
 from chipmunk.rewrite.flow import Step
+from chipmunk.rewrite.following import INPUT, Follow, Unknown
 from chipmunk.rewrite.repository import Class, Function, Repository
-from chipmunk.rewrite.syntax import argument, dotted, integer, last_name, text_of_string, walk
+from chipmunk.rewrite.syntax import argument, text_of_string
 
-_DEPTH = 12
+_ACTIVATIONS = {"gelu_tanh", "gelu", "gelu?", "swiglu", "swiglu_value_first"}
 
 
 @dataclass(frozen=True)
@@ -32,26 +28,6 @@ class Mlp:
         return self.activation.startswith("swiglu")
 
 
-# What a module computes
-
-
-@dataclass(frozen=True)
-class _Value:
-    """`input`, `linear`, an activation's name, `silu`, or `half`: what was done last, and to what."""
-
-    kind: str
-    of: _Value | None = None
-    at: str = ""
-    """Of a linear or an activation: its place in the module. Of a half: `0` or `1`."""
-
-
-class _Unknown(Exception):
-    """Something that is not understood."""
-
-
-_INPUT = _Value("input")
-
-
 def builds_linear(repository: Repository, owner: Class, attribute: str) -> bool:
     """Whether the attribute may be a Linear, or one of its kind (`F8Linear`): the runtime looks at the exact type."""
     return any(isinstance(b, Layer) and b.kind == "linear" for b in built_as(repository, owner, attribute))
@@ -62,16 +38,16 @@ def mlp_built(repository: Repository, owner: Class, attribute: str) -> Mlp | Non
     for built in built_as(repository, owner, attribute):
         if isinstance(built, LibraryMlp):
             return Mlp(built.activation, built.parts, built.of)
-        follow = _Follow(repository)
+        follow = Follow(repository)
         try:
-            value = follow.run(built, "", _INPUT)
-        except _Unknown:
+            value = follow.run(built, "", INPUT)
+        except Unknown:
             continue
         inner = value.of
         if value.kind != "linear" or inner is None or inner.kind not in _ACTIVATIONS or inner.of is None:
             continue
         first = inner.of
-        if first.kind == "linear" and first.of == _INPUT:
+        if first.kind == "linear" and first.of == INPUT:
             if isinstance(built, Series) and not follow.classes:
                 return Mlp(inner.kind)
             name = inner.at if inner.kind == "gelu?" else inner.kind
@@ -82,12 +58,12 @@ def mlp_built(repository: Repository, owner: Class, attribute: str) -> Mlp | Non
 def activation_built(repository: Repository, owner: Class, attribute: str) -> Mlp | None:
     """The attribute's activation, with its classes if they are the repository's own; None if it is none we know."""
     for built in built_as(repository, owner, attribute):
-        follow = _Follow(repository)
+        follow = Follow(repository)
         try:
-            value = follow.run(built, "", _INPUT)
-        except _Unknown:
+            value = follow.run(built, "", INPUT)
+        except Unknown:
             continue
-        if value.kind in _ACTIVATIONS and value.of == _INPUT and (value.kind != "gelu?" or not follow.classes):
+        if value.kind in _ACTIVATIONS and value.of == INPUT and (value.kind != "gelu?" or not follow.classes):
             return Mlp(value.kind, of=", ".join(follow.classes))
     return None
 
@@ -101,330 +77,3 @@ def functional_activation(repository: Repository, call: cst.Call, function: Func
         return None
     text = "none" if approximate is None else text_of_string(approximate)
     return {"tanh": "gelu_tanh", "none": "gelu"}.get(text or "")
-
-
-_ACTIVATIONS = {"gelu_tanh", "gelu", "gelu?", "swiglu", "swiglu_value_first"}
-
-
-# Following a forward
-
-
-_SAME = ("to", "contiguous", "type_as")
-
-
-@dataclass
-class _Follow:
-    """Follows the forward of modules; `classes` are those of the repository that it has read."""
-
-    repository: Repository
-    classes: list[str] = field(default_factory=list)
-    depth: int = 0
-
-    def run(self, module: Built, at: str, value: _Value) -> _Value:
-        """What the module at that place makes of the value. Raises _Unknown."""
-        if isinstance(module, Layer):
-            if module.kind == "idle":
-                return value
-            return _Value(module.kind, value, at)
-        if isinstance(module, Series) and module.runs:
-            for index, item in enumerate(module.items):
-                value = self.run(item, _join(at, str(index)), value)
-            return value
-        if isinstance(module, Instance) and self.depth < _DEPTH:
-            forward = self.repository.method(module.owner, "forward")
-            if forward is None or not _is_plain(forward) or self.repository.method(module.owner, "__call__"):
-                raise _Unknown
-            if module.owner.name not in self.classes:
-                self.classes.append(module.owner.name)
-            self.depth += 1
-            try:
-                return _Frame(self, module, at, forward).call([value])
-            finally:
-                self.depth -= 1
-        raise _Unknown
-
-
-def _is_plain(function: Function) -> bool:
-    """Whether no decorator may change what the function computes (autocast, say)."""
-    found = [d.decorator.func if isinstance(d.decorator, cst.Call) else d.decorator for d in function.node.decorators]
-    return {last_name(decorator) for decorator in found} <= {"compile", "no_grad", "inference_mode"}
-
-
-def _join(at: str, name: str) -> str:
-    return f"{at}.{name}" if at else name
-
-
-class _Frame:
-    """One call of a method of a module."""
-
-    def __init__(self, follow: _Follow, instance: Instance, at: str, function: Function) -> None:
-        self.follow, self.instance, self.at, self.function = follow, instance, at, function
-        self.builder = Builder(follow.repository)
-        self.values: dict[str, _Value] = {}
-        self.halves: dict[str, _Value] = {}
-        """Names that hold both halves of a value."""
-        self.widths: dict[str, _Value] = {}
-        """Names that hold half of a value's width."""
-        self.modules: dict[str, tuple[Built, str]] = {}
-        """Names that hold a module, and its place."""
-
-    def call(self, given: list[_Value]) -> _Value:
-        names = [p.name.value for p in self.function.node.params.params][1:]
-        if len(names) < len(given) or self.function.owner is None or self.function.is_static:
-            raise _Unknown
-        self.values.update(zip(names, given, strict=False))
-        result = self._suite(self.function.node.body)
-        if result is None:
-            raise _Unknown
-        return result
-
-    def _suite(self, suite: cst.BaseSuite) -> _Value | None:
-        """Run the statements; what they return, None if they go on."""
-        return self._statements(list(suite.body))
-
-    def _statements(self, body: list[Any]) -> _Value | None:
-        for statement in body:
-            for node in statement.body if isinstance(statement, cst.SimpleStatementLine) else (statement,):
-                result = self._statement(node)
-                if result is not None:
-                    return result
-        return None
-
-    def _statement(self, node: cst.CSTNode) -> _Value | None:
-        if isinstance(node, cst.Return):
-            return self.value(node.value)
-        if isinstance(node, cst.Assign) and len(node.targets) == 1:
-            self._assign(node.targets[0].target, node.value)
-        elif isinstance(node, cst.AnnAssign) and node.value is not None:
-            self._assign(node.target, node.value)
-        elif isinstance(node, cst.If):
-            return self._if(node)
-        elif isinstance(node, cst.For) and isinstance(node.target, cst.Name) and node.orelse is None:
-            return self._for(node.target.value, node)
-        elif isinstance(node, (cst.Assert, cst.Pass)) or (isinstance(node, cst.Expr) and not self._concerns(node)):
-            return None
-        else:
-            raise _Unknown
-        return None
-
-    def _if(self, node: cst.If) -> _Value | None:
-        """A condition on something else than the module's construction may do anything but touch the values."""
-        decided = self.builder.decide(node.test, Given(node.test, self.function, None, self.instance.arguments))
-        if isinstance(decided, bool) and not self._concerns(node.test):
-            suite = node.body if decided else node.orelse
-            if isinstance(suite, cst.If):
-                return self._if(suite)
-            suite = suite.body if isinstance(suite, cst.Else) else suite
-            return self._suite(suite) if suite is not None else None
-        before = dict(self.values)
-        result = self._suite(node.body)
-        if self.values != before or node.orelse is not None:
-            raise _Unknown
-        if result is None:
-            return None
-        rest = _Frame(self.follow, self.instance, self.at, self.function)
-        rest.values, rest.modules = dict(self.values), dict(self.modules)
-        other = rest._after(node)
-        if other != result:
-            raise _Unknown
-        return result
-
-    def _after(self, node: cst.CSTNode) -> _Value | None:
-        """What the statements after `node`, in the function's own suite, return."""
-        body: list[Any] = list(self.function.node.body.body)
-        if node not in body:
-            raise _Unknown
-        return self._statements(body[body.index(node) + 1 :])
-
-    def _for(self, name: str, node: cst.For) -> _Value | None:
-        module, at = self._module(node.iter)
-        if not isinstance(module, Series):
-            raise _Unknown
-        for index, item in enumerate(module.items):
-            self.modules[name] = (item, _join(at, str(index)))
-            if self._suite(node.body) is not None:
-                raise _Unknown
-        return None
-
-    def _assign(self, target: cst.BaseExpression, value: cst.BaseExpression) -> None:
-        if isinstance(target, (cst.Tuple, cst.List)):
-            names = [last_name(element.value) for element in target.elements]
-            for name, half in zip(names, self._both(value), strict=True):
-                self.values[name] = half
-            return
-        if not isinstance(target, cst.Name):
-            raise _Unknown
-        name, found = target.value, self._meant(value)
-        tables: list[dict[str, Any]] = [self.values, self.halves, self.widths, self.modules]
-        for table in tables:
-            table.pop(name, None)
-        if found is not None:
-            table, meant = found
-            table[name] = meant
-
-    def _meant(self, value: cst.BaseExpression) -> tuple[dict[str, Any], _Value] | None:
-        """What a name gets, and in which table; None if it has nothing to do with the values."""
-        if (whole := self._half_width(value)) is not None:
-            return self.widths, whole
-        if not self._concerns(value):
-            return None
-        try:
-            return self.values, self.value(value)
-        except _Unknown:
-            return self.halves, self._both(value)[0].of or _INPUT
-
-    def _both(self, value: cst.BaseExpression) -> tuple[_Value, _Value]:
-        """The two halves: `x.chunk(2, dim=-1)`, `torch.chunk(x, 2, -1)`, or a name that holds them."""
-        if isinstance(value, cst.Name) and value.value in self.halves:
-            whole = self.halves[value.value]
-        elif isinstance(value, cst.Call) and last_name(value.func) in ("chunk", "tensor_split"):
-            inner, shift = (value.func.value, 0) if isinstance(value.func, cst.Attribute) else (None, 1)
-            if inner is not None and not self._concerns(inner):
-                inner, shift = None, 1
-            inner = value.args[0].value if inner is None and value.args else inner
-            count, dim = argument(value, shift, "chunks"), argument(value, shift + 1, "dim")
-            if integer(count) != 2 or integer(dim) != -1:
-                raise _Unknown
-            whole = self.value(inner)
-        else:
-            raise _Unknown
-        return _Value("half", whole, "0"), _Value("half", whole, "1")
-
-    def _half_width(self, value: cst.BaseExpression) -> _Value | None:
-        """The value of whose width `x.shape[-1] // 2` is the half."""
-        if isinstance(value, cst.Name):
-            return self.widths.get(value.value)
-        if not isinstance(value, cst.BinaryOperation) or not isinstance(value.operator, cst.FloorDivide):
-            return None
-        width = value.left
-        if integer(value.right) != 2:
-            return None
-        if isinstance(width, cst.Call) and last_name(width.func) == "size" and isinstance(width.func, cst.Attribute):
-            whole, index = width.func.value, argument(width, 0, "dim")
-        elif isinstance(width, cst.Subscript) and last_name(width.value) == "shape":
-            assert isinstance(width.value, cst.Attribute)
-            part = width.slice[0].slice
-            whole, index = width.value.value, part.value if isinstance(part, cst.Index) else None
-        else:
-            return None
-        try:
-            return self.value(whole) if integer(index) == -1 else None
-        except _Unknown:
-            return None
-
-    def value(self, node: cst.BaseExpression | None) -> _Value:
-        """What the expression computes."""
-        if isinstance(node, cst.Name) and node.value in self.values:
-            return self.values[node.value]
-        if isinstance(node, cst.Call):
-            return self._call(node)
-        if isinstance(node, cst.BinaryOperation) and isinstance(node.operator, cst.Multiply):
-            return _gated(self.value(node.left), self.value(node.right))
-        if isinstance(node, cst.Subscript):
-            return self._subscript(node)
-        raise _Unknown
-
-    def _subscript(self, node: cst.Subscript) -> _Value:
-        last = node.slice[-1].slice
-        if isinstance(last, cst.Index) and len(node.slice) == 1 and integer(last.value) in (0, 1):
-            return self._both(node.value)[integer(last.value) or 0]
-        if not isinstance(last, cst.Slice) or last.step is not None or len(node.slice) not in (2, 3):
-            raise _Unknown
-        for part in node.slice[:-1]:
-            whole = isinstance(part.slice, cst.Slice) and part.slice.lower is None and part.slice.upper is None
-            if not whole and not (isinstance(part.slice, cst.Index) and isinstance(part.slice.value, cst.Ellipsis)):
-                raise _Unknown
-        value = self.value(node.value)
-        cut = last.upper if last.lower is None else last.lower
-        if cut is None or (last.lower is not None and last.upper is not None) or self._half_width(cut) != value:
-            raise _Unknown
-        return _Value("half", value, "0" if last.lower is None else "1")
-
-    def _call(self, call: cst.Call) -> _Value:
-        function, name = call.func, last_name(call.func)
-        if isinstance(function, cst.Attribute) and name in _SAME and self._concerns(function.value):
-            return self.value(function.value)
-        if not call.args or call.args[0].star or call.args[0].keyword is not None:
-            raise _Unknown
-        first = call.args[0].value
-        for kind in ("gelu", "silu"):
-            theirs = is_torch(self.follow.repository, function, kind, self.function, None)
-            if theirs and dotted(function) is not None and not self._is_own(function):
-                return self._functional(kind, call)
-        own = self._own_method(function)
-        if own is not None:
-            if any(arg.star or arg.keyword is not None for arg in call.args):
-                raise _Unknown
-            return _Frame(self.follow, self.instance, self.at, own).call([self.value(arg.value) for arg in call.args])
-        if len(call.args) != 1:
-            raise _Unknown
-        module, at = self._module(function)
-        return self.follow.run(module, at, self.value(first))
-
-    def _functional(self, kind: str, call: cst.Call) -> _Value:
-        value = self.value(call.args[0].value)
-        if kind == "silu":
-            return _Value("silu", value)
-        approximate = argument(call, 1, "approximate")
-        text: str | None = "none"
-        if approximate is not None:
-            text = text_of_string(approximate)
-            attribute = self._receiver_attribute(approximate)
-            if attribute is not None:
-                text = self._text(attribute)
-        if text not in ("tanh", "none"):
-            raise _Unknown
-        return _Value("gelu_tanh" if text == "tanh" else "gelu", value)
-
-    def _text(self, attribute: str) -> str | None:
-        found = {
-            self.builder.text(value, Given(value, method, step, self.instance.arguments))
-            for value, method, step in self.follow.repository.values_of(self.instance.owner, attribute)
-        }
-        return found.pop() if len(found) == 1 else None
-
-    def _receiver_attribute(self, node: cst.CSTNode) -> str | None:
-        name = dotted(node)
-        receiver = self.function.scope.receiver
-        if name is None or not name.startswith(f"{receiver}.") or name.count(".") != 1:
-            return None
-        return name.split(".")[1]
-
-    def _is_own(self, function: cst.BaseExpression) -> bool:
-        return (dotted(function) or "").split(".")[0] == self.function.scope.receiver
-
-    def _own_method(self, function: cst.BaseExpression) -> Function | None:
-        attribute = self._receiver_attribute(function)
-        return None if attribute is None else self.follow.repository.method(self.instance.owner, attribute)
-
-    def _module(self, node: cst.BaseExpression) -> tuple[Built, str]:
-        """The module that the expression is, and its place."""
-        if isinstance(node, cst.Name) and node.value in self.modules:
-            return self.modules[node.value]
-        attribute = self._receiver_attribute(node)
-        if attribute is not None:
-            return self.builder.attribute(self.instance, attribute), _join(self.at, attribute)
-        if isinstance(node, cst.Subscript) and len(node.slice) == 1 and isinstance(node.slice[0].slice, cst.Index):
-            module, at = self._module(node.value)
-            index = integer(node.slice[0].slice.value)
-            if isinstance(module, Series) and index is not None and -len(module.items) <= index < len(module.items):
-                return module.items[index], _join(at, str(index % len(module.items)))
-        raise _Unknown
-
-    def _concerns(self, node: cst.CSTNode) -> bool:
-        """Whether the values occur in it."""
-        known = self.values.keys() | self.halves.keys()
-        return any(isinstance(inner, cst.Name) and inner.value in known for inner in walk(node))
-
-
-def _gated(first: _Value, second: _Value) -> _Value:
-    """`silu(gate) · value` of the two halves of one value."""
-    for gate, value in ((first, second), (second, first)):
-        inner = gate.of
-        if gate.kind != "silu" or inner is None or inner.of != value.of:
-            continue
-        if inner.kind == value.kind == "linear" and inner.at != value.at:
-            return _Value("swiglu", _Value("linear", inner.of, f"{inner.at} + {value.at}"))
-        if inner.kind == value.kind == "half" and {inner.at, value.at} == {"0", "1"}:
-            return _Value("swiglu" if inner.at == "0" else "swiglu_value_first", inner.of)
-    raise _Unknown

@@ -92,6 +92,8 @@ def bounds_of(source: Source) -> Bounds:
     """What a file tells of the longest line that its formatter leaves."""
     longest, shortest = 0.0, math.inf
     for start, end in _simple_statements(source):
+        if end - start <= longest and b"\n" not in source.text[start:end]:
+            continue  # tells nothing
         text = source.text[start:end].decode("utf-8")
         if _UNFIT.search(text):
             continue

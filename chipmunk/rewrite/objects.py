@@ -6,14 +6,13 @@ users put there is decided when the program runs; every class beside the default
 
 from __future__ import annotations
 
+import ast
 import re
 from dataclasses import dataclass, field
 
-import libcst as cst
-
-from chipmunk.rewrite.flow import Step
+from chipmunk.rewrite.ast_nodes import arguments, dotted, last_name
 from chipmunk.rewrite.repository import Class, Function, Module, Repository
-from chipmunk.rewrite.syntax import bind, dotted, last_name, self_attribute
+from chipmunk.rewrite.statements import Statement, bind
 
 _DEPTH = 4
 _FILES = 4
@@ -40,7 +39,7 @@ def held_by(repository: Repository, owner: Class, attribute: str, method: str | 
     search = _Search(repository, owner, builder)
     classes = list(repository.classes_in(owner, attribute))
     held = Held()
-    for value, function, step in repository.values_of(owner, attribute):
+    for value, function, step in repository.assigned(owner, attribute):
         for name in _parameters_in(value, function, step):
             held.replaceable = True
             classes += [found for found in search.given_for(function, name, 0) if found not in classes]
@@ -56,19 +55,17 @@ def held_by(repository: Repository, owner: Class, attribute: str, method: str | 
     return held
 
 
-def _set_elsewhere(
-    repository: Repository, owner: Class, attribute: str
-) -> list[tuple[cst.BaseExpression, Function, Step]]:
+def _set_elsewhere(repository: Repository, owner: Class, attribute: str) -> list[tuple[ast.expr, Function, Statement]]:
     """What the constructor gives to `set_<attribute>`, where that is inherited from a class of another package."""
     setter = f"set_{attribute}"
-    if repository.values_of(owner, attribute) or repository.method(owner, setter) is not None:
+    if repository.assigned(owner, attribute) or repository.method(owner, setter) is not None:
         return []
     makers = [maker for c in repository.bases(owner) if (maker := c.methods.get("__init__")) is not None]
-    calls = [(call, maker, step) for maker in makers for call, step in maker.scope.calls]
+    calls = [(call, maker, step) for maker in makers for call, step in maker.statements.calls]
     return [
-        (call.args[0].value, maker, step)
+        (given[0], maker, step)
         for call, maker, step in calls
-        if self_attribute(call.func, maker.scope.receiver) == setter and len(call.args) == 1
+        if dotted(call.func) == f"{maker.receiver}.{setter}" and len(given := arguments(call)) == 1
     ]
 
 
@@ -82,12 +79,12 @@ def _method(repository: Repository, owner: Class, name: str | None) -> Function 
     return next((found for n in names if (found := repository.method(owner, n)) is not None), None)
 
 
-def _parameters_in(value: cst.CSTNode, function: Function, step: Step) -> list[str]:
+def _parameters_in(value: ast.expr, function: Function, step: Statement) -> list[str]:
     """The parameters of the function that the value may be, as they were given."""
-    if isinstance(value, cst.IfExp):
+    if isinstance(value, ast.IfExp):
         return [*_parameters_in(value.body, function, step), *_parameters_in(value.orelse, function, step)]
-    scope, name = function.scope, dotted(value)
-    if name not in scope.parameters[1:] or scope.is_definite(scope.reaching(name, step), step):
+    inside, name = function.statements, dotted(value)
+    if name not in function.parameters[1:] or inside.is_definite(inside.reaching(name, step), step):
         return []
     return [name]
 
@@ -110,47 +107,49 @@ class _Search:
         # What other methods put there, when users ask for it, are replacements.
         makers = [c.methods.get("__init__") for c in self.repository.bases(self.owner)]
         callers = [caller for caller in makers if caller is not None]
-        calls = [(call, caller, step) for caller in callers for call, step in caller.scope.calls]
-        calls = [found for found in calls if self_attribute(found[0].func, found[1].scope.receiver) == name]
+        calls = [(call, caller, step) for caller in callers for call, step in caller.statements.calls]
+        calls = [found for found in calls if dotted(found[0].func) == f"{found[1].receiver}.{name}"]
         if name == "__init__":
             calls = []
             for module in dict.fromkeys((self.builder, self.owner.module)):
                 names = "|".join((self.owner.name, *module.aliases)).encode()
                 functions = [f for f in module.all_functions() if re.search(rb"\b(?:" + names + rb")\s*\(", f.text)]
-                calls += [(call, f, step) for f in functions for call, step in f.scope.calls]
+                calls += [(call, f, step) for f in functions for call, step in f.statements.calls]
             calls = [found for found in calls if self._builds_owner(*found)]
         found: list[Class] = []
         for call, caller, step in calls:
-            argument = bind(function.node, call, skip=function.receivers).get(parameter)
+            argument = bind(function.outline, call, skip=function.receivers).get(parameter)
             if argument is not None:
                 found += self._classes_of(argument, caller, step, depth)
         return found
 
-    def classes_of(self, value: cst.CSTNode, function: Function, step: Step) -> list[Class]:
+    def classes_of(self, value: ast.expr, function: Function, step: Statement) -> list[Class]:
         """The classes that a value in one of the owner's methods may be an object of."""
         return self._classes_of(value, function, step, 0)
 
-    def _builds_owner(self, call: cst.Call, caller: Function, step: Step) -> bool:
+    def _builds_owner(self, call: ast.Call, caller: Function, step: Statement) -> bool:
         if last_name(call.func) not in (self.owner.name, *caller.module.aliases):
             return False
-        return self.repository.resolve(call.func, caller, step) is self.owner
+        return self.repository.resolve(dotted(call.func), caller, step) is self.owner
 
-    def _classes_of(self, value: cst.CSTNode, function: Function, step: Step, depth: int) -> list[Class]:
+    def _classes_of(self, value: ast.expr, function: Function, step: Statement, depth: int) -> list[Class]:
         """The classes that a value may be an object of."""
         if depth > _DEPTH:
             return []
-        if isinstance(value, cst.Call):
-            meaning = self.repository.resolve(value.func, function, step)
-            if meaning is None and (name := self_attribute(value.func, function.scope.receiver)) is not None:
-                meaning = _class_attribute(self.repository, self.owner, name)
+        if isinstance(value, ast.Call):
+            callee = dotted(value.func)
+            meaning = self.repository.resolve(callee, function, step)
+            receiver, _, attribute = (callee or "").partition(".")
+            if meaning is None and receiver == function.receiver and attribute:
+                meaning = _class_attribute(self.repository, self.owner, attribute)
             return [meaning] if isinstance(meaning, Class) else []
-        if isinstance(value, cst.IfExp):
+        if isinstance(value, ast.IfExp):
             return [c for part in (value.body, value.orelse) for c in self._classes_of(part, function, step, depth + 1)]
         name = dotted(value)
         if name is None:
             return []
-        bindings = function.scope.reaching(name, step)
-        if name in function.scope.parameters and not function.scope.is_definite(bindings, step):
+        bindings = function.statements.reaching(name, step)
+        if name in function.parameters and not function.statements.is_definite(bindings, step):
             given = self.given_for(function, name, depth + 1)
             if given:  # else what is put in its place where nothing is given
                 return given
@@ -161,12 +160,11 @@ class _Search:
 def _class_attribute(repository: Repository, owner: Class, name: str) -> Class | None:
     """The class that a class's own attribute is another name for: `default = Processor` in its body."""
     for current in repository.bases(owner):
-        for statement in current.node.body.body:
-            for small in statement.body if isinstance(statement, cst.SimpleStatementLine) else ():
-                if isinstance(small, cst.Assign) and dotted(small.targets[0].target) == name:
-                    meaning = repository.resolve(small.value, current.module)
-                    if isinstance(meaning, Class):
-                        return meaning
+        for statement in current.outline.body:
+            if isinstance(statement, ast.Assign) and dotted(statement.targets[0]) == name:
+                meaning = repository.resolve(dotted(statement.value), current.module)
+                if isinstance(meaning, Class):
+                    return meaning
     return None
 
 

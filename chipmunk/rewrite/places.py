@@ -8,12 +8,14 @@ The functions that the model's forward and its blocks run are read for these.
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import libcst as cst
 
+from chipmunk.rewrite import ast_nodes
 from chipmunk.rewrite.flow import Step, value_names
 from chipmunk.rewrite.objects import held_by
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
@@ -168,18 +170,21 @@ class _Reader:
         others = roots - {scope.receiver} if entry.function.receivers else roots
         if others or dotted(node) in ("None", "True", "False") or isinstance(node, cst.SimpleString):
             return False
-        if any(is_torch_function(call) for call, _ in scope.calls_behind(node, step)):
+        if any(is_torch_function(dotted(call.func)) for call, _ in scope.calls_behind(node, step)):
             return True
         owner = entry.function.owner
         names = [name for name in _names_behind(entry, node, step) if name is not None]
         return owner is not None and any(self._is_tensor(owner, name) for name in names)
 
     def _is_tensor(self, owner: Class, attribute: str) -> bool:
-        values = self.repository.values_of(owner, attribute)
-        calls = [node for value, *_ in values for node in walk(value) if isinstance(node, cst.Call)]
-        return any(is_torch_function(call) or last_name(call.func) in _TABLES for call in calls) or bool(
-            list(self._registered(owner, attribute))
-        )
+        made = self._callees(owner, attribute)
+        return any(
+            is_torch_function(ast_nodes.dotted(callee)) or ast_nodes.last_name(callee) in _TABLES for callee in made
+        ) or bool(list(self._registered(owner, attribute)))
+
+    def _callees(self, owner: Class, attribute: str) -> list[ast.expr]:
+        """What is called in the expressions that are assigned to an attribute; told without their trees."""
+        return [callee for value, *_ in self.repository.assigned(owner, attribute) for callee in _called(value)]
 
     def _table(self, entry: Entry, node: cst.BinaryOperation, step: Step) -> Iterator[Found]:
         """`image + self.positions`: a tensor of the model's own, with a row for each token."""
@@ -194,9 +199,10 @@ class _Reader:
 
     def _has_rows(self, owner: Class, attribute: str) -> bool:
         """Whether the attribute is a parameter or buffer of which the last axis but one may be the tokens'."""
-        values = [value for value, *_ in self.repository.values_of(owner, attribute)]
-        tables = [call.args[0].value for call in values if is_call(call, *_TABLES) and call.args]
-        tables += self._registered(owner, attribute)
+        tables = [*self._registered(owner, attribute)]
+        if any(ast_nodes.last_name(callee) in _TABLES for callee in self._callees(owner, attribute)):
+            values = [value for value, *_ in self.repository.values_of(owner, attribute)]
+            tables += [call.args[0].value for call in values if is_call(call, *_TABLES) and call.args]
         return any(not is_alike_for_all(table) for table in tables)
 
     def _registered(self, owner: Class, attribute: str) -> Iterator[cst.BaseExpression]:
@@ -273,14 +279,14 @@ class _Reader:
                 if isinstance(inner, str):
                     yield Found(f"{entry.function.name} mixes neighbours ({inner})")
                     continue
-                given = bind(inner.node, call, skip=inner.receivers, first=first)
+                given = bind(inner.outline, call, skip=inner.receivers, first=first)
                 tokens = frozenset(n for n, value in given.items() if self._holds(entry, value, step))
                 if not tokens:
                     continue
                 made = frozenset(n for n, value in given.items() if self.is_made(entry, value, step))
                 known = {n: objects[name] for n, v in given.items() if (name := dotted(v)) in objects}
                 if inner.receivers and own is not None:
-                    known[inner.scope.receiver] = own
+                    known[inner.receiver] = own
                 numbers = frozenset(n for n, v in given.items() if is_number(entry, v, step, entry.numbers))
                 below = Entry(inner, tokens, tuple(sorted(known.items(), key=_first)), made, numbers)
                 yield from self.read(below, depth + 1)
@@ -306,10 +312,9 @@ class _Reader:
             if method is not None:
                 yield method, owner
                 continue
-            for value, *_ in repository.values_of(owner, attribute):
-                for made in walk(value):
-                    if isinstance(made, cst.Call) and _NEIGHBOURS.fullmatch(last_name(made.func)):
-                        yield last_name(made.func), None
+            for made in self._callees(owner, attribute):
+                if _NEIGHBOURS.fullmatch(ast_nodes.last_name(made)):
+                    yield ast_nodes.last_name(made), None
             for inner in held_by(repository, owner, attribute, run, self.builder).methods:
                 yield inner, inner.owner
 
@@ -358,6 +363,14 @@ def _plain_roots(entry: Entry, node: cst.CSTNode | None, step: Step) -> frozense
         if node.value in scope.parameters and not scope.is_definite(bindings, step):
             found.add(node.value)
     return frozenset(found)
+
+
+def _called(node: ast.AST) -> Iterator[ast.expr]:
+    """What is called in an expression, in the order of the text."""
+    if isinstance(node, ast.Call):
+        yield node.func
+    for part in ast.iter_child_nodes(node):
+        yield from _called(part)
 
 
 def _first(item: tuple[str, Class]) -> str:

@@ -43,7 +43,7 @@ class Reached:
             return Attribute(self.block.owner, name, name)
         if self.module_name is not None and (name := self_attribute(node, self.module_name)) is not None:
             for owner in repository.classes_in(self.block.owner, self.module):
-                if repository.values_of(owner, name):
+                if repository.assigned(owner, name):
                     return Attribute(owner, name, f"{self.module}.{name}")
         return None
 
@@ -118,9 +118,9 @@ def _follow(
     found[key] = here
     for call, step in here.function.scope.calls:
         for function, own, module, first in _run_by(repository, here, call, step):
-            given = bind(function.node, call, skip=function.receivers, first=first)
+            given = bind(function.outline, call, skip=function.receivers, first=first)
             names = {dotted(value): name for name, value in given.items()}
-            receiver = function.scope.receiver if function.receivers else None
+            receiver = function.receiver if function.receivers else None
             block_name = names.get(here.block_name) if here.block_name is not None else None
             module_name = names.get(here.module_name) if here.module_name is not None else None
             if own == "block":
@@ -152,7 +152,7 @@ def _run_by(
             continue
         meaning = repository.resolve(callee, here.function, step)
         if isinstance(meaning, Function):
-            own = here.module_name is not None and dotted(callee) == f"{here.module_name}.{meaning.node.name.value}"
+            own = here.module_name is not None and dotted(callee) == f"{here.module_name}.{meaning.outline.name}"
             yield meaning, "module" if own else "", here.module, first
             continue
         if meaning is not None or not isinstance(callee, cst.Attribute):

@@ -10,12 +10,12 @@ from pathlib import PurePosixPath
 
 import libcst as cst
 
-from chipmunk.rewrite.ast_nodes import dotted as _dotted
+from chipmunk.rewrite import syntax
+from chipmunk.rewrite.ast_nodes import arguments, dotted, last_name
 from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.modules import Class, External, Function, Meaning, Module, imported_names
 from chipmunk.rewrite.source import Source, SourceError
-from chipmunk.rewrite.statements import Indexed
-from chipmunk.rewrite.syntax import bind, dotted, is_call, last_name, parameters, self_attribute, walk
+from chipmunk.rewrite.statements import Indexed, Statement, bind
 
 _FOLLOW = 6  # imports of imports
 _ADDING = {"append", "extend", "insert"}
@@ -39,6 +39,7 @@ class Repository:
         self._modules: dict[str, Module | SourceError] = dict(parsed or {})
         self._found_modules: dict[tuple[str, str], str | None] = {}
         self._classes_built: dict[tuple[int, str, str], list[Class]] = {}
+        self._assigned: dict[tuple[int, str], list[tuple[ast.expr, Function, Statement]]] = {}
         self._values: dict[tuple[int, str], list[tuple[cst.BaseExpression, Function, Step]]] = {}
         self._bases: dict[int, list[Class]] = {}
         self._found_files: dict[Hashable, list[str]] = {}
@@ -143,7 +144,7 @@ class Repository:
         self, expression: cst.CSTNode | str | None, function: Function | Module, step: Indexed | None = None
     ) -> Meaning | None:
         """What a name or dotted name means inside `function` (at `step`, if given); None if unknown."""
-        name = expression if isinstance(expression, str) else dotted(expression)
+        name = expression if isinstance(expression, str) else syntax.dotted(expression)
         if name is None:
             return None
         first, *rest = name.split(".")
@@ -165,7 +166,7 @@ class Repository:
             imported = imported_names(binding.step.node)
             if first in imported:
                 return self._imported(*imported[first], rest, function.module, 0)
-            name = _dotted(binding.value) if binding.value is not None and not binding.path else None
+            name = dotted(binding.value) if binding.value is not None and not binding.path else None
             if name not in (None, first):
                 return self.resolve(".".join([name or "", *rest]), function, binding.step)
         return None
@@ -181,7 +182,7 @@ class Repository:
         if first in module.imports:
             return self._imported(*module.imports[first], rest, module, depth)
         for binding in reversed(module.bindings(first)):
-            name = _dotted(binding.value) if binding.value is not None else None
+            name = dotted(binding.value) if binding.value is not None else None
             if name is not None and not binding.path and name.split(".")[0] != first:
                 head, *tail = name.split(".")
                 return self._in_module(module, head, [*tail, *rest], depth + 1)
@@ -217,7 +218,7 @@ class Repository:
             found = [owner]
             for current in found:
                 for base in current.outline.bases:
-                    meaning = self.resolve(_dotted(base), current.module)
+                    meaning = self.resolve(dotted(base), current.module)
                     if isinstance(meaning, Class) and meaning not in found and len(found) < 10:
                         found.append(meaning)
             self._bases[id(owner)] = found
@@ -226,21 +227,36 @@ class Repository:
     def method(self, owner: Class, name: str) -> Function | None:
         return next((c.methods[name] for c in self.bases(owner) if name in c.methods), None)
 
+    def assigned(self, owner: Class, attribute: str) -> list[tuple[ast.expr, Function, Statement]]:
+        """The expressions that any method assigns to `self.attribute`."""
+        key = (id(owner), attribute)
+        if key not in self._assigned:
+            self._assigned[key] = [
+                (binding.value, method, binding.step)
+                for method in self._binding(owner, attribute)
+                for binding in method.statements.bindings[f"{method.receiver}.{attribute}"]
+                if binding.value is not None and not binding.path
+            ]
+        return self._assigned[key]
+
     def values_of(self, owner: Class, attribute: str) -> list[tuple[cst.BaseExpression, Function, Step]]:
-        """The expressions that any method assigns to `self.attribute`, or appends to it."""
+        """The same as LibCST's trees."""
         key = (id(owner), attribute)
         if key not in self._values:
-            self._values[key] = [*self._assigned(owner, attribute)]
+            self._values[key] = [
+                (binding.value, method, binding.step)
+                for method in self._binding(owner, attribute)
+                for binding in method.scope.bindings[f"{method.receiver}.{attribute}"]
+                if binding.value is not None and not binding.path
+            ]
         return self._values[key]
 
-    def _assigned(self, owner: Class, attribute: str) -> Iterator[tuple[cst.BaseExpression, Function, Step]]:
+    def _binding(self, owner: Class, attribute: str) -> Iterator[Function]:
+        """The methods that assign to `self.attribute`."""
         for current in self.bases(owner):
             for method in current.methods.values():
-                name = f"{method.receiver}.{attribute}"
-                if attribute in method.words and name in method.statements.bindings:
-                    for binding in method.scope.bindings[name]:
-                        if binding.value is not None and not binding.path:
-                            yield binding.value, method, binding.step
+                if attribute in method.words and f"{method.receiver}.{attribute}" in method.statements.bindings:
+                    yield method
 
     def classes_in(self, owner: Class, attribute: str, run: str = "forward") -> list[Class]:
         """The classes of the objects in `self.attribute`: one for a sub-module, those of a list's elements.
@@ -250,107 +266,105 @@ class Repository:
         key = (id(owner), attribute, run)
         if key not in self._classes_built:
             found: list[Class] = []
-            for value, method, step in self.values_of(owner, attribute):
+            for value, method, step in self.assigned(owner, attribute):
                 self._built(owner, value, method, step, found, 0, run)
-            for current in self.bases(owner):
-                for method in current.methods.values():
-                    if attribute not in method.words or not _adds_to(method, attribute):
-                        continue
-                    for call, step in method.scope.calls:
-                        function = call.func
-                        if not isinstance(function, cst.Attribute) or function.attr.value not in _ADDING:
-                            continue
-                        if self_attribute(function.value, method.scope.receiver) == attribute:
-                            for arg in call.args:
-                                self._built(owner, arg.value, method, step, found, 0, run)
+            methods = [method for current in self.bases(owner) for method in current.methods.values()]
+            for method in [method for method in methods if attribute in method.words]:
+                adding = {f"{method.receiver}.{attribute}.{name}" for name in _ADDING}
+                for call, step in method.statements.calls:
+                    for arg in arguments(call) if dotted(call.func) in adding else ():
+                        self._built(owner, arg, method, step, found, 0, run)
             self._classes_built[key] = found
         return self._classes_built[key]
 
     def _built(
         self,
         owner: Class,
-        value: cst.CSTNode,
+        value: ast.expr,
         method: Function,
-        step: Step,
+        step: Statement,
         found: list[Class],
         depth: int,
         run: str,
     ) -> None:
         """Collect the outermost repository classes that the expression makes objects of, where `self` is an `owner`."""
-        if isinstance(value, cst.Call):
-            meaning = self.resolve(value.func, method, step)
+        if isinstance(value, ast.Call):
+            meaning = self.resolve(dotted(value.func), method, step)
             classes = [meaning] if isinstance(meaning, Class) else []
-            if isinstance(value.func, cst.Name) and meaning is None:
-                classes = self._given(owner, method, value.func.value, step)
+            if isinstance(value.func, ast.Name) and meaning is None:
+                classes = self._given(owner, method, value.func.id, step)
             for made in classes:
                 if made not in found and any(self.method(made, name) for name in (run, "forward", "__call__")):
                     found.append(made)
             if any(not self._is_list(made) for made in classes):
                 return
-        if isinstance(value, cst.BaseSimpleComp):
+        if isinstance(value, (ast.ListComp, ast.SetComp, ast.GeneratorExp)):
             return self._built(owner, value.elt, method, step, found, depth, run)
-        if isinstance(value, cst.Name) and depth < 3:
-            for binding in method.scope.reaching(value.value, step):
+        if isinstance(value, ast.Name) and depth < 3:
+            for binding in method.statements.reaching(value.id, step):
                 if binding.value is not None:
                     self._built(owner, binding.value, method, binding.step, found, depth + 1, run)
-            for call, at in method.scope.calls:
-                if dotted(call.func) == f"{value.value}.append" and call.args:
-                    self._built(owner, call.args[0].value, method, at, found, depth + 1, run)
+            for call, at in method.statements.calls:
+                if call.args and dotted(call.func) == f"{value.id}.append":
+                    self._built(owner, call.args[0], method, at, found, depth + 1, run)
             return
-        for part in list(walk(value, into=lambda n: n is value or not isinstance(n, (cst.Call, cst.Name))))[1:]:
-            if isinstance(part, (cst.Call, cst.Name)):
-                self._built(owner, part, method, step, found, depth, run)
+        for part in _outermost(value):
+            self._built(owner, part, method, step, found, depth, run)
 
     def _is_list(self, owner: Class) -> bool:
         """Whether it is the repository's own kind of `nn.ModuleList`: what is in it are its arguments."""
-        bases = [(_dotted(base) or "").split(".")[-1] for c in self.bases(owner) for base in c.outline.bases]
+        bases = [(dotted(base) or "").split(".")[-1] for c in self.bases(owner) for base in c.outline.bases]
         return "ModuleList" in bases
 
-    def _given(self, owner: Class, method: Function, parameter: str, step: Step) -> list[Class]:
+    def _given(self, owner: Class, method: Function, parameter: str, step: Statement) -> list[Class]:
         """The classes that a parameter of a constructor may be: what an `owner` is made with, and its default."""
-        if parameter not in method.scope.parameters or method.scope.reaching(parameter, step):
+        if parameter not in method.parameters or method.statements.reaching(parameter, step):
             return []
-        name = method.node.name.value
+        name = method.outline.name
         own = self.method(owner, name)
-        values: list[tuple[cst.BaseExpression | None, Function | Module, Step | None]] = []
+        values: list[tuple[ast.expr | None, Function | Module, Statement | None]] = []
         if own is None or own is method:
             values = [
-                (bind(method.node, call, skip=1).get(parameter), place, at) for call, place, at in self._made(owner)
+                (bind(method.outline, call, skip=1).get(parameter), place, at) for call, place, at in self._made(owner)
             ]
         else:
-            for call, at in own.scope.calls:
-                function = call.func
-                if (
-                    isinstance(function, cst.Attribute)
-                    and function.attr.value == name
-                    and is_call(function.value, "super")
-                ):
-                    given = bind(method.node, call, skip=1).get(parameter)
-                    if isinstance(given, cst.Name) and given.value in own.scope.parameters:
-                        return self._given(owner, own, given.value, at)
+            for call, at in own.statements.calls:
+                above = call.func.value if isinstance(call.func, ast.Attribute) and call.func.attr == name else None
+                if isinstance(above, ast.Call) and last_name(above.func) == "super":
+                    given = bind(method.outline, call, skip=1).get(parameter)
+                    if isinstance(given, ast.Name) and given.id in own.parameters:
+                        return self._given(owner, own, given.id, at)
                     values.append((given, own, at))
         if not values or any(value is None for value, *_ in values):
-            default = next(p.default for p in parameters(method.node) if p.name.value == parameter)
-            values.insert(0, (default, method.module, None))
-        meanings = [self.resolve(value, place, at) for value, place, at in values if value is not None]
+            values.insert(0, (_default(method.outline.args, parameter), method.module, None))
+        meanings = [self.resolve(dotted(value), place, at) for value, place, at in values if value is not None]
         return list(dict.fromkeys(meaning for meaning in meanings if isinstance(meaning, Class)))
 
-    def _made(self, owner: Class) -> Iterator[tuple[cst.Call, Function | Module, Step]]:
+    def _made(self, owner: Class) -> Iterator[tuple[ast.Call, Function | Module, Statement]]:
         """The calls that make an object of the class, by its name."""
         for path in self.files_with(owner.name + "("):
             module = self.module(path)
             places: list[Function | Module] = [] if module is None else [module, *module.all_functions()]
             for place in [place for place in places if owner.name in place.words]:
-                for call, step in place.scope.calls:
-                    if last_name(call.func) == owner.name and self.resolve(call.func, place, step) is owner:
+                for call, step in place.statements.calls:
+                    if last_name(call.func) == owner.name and self.resolve(dotted(call.func), place, step) is owner:
                         yield call, place, step
 
 
-def _adds_to(method: Function, attribute: str) -> bool:
-    """Whether the method may add something to the list in `self.<attribute>`; told without its tree."""
-    name = f"{method.receiver}.{attribute}"
-    added = (call.func for call, _ in method.statements.calls if isinstance(call.func, ast.Attribute))
-    return any(func.attr in _ADDING and _dotted(func.value) == name for func in added)
+def _outermost(node: ast.AST) -> Iterator[ast.expr]:
+    """The calls and names below the node that are in no other call."""
+    for part in ast.iter_child_nodes(node):
+        if isinstance(part, (ast.Call, ast.Name)):
+            yield part
+        else:
+            yield from _outermost(part)
+
+
+def _default(given: ast.arguments, name: str) -> ast.expr | None:
+    """What a parameter is where it is not given."""
+    positional = [*given.posonlyargs, *given.args]
+    known = dict(zip([p.arg for p in positional[len(positional) - len(given.defaults) :]], given.defaults, strict=True))
+    return {**known, **dict(zip([p.arg for p in given.kwonlyargs], given.kw_defaults, strict=True))}.get(name)
 
 
 def _parts(path: str) -> list[str]:

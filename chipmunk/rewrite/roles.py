@@ -14,13 +14,14 @@ from functools import cached_property, partial
 
 import libcst as cst
 
+from chipmunk.rewrite import ast_nodes
 from chipmunk.rewrite.candidates import may_hold_model, may_run_blocks
 from chipmunk.rewrite.flow import Scope
 from chipmunk.rewrite.handed import work_of
 from chipmunk.rewrite.image_tokens import image_parameter
 from chipmunk.rewrite.passes import BY_NAME, CONCATENATIONS, Pass, Streams, joined, joined_inside, may_join, passes
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
-from chipmunk.rewrite.syntax import bind, dotted, is_call, last_name, parameters, self_attribute, walk
+from chipmunk.rewrite.syntax import bind, dotted, is_call, last_name, self_attribute, walk
 from chipmunk.rewrite.token_order import Order, order_of
 
 
@@ -49,7 +50,7 @@ class Block:
 
     def __post_init__(self) -> None:
         self.is_handed = bool(self.receiver)
-        self.receiver = self.receiver or self.forward.scope.receiver
+        self.receiver = self.receiver or self.forward.receiver
 
 
 @dataclass(eq=False)
@@ -81,7 +82,7 @@ class Lookalike:
     """A class that iterates blocks, but is no model that can be handled."""
 
     owner: Class
-    node: cst.CSTNode
+    at: Class | Function
     reason: str
 
 
@@ -100,9 +101,9 @@ def find_roles(repository: Repository) -> Roles:
             continue
         for owner in module.duplicates:
             roles.lookalikes.append(
-                Lookalike(owner, owner.node.name, f"a later class {owner.name} in the same file replaces this one")
+                Lookalike(owner, owner, f"a later class {owner.name} in the same file replaces this one")
                 if any(len(passes(method.scope)) > 1 for method in owner.methods.values())
-                else Lookalike(owner, owner.node.name, "")
+                else Lookalike(owner, owner, "")
             )
         for owner in module.classes.values():
             methods = sorted(owner.methods.values(), key=lambda method: method.outline.name != "forward")
@@ -114,7 +115,7 @@ def find_roles(repository: Repository) -> Roles:
                     break
                 if isinstance(found, Lookalike):
                     roles.lookalikes.append(found)
-        for function in [f for f in module.functions.values() if may_run_blocks(f.text)]:
+        for function in [f for f in module.functions.values() if may_run_blocks(f.text) and may_join(f.statements)]:
             classes = _given_first(repository, function)
             if len(classes) == 1:  # the model's work in a function that is given the model
                 found = _model(repository, classes[0], function)
@@ -123,7 +124,7 @@ def find_roles(repository: Repository) -> Roles:
             elif classes:
                 names = " and ".join(c.name for c in classes)
                 reason = f"which of {names} {function.name} in {path} is given is not known: annotate its parameter"
-                roles.lookalikes.append(Lookalike(classes[0], classes[0].node.name, reason))
+                roles.lookalikes.append(Lookalike(classes[0], classes[0], reason))
     roles.lookalikes = [x for x in roles.lookalikes if x.reason]
     _leave_borrowers(roles)
     return roles
@@ -132,17 +133,18 @@ def find_roles(repository: Repository) -> Roles:
 def _other_ways(model: Model, methods: list[Function]) -> Iterator[Lookalike]:
     """The methods of a model's class that go through its blocks too: the one that is marked must do all of a call."""
     for method in methods[methods.index(model.forward) + 1 :]:
-        if may_run_blocks(method.text) and {model.double, model.single} <= {p.attribute for p in passes(method.scope)}:
+        says = may_run_blocks(method.text) and {model.double.split(".")[0], model.single.split(".")[0]} <= method.words
+        if says and {model.double, model.single} <= {p.attribute for p in passes(method.scope)}:
             reason = f"{method.name} runs the blocks too: only the calls of {model.forward.name} are sparse"
-            yield Lookalike(model.owner, method.node.name, reason)
+            yield Lookalike(model.owner, method, reason)
 
 
 def _given_first(repository: Repository, function: Function) -> list[Class]:
     """The class of what a function is given first: its annotation, or the file's classes with the lists it iterates."""
-    first = parameters(function.node)[:1]
+    first = function.signature[:1]
     annotation = first[0].annotation if first else None
     if annotation is not None:
-        meaning = repository.resolve(annotation.annotation, function.module)
+        meaning = repository.resolve(ast_nodes.dotted(annotation), function.module)
         if isinstance(meaning, Class):
             return [meaning]
     lists = {found.attribute.split(".")[0] for found in passes(function.scope)} if first else set()
@@ -165,7 +167,7 @@ def _leave_borrowers(roles: Roles) -> None:
                 model.owner.module.path, block.owner.module.path
             ):
                 reason = f"it borrows the class {block.owner.name} from {owner.name}, and stays dense"
-                roles.lookalikes.append(Lookalike(model.owner, model.forward.node.name, reason))
+                roles.lookalikes.append(Lookalike(model.owner, model.forward, reason))
                 roles.models.remove(model)
                 break
 
@@ -200,7 +202,7 @@ def _model(repository: Repository, owner: Class, method: Function) -> Model | Lo
         if later and len(double.results) == 2 and taken.issuperset(double.results):
             lists = f"self.{double.attribute}, and then through self.{later[0].attribute}"
             reason = f"it goes through {lists}; how the streams are joined, or which is the image, is not understood"
-            return Lookalike(owner, method.node.name, reason)
+            return Lookalike(owner, method, reason)
     return None
 
 
@@ -219,7 +221,7 @@ def _with_roles(
     if streams.place == -1:
         return Lookalike(
             owner,
-            method.node.name,
+            method,
             "it runs both kinds of block, but slices no image stream off at the end (a ControlNet, perhaps)",
         )
     blocks: list[Block] = []
@@ -237,25 +239,23 @@ def _with_roles(
                 reason = f"the blocks in self.{found.attribute} are {elsewhere}'s, which is no code of this repository"
             if repository.unreadable:
                 reason += f"; it may be in a file that could not be read: {', '.join(sorted(repository.unreadable))}"
-            return Lookalike(owner, method.node.name, reason)
+            return Lookalike(owner, method, reason)
         if len(classes) > 1:
             names = " and ".join(c.name for c in classes)
-            return Lookalike(
-                owner, method.node.name, f"self.{found.attribute} may hold blocks of several classes: {names}"
-            )
+            return Lookalike(owner, method, f"self.{found.attribute} may hold blocks of several classes: {names}")
         if found.first == BY_NAME:
             work = work_of(repository, classes[0], method, found, roles)
             if work is None:
                 does = f"{dotted(found.call.func)} does the work of the blocks in self.{found.attribute}"
-                return Lookalike(owner, method.node.name, f"{does}: it is not followed")
+                return Lookalike(owner, method, f"{does}: it is not followed")
             if work[0] is repository.method(classes[0], "forward"):
                 work = (*_followed(repository, classes[0], *work[:2]), "")
             blocks.append(Block(classes[0], *work))
             continue
         forward = repository.method(classes[0], name) or repository.method(classes[0], "forward")
         if forward is None:
-            return Lookalike(owner, method.node.name, f"{classes[0].name} has no forward")
-        given = bind(forward.node, found.call, skip=1, first=_leading(repository, method, found))
+            return Lookalike(owner, method, f"{classes[0].name} has no forward")
+        given = bind(forward.outline, found.call, skip=1, first=_leading(repository, method, found))
         taken = {p: roles[n] for p, value in given.items() if (n := _stream_of(value, roles)) is not None}
         run = forward.outline.name if is_method else ""
         blocks.append(Block(classes[0], *_followed(repository, classes[0], forward, taken), run=run))
@@ -264,12 +264,12 @@ def _with_roles(
         reason = f"{blocks[0].owner.name} does not take both streams"
         if starred:
             reason = f"what {blocks[0].owner.name} is given, *{dotted(starred[0])}, is not followed"
-        return Lookalike(owner, method.node.name, reason)
+        return Lookalike(owner, method, reason)
     if not blocks[1].streams:
-        return Lookalike(owner, method.node.name, f"{blocks[1].owner.name} does not take the joint stream")
+        return Lookalike(owner, method, f"{blocks[1].owner.name} does not take the joint stream")
     image, others = image_parameter(scope, streams.image, double)
     if image is None:
-        return Lookalike(owner, method.node.name, "the image stream does not come from a parameter of this method")
+        return Lookalike(owner, method, "the image stream does not come from a parameter of this method")
     if streams.text:  # the text is no property of single image tokens
         others -= {image_parameter(scope, streams.text, double)[0] or ""}
     order = partial(order_of, repository, method, image, others, blocks, (double, single), streams)
@@ -288,8 +288,8 @@ def _elsewhere(repository: Repository, owner: Class, attribute: str) -> Class | 
                 if isinstance(meaning, (Class, External)):
                     return meaning if isinstance(meaning, Class) else meaning.name
     if not repository.values_of(owner, attribute):
-        bases = [b.value for c in repository.bases(owner) for b in c.node.bases]
-        above = [repository.resolve(base, owner.module) for base in bases]
+        bases = [base for c in repository.bases(owner) for base in c.outline.bases]
+        above = [repository.resolve(ast_nodes.dotted(base), owner.module) for base in bases]
         inherited = [m.name for m in above if isinstance(m, External) and not m.name.startswith("torch")]
         return inherited[0] if inherited else None
     return None
@@ -300,8 +300,8 @@ def _leading(repository: Repository, method: Function, found: Pass) -> int:
     if not found.first:
         return 0
     wrapper = repository.resolve(found.call.func, method, found.step)
-    if isinstance(wrapper, Function) and isinstance(wrapper.node.params.star_arg, cst.Param):
-        named = len(wrapper.node.params.posonly_params) + len(wrapper.node.params.params) - wrapper.receivers
+    if isinstance(wrapper, Function) and wrapper.outline.args.vararg is not None:
+        named = len(wrapper.outline.args.posonlyargs) + len(wrapper.outline.args.args) - wrapper.receivers
         given = next((i for i, arg in enumerate(found.call.args) if arg.keyword is not None), len(found.call.args))
         return min(named, given)
     return found.first
@@ -320,7 +320,7 @@ def _followed(
             inner = repository.method(owner, name) if name is not None else None
             if inner is None or inner is forward:
                 continue
-            given = bind(inner.node, call, skip=inner.receivers, first=first)
+            given = bind(inner.outline, call, skip=inner.receivers, first=first)
             taken = {p: streams[n] for p, value in given.items() if (n := dotted(value) or "") in streams}
             others = [value for p, value in given.items() if p not in taken]
             if any(forward.scope.roots(value, step) & streams.keys() for value in others):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import cache
 from operator import attrgetter
@@ -134,14 +135,17 @@ def parameters(function: cst.FunctionDef) -> list[cst.Param]:
     return [*names.posonly_params, *names.params, *names.kwonly_params]
 
 
-def bind(function: cst.FunctionDef, call: cst.Call, *, skip: int, first: int = 0) -> dict[str, cst.BaseExpression]:
+def bind(
+    function: ast.FunctionDef | ast.AsyncFunctionDef, call: cst.Call, *, skip: int, first: int = 0
+) -> dict[str, cst.BaseExpression]:
     """Which parameter gets which argument.
 
     `skip`: leading parameters that the call does not give (1 for `self`); `first`: leading arguments that are not
     the function's (1 for the function itself in `checkpoint(function, ...)`).
     """
-    positional = [p.name.value for p in (*function.params.posonly_params, *function.params.params)][skip:]
-    known = {p.name.value for p in parameters(function)}
+    positional = [p.arg for p in (*function.args.posonlyargs, *function.args.args)]
+    known = {*positional, *(p.arg for p in function.args.kwonlyargs)}
+    positional = positional[skip:]
     given: dict[str, cst.BaseExpression] = {}
     for index, arg in enumerate(call.args[first:]):
         if arg.star:

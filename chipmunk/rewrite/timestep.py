@@ -93,7 +93,7 @@ def _waves(repository: Repository, function: Function, depth: int) -> list[str]:
             if not callees and depth == 0 and any(word in last_name(call.func).lower() for word in _TIME_WORDS):
                 values = [arg.value for arg in call.args[:1]]
             for callee in callees:
-                given = bind(callee.node, call, skip=callee.receivers)
+                given = bind(callee.outline, call, skip=callee.receivers)
                 values += [given[name] for name in _waves(repository, callee, depth + 1) if name in given]
         for value in values:
             roots = scope.roots(value, step) - ({scope.receiver} if function.receivers else set())

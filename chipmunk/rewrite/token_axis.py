@@ -34,10 +34,9 @@ def _are_sides(first: str, second: str) -> bool:
     return any(first[:at] + "w" + first[at + 1 :] == second for at, letter in enumerate(first) if letter == "h")
 
 
-def is_torch_function(call: cst.Call) -> bool:
-    """`torch.ones(…)`, and not a layer or a cast: its name begins small."""
-    name = dotted(call.func) or ""
-    return name.startswith("torch.") and name.count(".") == 1 and name[6:7].islower()
+def is_torch_function(name: str | None) -> bool:
+    """`torch.ones`, and not a layer or a cast: its name begins small."""
+    return name is not None and name.startswith("torch.") and name.count(".") == 1 and name[6:7].islower()
 
 
 def own_attribute(node: cst.CSTNode, receiver: str) -> str | None:

@@ -72,7 +72,8 @@ def _by_place(
     whole = Entry(method, frozenset({image}), own)
     entries: list[Entry] = []
     for block, each in zip(blocks, found, strict=True):
-        given = {} if each.first == BY_NAME else bind(block.forward.node, each.call, skip=1, first=max(each.first, 0))
+        by_name, forward = each.first == BY_NAME, block.forward.outline
+        given = {} if by_name else bind(forward, each.call, skip=1, first=max(each.first, 0))
         made = frozenset(name for name, value in given.items() if is_made(repository, whole, value, each.step))
         others = frozenset(method.scope.parameters) - {image, method.scope.receiver}
         numbers = frozenset(

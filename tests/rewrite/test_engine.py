@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from chipmunk.registry import Patch, load
-from chipmunk.rewrite import Plan, SelectionError, SiteStatus, engine, plan_repository
+from chipmunk.rewrite import Plan, SelectionError, SiteStatus, engine, plan_repository, roles
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.minimal import FILES, MODEL, SINGLE
+from chipmunk.rewrite.repository import Function, Repository
+from chipmunk.rewrite.token_order import Order
 
 REGISTRY = load()
 SOURCES = {path: text.encode() for path, text in FILES.items()}
@@ -157,6 +159,20 @@ def test_a_rule_that_never_ends_is_refused() -> None:
     assert plan.changes == ()
     assert all("a second run would change" in site.reason for site in plan.sites)
     assert {site.status for site in plan.sites} == {SiteStatus.REFUSED}
+
+
+def test_the_second_run_asks_for_no_reasons_of_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What speaks against another order of tokens decides what is written, not whether it stands there."""
+    asked: list[str] = []
+
+    def order_of(repository: Repository, method: Function, *given: Any) -> Order:
+        asked.append(method.name)
+        return found(repository, method, *given)
+
+    found = roles.order_of
+    monkeypatch.setattr(roles, "order_of", order_of)
+    assert plan_repository(SOURCES, REGISTRY).changes
+    assert asked == ["Painter.forward"]
 
 
 def test_a_rule_that_breaks_the_syntax_is_refused() -> None:

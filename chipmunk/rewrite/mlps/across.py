@@ -72,7 +72,7 @@ def begun(context: Context, end: Reached, parameter: str) -> Begun | None:
 def _link(outer: Function, call: cst.Call, end: Function, parameter: str) -> tuple[cst.Call, int] | None:
     """The call whose result, and which one of them, is given for the parameter."""
     step = next(step for each, step in outer.scope.calls if each is call)
-    given = bind(end.node, call, skip=end.receivers).get(parameter)
+    given = bind(end.outline, call, skip=end.receivers).get(parameter)
     known = outer.scope.reaching(given.value, step) if isinstance(given, cst.Name) else []
     if len(known) != 1 or not outer.scope.is_definite(known, step) or len(known[0].path) != 1:
         return None
@@ -123,7 +123,7 @@ def _hands_on(caller: Function, begin: Function, end: Function, parameter: str, 
     link = _link(caller, call, end, parameter)
     if at.chain != step.chain or link is None or link[0] is not made or link[1] != place:
         return False
-    given = bind(end.node, call, skip=end.receivers)[parameter]
+    given = bind(end.outline, call, skip=end.receivers)[parameter]
     binding = scope.reaching(dotted(given) or "", step)[0]
     whole = isinstance(at.node, cst.Assign) and len(at.node.targets) == 1 and at.node.value is made
     names = target_names(at.node.targets[0].target) if whole and isinstance(at.node, cst.Assign) else []
