@@ -132,6 +132,13 @@ class SchedulerClock:
         if self._timer is None:
             self._wait()
 
+    def failed(self) -> None:
+        """A call has raised an exception: its image is given up."""
+        if self._calling is None:
+            self._by_timestep.failed()
+        else:
+            self._drop(self._calling)
+
     def free(self) -> None:
         """Free all caches."""
         for run in list(self._runs.values()):

@@ -92,6 +92,9 @@ def _placed(
     placed = clock.place(name, bound)
     try:
         yield (None, name, placed) if isinstance(placed, str) else (*placed, None)
+    except BaseException:
+        clock.failed()
+        raise
     finally:
         clock.returned(name if isinstance(placed, str) else placed[1])
 

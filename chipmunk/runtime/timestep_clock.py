@@ -182,6 +182,10 @@ class TimestepClock:
         if self._timer is None and self._generation is not None:
             self._wait(self._patience())
 
+    def failed(self) -> None:
+        """A call has raised an exception: whatever comes next is another image, or the same one from the start."""
+        self.free()
+
     def _is_over(self) -> bool:
         """Whether the schedule says that no step will follow, or else the generation before ended here."""
         if not self._timesteps:

@@ -175,6 +175,28 @@ def test_an_image_that_begins_where_another_was_given_up_loses_two_steps() -> No
     assert sparse_calls(model) == 9
 
 
+class Failed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", [0, 1, 5])
+def test_an_image_that_fails_loses_the_next_one_no_steps(step: int) -> None:
+    model, given = build(), inputs()
+
+    def fail(*_: Any) -> None:
+        raise Failed
+
+    if step:
+        drive(model, TIMES[:step], **given)
+    handle = model.out.register_forward_hook(fail)
+    with pytest.raises(Failed):
+        drive(model, TIMES[step:], **given)
+    assert chipmunk.statistics(model).cache_bytes == 0
+    handle.remove()
+    assert same(drive(model, **given), drive(build(), **given))
+    assert chipmunk.statistics(model).dense_model_calls == NOTHING_ELSE
+
+
 def test_images_of_one_step_are_images() -> None:
     model = build()
     for seed, now in enumerate((0.3, 0.6, 0.2, 0.8, 0.9)):
