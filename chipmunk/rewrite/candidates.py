@@ -60,7 +60,7 @@ def may_run_blocks(content: bytes) -> bool:
     elements = {target.group(1) for target in targets if target is not None}
     if not elements:
         return False
-    for second in _SECOND_OF_TWO.finditer(content):
+    for second in _SECOND_OF_TWO.finditer(content, min(loop.start() for loop in loops)):
         for start in _arguments(content, second.start(2), elements):
             first = _LAST_WORD.search(content[max(second.start() - 100, 0) : second.start()])
             if first is not None and _takes(content[start : start + _CALL], first.group(1), second.group(1)):

@@ -178,7 +178,8 @@ def _check(
     # Everything is worked out anew but for the trees of files, and of statements, whose text is the same.
     first = context.repository
     try:
-        parsed = {**first.parsed, **{path: Module(source) for path, source in edited.items()}}
+        changed = {path: Module(source, _module(first, path)) for path, source in edited.items()}
+        parsed = {**first.parsed, **changed}
         after = {path: source.content for path, source in edited.items()}
         _, second = _run({**files, **after}, registry, chosen, parsed, None, before=first, hopeless=hopeless)
     except SourceError as error:

@@ -46,7 +46,7 @@ class Function:
         """What `scope` tells, without its tree."""
         return Statements(self.outline)
 
-    @property
+    @cached_property
     def text(self) -> bytes:
         return self.source.text_of(self.outline)
 
@@ -130,7 +130,8 @@ Meaning = Function | Class | External
 class Module:
     """One file's definitions and imports."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, before: Module | None = None) -> None:
+        """`before`: the file before an edit, of which what is known serves again."""
         self.source = source
         self.functions: dict[str, Function] = {}
         self.classes: dict[str, Class] = {}
@@ -140,6 +141,8 @@ class Module:
         """Name → (module, name in it or None for the module itself); leading dots for relative ones."""
         self.stars: list[str] = []
         self._read(source.outline.body)
+        if before is not None:
+            self._take_over(before)
 
     @property
     def path(self) -> str:
@@ -187,6 +190,13 @@ class Module:
         """Functions and methods, live ones only."""
         methods = [method for owner in self.classes.values() for method in owner.methods.values()]
         return [*self.functions.values(), *methods]
+
+    def _take_over(self, before: Module) -> None:
+        """What is known of functions with the same text, and does not hang on where in the file they stand."""
+        known = {(function.name, function.text): vars(function) for function in before.all_functions()}
+        for function in self.all_functions():
+            same = known.get((function.name, function.text), {})
+            vars(function).update({name: same[name] for name in ("words", "values") if name in same})
 
     def _read(self, body: Iterable[ast.stmt]) -> None:
         for statement in body:

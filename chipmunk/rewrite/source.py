@@ -117,7 +117,7 @@ class Source:
         """The trees of all statements at the top level but functions and classes."""
         return [statement for start, end in self._plain for statement in self._part(start, end).module.body]
 
-    @property
+    @cached_property
     def plain_text(self) -> bytes:
         """The lines at the top level around functions and classes."""
         return b"".join(self.text[start:end] for start, end in self._plain)
@@ -144,8 +144,8 @@ class Source:
     def lines(self, statement: ast.stmt) -> tuple[int, int]:
         """Where the lines of a statement start and end."""
         first, last = statement.lineno, statement.end_lineno or statement.lineno
-        if isinstance(statement, _DEFINITIONS):
-            first = min([first, *(decorator.lineno for decorator in statement.decorator_list)])
+        if isinstance(statement, _DEFINITIONS) and statement.decorator_list:
+            first = min(first, *(decorator.lineno for decorator in statement.decorator_list))
         ends = self._rows
         return ends[first - 1], ends[last] if last < len(ends) else len(self.text)
 

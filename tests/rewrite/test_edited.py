@@ -17,6 +17,7 @@ from chipmunk.registry import load
 from chipmunk.rewrite import parts as parts_of_files
 from chipmunk.rewrite import plan_repository
 from chipmunk.rewrite.minimal import FILES
+from chipmunk.rewrite.modules import Module
 from chipmunk.rewrite.source import Edit, Source, SourceError
 from chipmunk.rewrite.spans import Printed
 from chipmunk.rewrite.syntax import walk
@@ -225,6 +226,20 @@ def test_parts_that_are_left_alone_are_not_parsed_again() -> None:
     assert [new.code(part) for part in after] == ["def f():\n    pass", "def g():\n    return 2"]
     assert after[0] is not before[0]
     assert after[1] is before[1]
+
+
+def test_words_of_functions_that_are_left_alone_serve_again() -> None:
+    same = "    def g(self):\n        return 2\n"
+    file = Module(Source("x.py", f"def f():\n    return 1\n\nclass A:\n{same}\nclass B:\n{same}".encode()))
+    for function in file.all_functions():
+        assert function.words == {"def", "return", function.outline.name} | ({"self"} if function.owner else set())
+    at = len("def f():\n    ")
+    end = file.source.text.index(b"class B") + len("class B")
+    new = Module(file.source.edited({Edit(at, at, "x = 1; "), Edit(end - 1, end, "C")}), file)
+    kept = {function.name: "words" in vars(function) for function in new.all_functions()}
+    assert kept == {"f": False, "A.g": True, "C.g": False}
+    assert new.functions["f"].words == {"def", "f", "x", "return"}
+    assert new.classes["C"].methods["g"].words == file.classes["B"].methods["g"].words
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
