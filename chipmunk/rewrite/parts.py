@@ -48,6 +48,8 @@ class Part:
     @classmethod
     def mended(cls, before: Part, old: Written, new: Written) -> Part | None:
         """The part after an edit inside its function; None where that is better parsed as a whole."""
+        if not _share(old, new):
+            return None
         mending = _Mending(before.printed, new.newline)
         try:
             statement, outline = mending.statement(before.statements[0], old, new, [""] if before.head else [])
@@ -180,6 +182,14 @@ class _Mending:
         if len(body) != 1 or not isinstance(body[0], cst.BaseStatement):
             raise _Misfit
         return body[0], body[0]
+
+
+def _share(old: Written, new: Written) -> bool:
+    """Whether any statement in one is in the other as it was: else there is nothing to keep."""
+    before, inside = old.body or [], new.body or []
+    if not {each.text for each in before}.isdisjoint({each.text for each in inside}):
+        return True
+    return len(before) == len(inside) and any(_share(*pair) for pair in zip(before, inside, strict=True))
 
 
 def _around(before: Part, statement: cst.BaseStatement) -> cst.Module:

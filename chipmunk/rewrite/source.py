@@ -177,8 +177,10 @@ class Source:
         if not known:
             return None
         before, old = max(known, key=lambda pair: len(texts & {each.text for each in pair[1].body or ()}))
-        self._edited[outline.name].remove((before, old))  # no two functions share a tree
-        return Part.mended(before, old, new)
+        found = Part.mended(before, old, new)
+        if found is not None:
+            self._edited[outline.name].remove((before, old))  # no two functions share a tree
+        return found
 
     def _part(self, start: int, end: int, head: bytes = b"", outline: Definition | None = None) -> Part:
         if start not in self._parts:
