@@ -18,6 +18,7 @@ import libcst as cst
 from chipmunk.rewrite import ast_nodes
 from chipmunk.rewrite.flow import Step, value_names
 from chipmunk.rewrite.objects import held_by
+from chipmunk.rewrite.processors import set_later
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
 from chipmunk.rewrite.syntax import (
     argument,
@@ -32,8 +33,10 @@ from chipmunk.rewrite.syntax import (
 )
 from chipmunk.rewrite.token_axis import (
     along_tokens,
+    elements_read,
     is_alike_for_all,
     is_fixed_slice,
+    is_for_maps,
     is_torch_function,
     own_attribute,
     stored,
@@ -66,6 +69,8 @@ class Entry:
     """Parameters that get what the model makes of nothing that it is given: a mask, say."""
     numbers: frozenset[str] = frozenset()
     """Parameters that may get a number of tokens other than that of the text: one written out, or the model's own."""
+    is_whole: bool = False
+    """Whether it is the model's forward, whose result others read."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,8 @@ class Found:
     """Whether it goes by where tokens lie."""
     keeps: bool = False
     """Whether it keeps them for later calls."""
+    given: frozenset[str] = frozenset()
+    """Where it keeps them in something that it was given: the name, and the keys. Others may read them there."""
 
 
 @dataclass(eq=False)
@@ -108,6 +115,9 @@ class _Reader:
                         yield Found(
                             f"{function.name} goes by where tokens lie (a slice at {number}, which it is given)"
                         )
+            returned = step.node.value if isinstance(step.node, cst.Return) and entry.is_whole else None
+            for name in sorted(grown & set(value_names(returned))) if returned is not None else ():
+                yield Found(f"{function.name} returns what it computes in {name}")
         for call, step in function.scope.calls:
             yield from self._by_name(entry, call, step)
             yield from self._through(entry, call, step, objects, depth)
@@ -145,7 +155,7 @@ class _Reader:
             meaning = self.repository.resolve(call.func, function, step)
             if shift == 0 or isinstance(meaning, External):
                 yield Found(f"{where} ({name})")
-        elif takes_apart(name, call) and self._holds(entry, subject, step):
+        elif takes_apart(name, call) and not is_for_maps(step) and self._holds(entry, subject, step):
             yield Found(f"{where} ({name})")
         elif self._makes_mask(entry, call, step):
             yield Found(f"{function.name} computes attention with a mask of the model's own")
@@ -219,7 +229,7 @@ class _Reader:
 
         grown: names of the function's own dictionaries and lists that tokens were put into before.
         """
-        for place, value in stored(step):
+        for place, keys, value in stored(step):
             held = self._holds(entry, value, step) or not grown.isdisjoint(value_names(value))
             if not held or _is_number(entry, value, step):
                 continue
@@ -227,8 +237,12 @@ class _Reader:
             if self._is_own(entry, place):
                 yield Found(f"{entry.function.name} keeps what it computes in {name}", keeps=True)
             elif self._is_given(entry, name, step):
-                yield Found(f"{entry.function.name} keeps what it computes in {name}", by_place=False, keeps=True)
-            elif isinstance(place, cst.Name):
+                reason = f"{entry.function.name} keeps what it computes in {name}"
+                yield Found(reason, by_place=False, keeps=True, given=keys | {name})
+            elif name and self._is_foreign(entry, name):
+                reason = f"{entry.function.name} keeps what it computes in {name}, which is not its own"
+                yield Found(reason, keeps=True)
+            elif isinstance(place, cst.Name) and not self._holds(entry, place, step):
                 grown.add(name)
 
     def _is_given(self, entry: Entry, name: str, step: Step) -> bool:
@@ -253,6 +267,23 @@ class _Reader:
                 if isinstance(n, cst.Name)
             ]
         return False
+
+    def _is_foreign(self, entry: Entry, name: str) -> bool:
+        """Whether it is none of the function's variables: a list of the file's, say, or an attribute of a class."""
+        scope, first = entry.function.scope, name.partition(".")[0]
+        star = scope.function.params.star_kwarg
+        return not (
+            first in scope.bindings or first in scope.parameters or (star is not None and first == star.name.value)
+        )
+
+    def is_read_back(self, given: frozenset[str]) -> bool:
+        """Whether a function beside those that were read takes out what they keep, by one of these names and keys."""
+        modules = dict.fromkeys(entry.function.module for entry in self.seen)
+        words = [name.encode() for name in given]
+        functions = (f for module in modules for f in module.all_functions() if any(word in f.text for word in words))
+        return any(
+            not given.isdisjoint(keys) for f in functions for step in f.scope.steps for keys in elements_read(step)
+        )
 
     def _makes_tokens(self, entry: Entry, value: cst.CSTNode, step: Step) -> bool:
         """Whether a value is what a call makes of tokens: another tensor, nothing that was given."""
@@ -317,6 +348,8 @@ class _Reader:
                     yield ast_nodes.last_name(made), None
             for inner in held_by(repository, owner, attribute, run, self.builder).methods:
                 yield inner, inner.owner
+            for inner in set_later(repository, owner, attribute) if run is None else ():
+                yield inner, inner.owner
 
 
 def read(repository: Repository, whole: Entry, blocks: Iterable[Entry], builder: Module) -> tuple[str, str]:
@@ -328,6 +361,9 @@ def read(repository: Repository, whole: Entry, blocks: Iterable[Entry], builder:
     found = list(reader.read(whole))
     below = [each for entry in blocks for each in reader.read(entry)]
     placed = next((each.reason for each in (*found, *below) if each.by_place), "")
+    if not placed:
+        seen = (each.reason for each in below if each.given and not reader.is_read_back(each.given))
+        placed = next((f"{reason}, which others may read" for reason in seen), "")
     return placed, next((each.reason for each in below if each.keeps), "")
 
 

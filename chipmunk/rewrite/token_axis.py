@@ -13,6 +13,7 @@ from chipmunk.rewrite.syntax import dotted, elements, integer, is_call, last_nam
 
 _SHAPES = ("reshape", "view", "unflatten")
 _EINOPS = ("rearrange", "reduce", "repeat")
+_STORING = ("append", "extend", "update", "insert")
 _FILLED = ("zeros", "ones", "empty", "randn", "rand", "full", "normal")
 
 
@@ -32,6 +33,13 @@ def _are_sides(first: str, second: str) -> bool:
     if first == second or (first.replace("height", "width"), first.replace("row", "col")).count(second) == 1:
         return True
     return any(first[:at] + "w" + first[at + 1 :] == second for at, letter in enumerate(first) if letter == "h")
+
+
+def is_for_maps(step: Step) -> bool:
+    """Whether it runs where there are rows and columns already, no tokens: `if input_ndim == 4:`."""
+    tests = [node.test for node, branch in step.chain if isinstance(node, cst.If) and branch == "body"]
+    compared = [(test.left, test.comparisons) for test in tests if isinstance(test, cst.Comparison)]
+    return any((dotted(left) or "").endswith("ndim") and integer(right[0].comparator) == 4 for left, right in compared)
 
 
 def is_torch_function(name: str | None) -> bool:
@@ -100,22 +108,50 @@ def _splits_tokens(call: cst.Call) -> bool:
     return inner.startswith("(") and len(inner.strip("()").split()) > 1
 
 
-def stored(step: Step) -> Iterator[tuple[cst.BaseExpression, cst.BaseExpression]]:
-    """What the statement stores, and where: the innermost thing that is no element of another."""
-    if isinstance(step.node, cst.Expr) and is_call(step.node.value, "append", "extend", "update", "insert"):
+def stored(step: Step) -> Iterator[tuple[cst.BaseExpression, frozenset[str], cst.BaseExpression]]:
+    """What the statement stores last, and where: the innermost thing that is no element of another, and the keys."""
+    if isinstance(step.node, cst.Expr) and is_call(step.node.value, *_STORING):
         function = step.node.value.func
         if isinstance(function, cst.Attribute):
-            yield from ((_holder(function.value), arg.value) for arg in step.node.value.args)
+            yield from ((holder(function.value), keys_in(function.value), arg.value) for arg in step.node.value.args)
     for target in step.node.targets if isinstance(step.node, cst.Assign) else ():
         assert isinstance(step.node, cst.Assign)
         places = elements(target.target) or [target.target]
         values = elements(step.node.value) or [step.node.value] * len(places)
         for place, value in zip(places, values, strict=False):
             if not isinstance(place, cst.Name):
-                yield _holder(place), value
+                yield holder(place), keys_in(place), value
 
 
-def _holder(node: cst.BaseExpression) -> cst.BaseExpression:
+def holder(node: cst.BaseExpression) -> cst.BaseExpression:
+    """What a chain of subscripts begins with: `info` of `info["keys"][name]`."""
     while isinstance(node, cst.Subscript):
         node = node.value
     return node
+
+
+def keys_in(node: cst.BaseExpression) -> frozenset[str]:
+    """The keys of a chain of subscripts that are written out: `keys` of `info["keys"][name]`."""
+    found: set[str] = set()
+    while isinstance(node, cst.Subscript):
+        written = [text_of_string(part.slice.value) for part in node.slice if isinstance(part.slice, cst.Index)]
+        found.update(key for key in written if key is not None)
+        node = node.value
+    return frozenset(found)
+
+
+def elements_read(step: Step) -> Iterator[frozenset[str]]:
+    """Of each element that the statement reads, the keys that are written out; where there are none, what it is of."""
+    parts: list[cst.CSTNode] = [part for part in step.expressions if not isinstance(part, cst.AssignTarget)]
+    if (
+        isinstance(step.node, cst.Expr)
+        and isinstance(step.node.value, cst.Call)
+        and is_call(step.node.value, *_STORING)
+    ):
+        parts = list(step.node.value.args)
+    for part in parts:
+        for node in walk(part):
+            if isinstance(node, cst.Subscript):
+                yield keys_in(node) or frozenset({dotted(holder(node)) or ""})
+            elif isinstance(node, cst.Call) and is_call(node, "get", "pop", "popitem") and node.args:
+                yield frozenset({text_of_string(node.args[0].value) or ""})

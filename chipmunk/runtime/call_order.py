@@ -124,6 +124,20 @@ def _has_rows_for(x: Tensor, tokens: int) -> bool:
     return is_mask or tokens in (x.shape[1:] if x.dim() == 2 else x.shape[1:-1])
 
 
+def _beside(result: Any, bound: inspect.BoundArguments) -> Iterator[Any]:
+    """What is in a result, but for what the model was given: a cache of features, handed on."""
+    given = [*bound.arguments.values()]
+    given += [inner for value in given if isinstance(value, dict) for inner in value.values()]
+    yield from _entries([part for part in result if not any(part is value for value in given)], 6)
+
+
+def _may_hold_tokens(x: Any, tokens: int) -> bool:
+    """Whether x is a tensor that may have an axis of image tokens, alone or with others; or no tensor, nor a number."""
+    if isinstance(x, Tensor):
+        return tokens in x.shape or max(x.shape[1:-1], default=0) > tokens
+    return not isinstance(x, (int, float, str, type(None)))
+
+
 def reordered(
     session: Session, order: TokenOrder | None, bound: inspect.BoundArguments, *, watched: bool
 ) -> inspect.BoundArguments:
@@ -174,7 +188,7 @@ def write_back(
     return wrote[0]
 
 
-def restored(session: Session, order: TokenOrder, result: Any) -> Any:
+def restored(session: Session, order: TokenOrder, result: Any, bound: inspect.BoundArguments) -> Any:
     """The model's result with its image tokens in their old order; `AGAIN` if they cannot be found in it."""
     first = result[0] if type(result) in (tuple, list) and result else result
     # Fewer rows than the image had: not known which ones they are.
@@ -183,6 +197,9 @@ def restored(session: Session, order: TokenOrder, result: Any) -> Any:
         return AGAIN
     if first.requires_grad:
         session.keep_order = "the model turns autograd on itself"
+        return AGAIN
+    if first is not result and any(_may_hold_tokens(x, len(order.order)) for x in _beside(result[1:], bound)):
+        session.keep_order = "what the model returns beside its image may have a row for each token"
         return AGAIN
     undone = order.undo(first, session.config.implementation)
     return undone if first is result else type(result)((undone, *result[1:]))

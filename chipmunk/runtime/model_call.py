@@ -153,7 +153,7 @@ def _attempt(
         ):
             result = forward(*arguments.args, **arguments.kwargs)
         if slot.order is not None:
-            result = restored(session, slot.order, result)
+            result = restored(session, slot.order, result, bound)
         if step is not None and step.problem is not None and result is not AGAIN:
             _give_up_step_caching(session, slot, step.problem)
             result = AGAIN if skip else result

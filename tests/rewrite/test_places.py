@@ -280,3 +280,47 @@ def test_rows_and_columns_are_told_by_their_names(shape: str, is_grid: bool) -> 
     text = variant(DOUBLE, (MIX, f"        self.seen(image.reshape({shape}))\n" + MIX))
     off = "token order is off: PairBlock.forward goes by where tokens lie (reshape)"
     assert order_of(plan_of(double=text)) == (off if is_grid else "token order follows image_ids")
+
+
+_PROCESSORS = variant(
+    SINGLE,
+    ("from flow.attention import attend\n", "from diffusers.models.attention_processor import Attention\n"),
+    (
+        "class JointBlock",
+        "class Mix:\n    def __call__(self, attn, hidden_states, rotation=None, mask=None):\n"
+        "        q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)\n"
+        "        return torch.nn.functional.scaled_dot_product_attention(q, k, v)\n\n\n"
+        "class Coarse:\n    def __call__(self, attn, hidden_states, rotation=None, mask=None):\n"
+        "        q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)\n"
+        "        k, v = k[:, 512:].unflatten(1, (-1, 4)).mean(2), v[:, 512:].unflatten(1, (-1, 4)).mean(2)\n"
+        "        return torch.nn.functional.scaled_dot_product_attention(q, k, v)\n\n\nclass JointBlock",
+    ),
+    ("self.act = nn", "self.attn = Attention(width, heads=heads, processor=Mix())\n        self.act = nn"),
+    ("        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)\n", ""),
+    ("attend(q, k, v, rotation)", "self.attn(hidden_states=qkv, rotation=rotation)"),
+)
+_SETS = variant(
+    SAMPLING,
+    ("from flow.model import Painter\n", "from flow.model import Painter\nfrom flow.single import Coarse\n"),
+    ("    for now", "    model.set_attn_processor(Coarse())\n    for now"),
+)
+
+
+_FOR_MAPS = (
+    "        k, v = k[:, 512:].unflatten(1, (-1, 4)).mean(2), v[:, 512:].unflatten(1, (-1, 4)).mean(2)\n",
+    "        if hidden_states.ndim == 4:\n            k = k.reshape(1, height, width, 4)\n",
+)
+
+
+@pytest.mark.parametrize(
+    ("single", "files", "is_read"),
+    [
+        (_PROCESSORS, {"sampling": _SETS}, True),
+        (_PROCESSORS, {}, False),
+        (_PROCESSORS.replace(*_FOR_MAPS), {"sampling": _SETS}, False),
+    ],
+)
+def test_a_processor_that_is_set_later_is_read_too(single: str, files: dict[str, str], is_read: bool) -> None:
+    """The module that asks for it is another package's; one that nothing sets, or that treats maps apart, is none."""
+    why = "token order is off: Coarse.__call__ goes by where tokens lie (a slice at a fixed place)"
+    assert order_of(plan_of(single=single, **files)) == (why if is_read else "token order follows image_ids")
