@@ -90,7 +90,7 @@ def plan_repository(
     sites = [*context.sites.values(), *_refused(repository, context)]
     facts += tuple(context.installed)
     after = {path: source.content for path, source in edited.items()}
-    problem = problem or _check(files, edited, context, registry, chosen, hopeless)
+    problem = problem or _hidden(repository, after) or _check(files, edited, context, registry, chosen, hopeless)
     if problem is not None:
         patch, reason = problem
         sites = [
@@ -162,6 +162,15 @@ def _results(
         elif problem is None:
             problem = "chipmunk", f"the changed {path} would not compile ({error})"
     return edited, unfit, problem
+
+
+def _hidden(repository: Repository, after: Mapping[str, bytes]) -> tuple[str, str] | None:
+    """Why no file may import Chipmunk: the name means a package of the repository's own, that of another Chipmunk."""
+    for path in after:
+        own = repository.find_module("chipmunk", path)
+        if own is not None and _FORWARD.replace("-", "_").encode() not in repository.files[own]:
+            return "chipmunk", f"import chipmunk means {own} there, another package than this tool's"
+    return None
 
 
 def _check(

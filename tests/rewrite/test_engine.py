@@ -149,6 +149,17 @@ def with_rule(rule: Callable[[Context], None]) -> Plan:
     return plan_repository(SOURCES, replace(REGISTRY, patches={**REGISTRY.patches, "extra": extra}))
 
 
+def test_another_package_of_our_name_is_in_the_way() -> None:
+    files = {f"src/{path}": text for path, text in SOURCES.items()}
+    plan = plan_repository({**files, "src/chipmunk/__init__.py": b"from .sparse import SparseAttention\n"}, REGISTRY)
+    assert plan.changes == ()
+    assert {site.status for site in plan.sites} == {SiteStatus.REFUSED}
+    assert "import chipmunk means src/chipmunk/__init__.py there" in plan.sites[0].reason
+    # A copy of this package is not in the way, nor is a module that is imported by a longer name.
+    for path, text in (("src/chipmunk/__init__.py", b"model_forward = 1\n"), ("src/more/chipmunk.py", b"")):
+        assert plan_repository({**files, path: text, "src/more/__init__.py": b""}, REGISTRY).changes
+
+
 def test_a_rule_that_never_ends_is_refused() -> None:
     def rule(context: Context) -> None:
         model = context.models[0]
