@@ -104,7 +104,9 @@ def other_spatial(
     optional = {p.name.value for p in parameters(method.node) if p.default is not None}
     if names <= optional:
         return "", tuple(name for name in scope.parameters if name in names)
-    listed = ", ".join(sorted(names))
+    # What the blocks are given beside the streams is in what they compute: what is left says more.
+    given = [arg.value for arg in double.given if dotted(arg.value) not in streams]
+    listed = ", ".join(sorted(names - {image}.union(*(scope.roots(each, double.step) for each in given)) or names))
     return f"token order is off: {listed} may hold one row for each image token, and is not reordered", ()
 
 

@@ -19,9 +19,28 @@ from chipmunk.rewrite.candidates import may_hold_model, may_run_blocks
 from chipmunk.rewrite.flow import Scope
 from chipmunk.rewrite.handed import work_of
 from chipmunk.rewrite.image_tokens import image_parameter
-from chipmunk.rewrite.passes import BY_NAME, CONCATENATIONS, Pass, Streams, joined, joined_inside, may_join, passes
+from chipmunk.rewrite.passes import (
+    BY_NAME,
+    CONCATENATIONS,
+    Pass,
+    Streams,
+    first_names,
+    joined,
+    joined_inside,
+    may_join,
+    passes,
+)
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
-from chipmunk.rewrite.syntax import bind, dotted, is_call, last_name, self_attribute, walk
+from chipmunk.rewrite.syntax import (
+    argument,
+    bind,
+    dotted,
+    integer,
+    is_call,
+    last_name,
+    self_attribute,
+    walk,
+)
 from chipmunk.rewrite.token_order import Order, order_of
 
 
@@ -219,11 +238,10 @@ def _with_roles(
 ) -> Model | Lookalike:
     scope = method.scope
     if streams.place == -1:
-        return Lookalike(
-            owner,
-            method,
-            "it runs both kinds of block, but slices no image stream off at the end (a ControlNet, perhaps)",
-        )
+        reason = "it runs both kinds of block, but slices no image stream off at the end (a ControlNet, perhaps)"
+        if _joins_first_axis(scope, streams):
+            reason = "its tokens lie along the first axis, (L, B, C): not handled"
+        return Lookalike(owner, method, reason)
     blocks: list[Block] = []
     outside = {name: role for name, role in ((streams.image, "image"), (streams.text, "text")) if name}
     for found, roles in ((double, outside), (single, streams.inside)):
@@ -264,9 +282,10 @@ def _with_roles(
         reason = f"{blocks[0].owner.name} does not take both streams"
         if starred:
             reason = f"what {blocks[0].owner.name} is given, *{dotted(starred[0])}, is not followed"
-        return Lookalike(owner, method, reason)
+        return Lookalike(owner, method, _several(scope, double) or reason)
     if not blocks[1].streams:
-        return Lookalike(owner, method, f"{blocks[1].owner.name} does not take the joint stream")
+        reason = f"{blocks[1].owner.name} does not take the joint stream"
+        return Lookalike(owner, method, _several(scope, single) or reason)
     image, others = image_parameter(scope, streams.image, double)
     if image is None:
         return Lookalike(owner, method, "the image stream does not come from a parameter of this method")
@@ -274,6 +293,23 @@ def _with_roles(
         others -= {image_parameter(scope, streams.text, double)[0] or ""}
     order = partial(order_of, repository, method, image, others, blocks, (double, single), streams)
     return Model(owner, method, double.attribute, single.attribute, blocks[0], blocks[1], image, order)
+
+
+def _joins_first_axis(scope: Scope, streams: Streams) -> bool:
+    """Whether image and text are concatenated along the first axis."""
+    joined = [call for call, _ in scope.calls if is_call(call, *CONCATENATIONS) and call.args]
+    return any(
+        {streams.image, streams.text} == set(first_names(call)) and integer(argument(call, 1, "dim")) == 0
+        for call in joined
+    )
+
+
+def _several(scope: Scope, found: Pass) -> str:
+    """In words, that a round of the loop calls its block more than once; else empty."""
+    others = [p for p in passes(scope) if p.loop is found.loop and p.step is not found.step]
+    if all(p.step.excludes(found.step) or found.step.excludes(p.step) for p in others):
+        return ""
+    return f"each block in self.{found.attribute} is called at several places, one after the other"
 
 
 def _elsewhere(repository: Repository, owner: Class, attribute: str) -> Class | str | None:

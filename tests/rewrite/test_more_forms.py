@@ -116,7 +116,8 @@ KEEPING = (
 
 
 def test_what_blocks_keep_for_later_would_be_missing_if_they_were_skipped() -> None:
-    block = KEEPING[1].replace("{kept}", '        info["kept"]["keys"] = image_k\n')
+    kept = '        before = info["kept"].get("keys", image_k)\n        info["kept"]["keys"] = image_k - before\n'
+    block = KEEPING[1].replace("{kept}", kept)
     plan = plan_of(flow__model=KEEPING[0], flow__double=block)
     assert sites(plan, "left dense")["step-caching"] == [
         "steps are not cached: PairBlock.forward keeps what it computes in info"
@@ -497,3 +498,48 @@ def test_a_model_whose_streams_are_joined_out_of_sight_is_said_to_be_one() -> No
     )
     assert sites(plan, "left dense")["model-forward"] == [f"{reason}, is not understood"]
     assert not plan.changes
+
+
+def test_a_model_that_draws_a_second_picture_in_the_same_loops_is_said_to() -> None:
+    model = variant(
+        MODEL,
+        ("text_ids, time):", "text_ids, time, other):"),
+        (
+            "            image, text = block(",
+            '            other["image"], other["text"] = block(other["image"], other["text"], rotation)\n'
+            "            image, text = block(",
+        ),
+        (
+            "            x = block(",
+            '            y = torch.cat((other["text"], other["image"]), 1)\n            z = block(y, rotation)\n'
+            '            other["image"] = z[:, text.shape[1] :]\n            x = block(',
+        ),
+    )
+    found = sites(plan_of(flow__model=model), "left dense")["model-forward"]
+    assert found == ["each block in self.joints is called at several places, one after the other"]
+
+
+def test_tokens_along_the_first_axis_are_said_to_be_there() -> None:
+    model = variant(
+        MODEL,
+        ("(text, image), dim=1)\n", "(text, image), dim=0)\n"),
+        ("x[:, text", "x[text"),
+        ("shape[1] :]", "shape[0] :]"),
+    )
+    plan = plan_of(flow__model=model)
+    assert sites(plan, "left dense")["model-forward"] == ["its tokens lie along the first axis, (L, B, C): not handled"]
+    assert not plan.changes
+
+
+def test_what_may_belong_to_image_tokens_is_named_alone() -> None:
+    """The image itself, and what the blocks are given beside the streams, are in what is written there as well."""
+    model = variant(
+        MODEL,
+        *RESIDUALS,
+        ("residuals=None):", "regions):"),
+        ("if residuals is not None:", "if regions:"),
+        ("x[:, n:] = x[:, n:] + residuals[0]\n", "y = self.put(x, regions)\n                x[:, n:] = y[:, n:]\n"),
+        ("    def forward", "    def put(self, x, regions):\n        return x * regions\n\n    def forward"),
+    )
+    (site,) = [site for site in plan_of(flow__model=model).sites if site.patch == "model-forward"]
+    assert "token order is off: regions, time may hold one row for each image token" in site.reason
