@@ -69,8 +69,6 @@ class Entry:
     """Parameters that get what the model makes of nothing that it is given: a mask, say."""
     numbers: frozenset[str] = frozenset()
     """Parameters that may get a number of tokens other than that of the text: one written out, or the model's own."""
-    is_whole: bool = False
-    """Whether it is the model's forward, whose result others read."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +113,6 @@ class _Reader:
                         yield Found(
                             f"{function.name} goes by where tokens lie (a slice at {number}, which it is given)"
                         )
-            returned = step.node.value if isinstance(step.node, cst.Return) and entry.is_whole else None
-            for name in sorted(grown & set(value_names(returned))) if returned is not None else ():
-                yield Found(f"{function.name} returns what it computes in {name}")
         for call, step in function.scope.calls:
             yield from self._by_name(entry, call, step)
             yield from self._through(entry, call, step, objects, depth)
@@ -242,7 +237,7 @@ class _Reader:
             elif name and self._is_foreign(entry, name):
                 reason = f"{entry.function.name} keeps what it computes in {name}, which is not its own"
                 yield Found(reason, keeps=True)
-            elif isinstance(place, cst.Name) and not self._holds(entry, place, step):
+            elif isinstance(place, cst.Name):
                 grown.add(name)
 
     def _is_given(self, entry: Entry, name: str, step: Step) -> bool:
@@ -256,9 +251,16 @@ class _Reader:
             if each in seen or each in entry.tokens:
                 continue
             seen.add(each)
-            if each in scope.parameters[entry.function.receivers :] or (star is not None and each == star.name.value):
+            bindings = scope.reaching(each, step)
+            values = [binding.value for binding in bindings if not binding.path]
+            # `hidden_states = torch.zeros(…)` is another tensor under a parameter's name
+            is_new = scope.is_definite(bindings, step) and all(
+                isinstance(v, cst.Call) and is_torch_function(dotted(v.func)) for v in values
+            )
+            if each in scope.parameters[entry.function.receivers :] and not is_new:
                 return True
-            values = [binding.value for binding in scope.reaching(each, step) if not binding.path]
+            if star is not None and each == star.name.value:
+                return True
             pending += [
                 n.value
                 for v in values
@@ -287,7 +289,10 @@ class _Reader:
 
     def _makes_tokens(self, entry: Entry, value: cst.CSTNode, step: Step) -> bool:
         """Whether a value is what a call makes of tokens: another tensor, nothing that was given."""
-        return isinstance(value, cst.Call) and any(self._holds(entry, arg.value, step) for arg in value.args)
+        if not isinstance(value, cst.Call):
+            return False
+        subject = [value.func.value] if isinstance(value.func, cst.Attribute) else []  # a method of the tensor
+        return any(self._holds(entry, part, step) for part in (*subject, *(arg.value for arg in value.args)))
 
     def _is_own(self, entry: Entry, node: cst.BaseExpression) -> bool:
         """Whether it is an attribute of the function's own object, or of a module that it is given."""

@@ -69,7 +69,7 @@ def _by_place(
 ) -> tuple[str, str]:
     """What treats image tokens by where they lie, in the model's forward and in its blocks; what these keep."""
     own = () if method.owner is None else ((method.scope.receiver, method.owner),)
-    whole = Entry(method, frozenset({image}), own, is_whole=True)
+    whole = Entry(method, frozenset({image}), own)
     entries: list[Entry] = []
     for block, each in zip(blocks, found, strict=True):
         by_name, forward = each.first == BY_NAME, block.forward.outline

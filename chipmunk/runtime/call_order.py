@@ -41,7 +41,7 @@ def order_of(session: Session, bound: inspect.BoundArguments) -> TokenOrder | No
         what = f"kept: {reason}"
     elif image.dim() != 3:
         what = "kept: the image is not tokens (B, L, C)"
-    elif (reason := _why_watched(session, bound.args[0])) is not None:
+    elif (reason := why_watched(session, bound.args[0])) is not None:
         what = f"kept: {reason}"
     else:
         order, what = find_order(ids, image.shape[1], patchify, image.device)
@@ -61,7 +61,7 @@ def why_by_token(session: Session, bound: inspect.BoundArguments) -> str | None:
     return None
 
 
-def _why_watched(session: Session, model: nn.Module) -> str | None:
+def why_watched(session: Session, model: nn.Module) -> str | None:
     """Why code that the model does not show may know where its tokens lie: a hook that reads them, say."""
     everywhere = (*all_modules._global_forward_hooks.values(), *all_modules._global_forward_pre_hooks.values())
     if any(map(_is_foreign, everywhere)):

@@ -21,6 +21,7 @@ from chipmunk.runtime.call_order import (
     restored,
     versions_of,
     why_by_token,
+    why_watched,
     write_back,
 )
 from chipmunk.runtime.clock import CallSlot, Generation, current_generation
@@ -208,10 +209,12 @@ def _slot(
         if slot.signature == signature and slot.inference == inference:
             if not slot.weights.are_those_of(blocks):
                 changed = "weights"
-            elif slot.order is None or why_by_token(session, bound) is None:
-                return slot
-            else:
+            elif slot.order is not None and why_by_token(session, bound) is not None:
                 changed = "what belongs to the image tokens one by one"  # it would not be moved with them
+            elif slot.order is not None and why_watched(session, bound.args[0]) is not None:
+                changed = "what watches the model"  # it would see moved tokens
+            else:
+                return slot
         session.recorder.restarts[f"{changed} changed"] += 1
         slot.forget()
     attn, mlp = AttentionRules.of(session.config.attn), MlpRules.of(session.config.mlp)

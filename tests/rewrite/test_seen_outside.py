@@ -66,10 +66,6 @@ _GIVEN = {
     ),
 }
 SEEN: dict[str, tuple[dict[str, str], str]] = {
-    "maps in a list that the model returns": (
-        {"double": _SCORES, "model": _IN_A_LIST, "sampling": _with_features("velocity, maps", "maps[0]['scores']")},
-        "token order is off: Painter.forward returns what it computes in maps",
-    ),
     "a list of the file's own": (
         {"double": _STORE, "sampling": _READ},
         "token order is off: PairBlock.forward keeps what it computes in STORE, which is not its own",
@@ -91,19 +87,49 @@ def test_tokens_stay_in_order_where_features_are_seen_outside(name: str, tmp_pat
     assert outcome.statistics.layers[-1].attention
 
 
-def test_another_tensor_that_comes_out_is_noticed_at_run_time(tmp_path: Path) -> None:
-    outcome = Outcome(tmp_path, {"model": _TENSOR, "sampling": _with_features("velocity, seen", "seen")})
+RETURNED = {
+    "a tensor": {"model": _TENSOR, "sampling": _with_features("velocity, seen", "seen")},
+    "maps in a list": {
+        "double": _SCORES,
+        "model": _IN_A_LIST,
+        "sampling": _with_features("velocity, maps", "maps[0]['scores']"),
+    },
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_a_model_returns_beside_its_image_is_noticed_at_run_time(name: str, tmp_path: Path) -> None:
+    outcome = Outcome(tmp_path, RETURNED[name])
     assert order_of(outcome.plan) == "token order follows image_ids"
     outcome.check()
     why = "kept: what the model returns beside its image may have a row for each token"
-    assert why in outcome.statistics.token_order
+    assert list(outcome.statistics.token_order)[-1] == why
+
+
+def test_numbers_beside_the_image_are_nothing_of_its_tokens(tmp_path: Path) -> None:
+    numbers = variant(_IN_A_LIST, ("maps.append(kept)", "maps.append(kept['scores'].max())"))
+    sampling = variant(SAMPLING, ("        velocity = model", "        velocity, _ = model"))
+    outcome = Outcome(tmp_path, {"double": _SCORES, "model": numbers, "sampling": sampling})
+    outcome.check()
+    assert list(outcome.statistics.token_order) == ["reordered"]
 
 
 NOT_SEEN = {
-    "a list of numbers that is returned": {
-        "model": variant(_IN_A_LIST, ("maps.append(kept)", "maps.append(kept['scores'].max())")),
-        "double": _SCORES,
-        "sampling": variant(SAMPLING, ("        velocity = model", "        velocity, _ = model")),
+    "a tensor of the function's own, under a parameter's name": {
+        "single": variant(
+            SINGLE,
+            (
+                JOIN,
+                "        rotation = torch.zeros(mixed.shape)\n        rotation[:] = mixed\n        mixed = rotation\n"
+                + JOIN,
+            ),
+        ),
+    },
+    "a view of the tokens": {
+        "single": variant(
+            SINGLE,
+            (JOIN, "        seen = mixed.view(1, self.heads, -1)\n        seen[:] = mixed.max()\n" + JOIN),
+        ),
     },
     "a list of the function's own": {
         "single": variant(

@@ -34,3 +34,26 @@ def test_features_of_a_call_with_moved_tokens_stay_with_them() -> None:
         statistics = compare(sample, Remembering)
     assert list(statistics.token_order) == ["reordered"]
     assert not statistics.restarts
+
+
+def test_a_hook_that_comes_while_an_image_is_drawn_sees_tokens_in_their_own_order() -> None:
+    def sample(model: Any) -> Tensor:
+        given: Any = inputs(8, 8)
+        img, seen, hooks = given.pop("img"), [torch.zeros(1)], list[Any]()
+
+        def step(x: Tensor, t: Tensor) -> Tensor:
+            if float(t[0]) < 0.7 and not hooks:
+                watched = model.double_blocks[1].img_proj
+                hooks.append(watched.register_forward_hook(lambda module, args, out: seen.append(out.clone())))
+            result: Tensor = model(img=x, timesteps=t, **given)
+            return result + 0.1 * seen[-1].mean(-1, keepdim=True) * torch.linspace(0, 1, x.shape[1])[:, None]
+
+        return steps_of(model, img, lambda x, t: step(x, t))
+
+    with torch.no_grad():
+        statistics = compare(sample)
+    assert list(statistics.token_order) == [
+        "reordered",
+        "kept: a hook of double_blocks.1.img_proj may read its tokens",
+    ]
+    assert dict(statistics.restarts) == {"what watches the model changed": 1}
