@@ -125,13 +125,15 @@ class _Growth:
         while self._news:
             news, self._news = self._news, set()
             for place in list(self._values.places):
-                if self._values.is_hot(place) and self._is_touched(place, news) and self._may_matter(place):
-                    self._visit(place)
+                if self._values.is_hot(place) and self._is_touched(place, news):
+                    source = self._source(place)
+                    warm = place.outline.warm(source, self._given(place))
+                    if self._may_matter(place, source, warm):
+                        self._visit(place, source, warm)
 
-    def _visit(self, place: Place) -> None:
+    def _visit(self, place: Place, source: Source, warm: set[str]) -> None:
+        """`warm`: the names that may be models."""
         values, scope, function = self._values, place.statements, place.function
-        source = self._source(place)
-        warm = place.outline.warm(source, self._given(place))
         if function is not None:
             for parameter in function.signature:
                 label = values.annotated(parameter.annotation, place)
@@ -221,12 +223,12 @@ class _Growth:
     def _is_touched(self, place: Place, news: set[object]) -> bool:
         return place in news or id(place.function) in news or not news.isdisjoint(place.words)
 
-    def _may_matter(self, place: Place) -> bool:
+    def _may_matter(self, place: Place, source: Source, warm: set[str]) -> bool:
         """Whether a visit may tell anything: what has no label goes nowhere."""
         aliases = place.module.aliases
         if any(aliases.get(name, name) in self._values.known for name in place.outline.annotations):
             return True
-        return place.outline.lets_out(self._source(place), self._given(place))
+        return place.outline.lets_out(source, warm)
 
     def _given(self, place: Place) -> list[str]:
         """The parameters that have a label."""

@@ -49,13 +49,12 @@ class Outline:
         self._out = [value for value in out if isinstance(value, VALUES)]
         """What is returned, given to calls, or bound to attributes of the receiver; what a module's names are."""
 
-    def lets_out(self, source: Source, given: Iterable[str]) -> bool:
-        """Whether a model may leave the function, if the names `given` are models."""
-        warm = self.warm(source, given)
+    def lets_out(self, source: Source, warm: set[str]) -> bool:
+        """Whether a model may leave the function, if the names `warm` may be models."""
         return any(is_warm(value, source, warm) for value in self._out)
 
     def warm(self, source: Source, given: Iterable[str]) -> set[str]:
-        """The names that may be models."""
+        """The names that may be models, if the names `given` are."""
         warm, pending, before = set(given), self._bound, -1
         while pending and len(warm) > before:
             before, rest = len(warm), []

@@ -31,6 +31,10 @@ def outline(text: str) -> Outline:
     return Outline(Statements(body), body)
 
 
+def lets_out(found: Outline, *given: str) -> bool:
+    return found.lets_out(source, found.warm(source, given))
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -48,7 +52,7 @@ def outline(text: str) -> Outline:
     ],
 )
 def test_a_model_that_leaves_the_function(text: str) -> None:
-    assert outline(text).lets_out(source, ["x"])
+    assert lets_out(outline(text), "x")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,7 @@ def test_a_model_that_leaves_the_function(text: str) -> None:
     ],
 )
 def test_a_model_that_goes_nowhere(text: str) -> None:
-    assert not outline(text).lets_out(source, ["x"])
+    assert not lets_out(outline(text), "x")
 
 
 def test_annotations_are_names_without_their_modules() -> None:
@@ -77,8 +81,9 @@ def test_annotations_are_names_without_their_modules() -> None:
 
 def test_a_module_says_nothing_of_its_functions() -> None:
     text = "def f():\n    return Model()\nclass A:\n    a = Model()\n"
-    assert not Outline(Statements(ast.parse(text)), None).lets_out(source, [])
-    assert Outline(Statements(ast.parse(text + "try:\n    a = Model()\nexcept E: pass")), None).lets_out(source, [])
+    assert not lets_out(Outline(Statements(ast.parse(text)), None))
+    text += "try:\n    a = Model()\nexcept E: pass"
+    assert lets_out(Outline(Statements(ast.parse(text)), None))
 
 
 FORMS = [
