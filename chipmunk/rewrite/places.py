@@ -253,10 +253,8 @@ class _Reader:
             seen.add(each)
             bindings = scope.reaching(each, step)
             values = [binding.value for binding in bindings if not binding.path]
-            # `hidden_states = torch.zeros(…)` is another tensor under a parameter's name
-            is_new = scope.is_definite(bindings, step) and all(
-                isinstance(v, cst.Call) and is_torch_function(dotted(v.func)) for v in values
-            )
+            # `hidden_states = []` is another thing under a parameter's name
+            is_new = scope.is_definite(bindings, step) and all(_is_made_here(value) for value in values)
             if each in scope.parameters[entry.function.receivers :] and not is_new:
                 return True
             if star is not None and each == star.name.value:
@@ -380,6 +378,13 @@ def _is_number(entry: Entry, value: cst.CSTNode, step: Step) -> bool:
 
 def _is_method(call: cst.Call) -> bool:
     return isinstance(call.func, cst.Attribute) and dotted(call.func.value) not in ("torch", "np", "numpy", "math")
+
+
+def _is_made_here(value: cst.CSTNode | None) -> bool:
+    """Whether a value is a display of a list or a dictionary, or what a function of torch gives."""
+    if isinstance(value, cst.Call):
+        return is_torch_function(dotted(value.func))
+    return isinstance(value, (cst.List, cst.Dict))
 
 
 def is_made(repository: Repository, entry: Entry, node: cst.BaseExpression, step: Step) -> bool:

@@ -115,6 +115,15 @@ def test_numbers_beside_the_image_are_nothing_of_its_tokens(tmp_path: Path) -> N
 
 
 NOT_SEEN = {
+    "a list of the function's own, under a parameter's name": {
+        "single": variant(
+            SINGLE,
+            (
+                JOIN,
+                "        rotation = []\n        rotation.append(mixed)\n        mixed = torch.cat(rotation)\n" + JOIN,
+            ),
+        ),
+    },
     "a tensor of the function's own, under a parameter's name": {
         "single": variant(
             SINGLE,
