@@ -7,15 +7,15 @@ it is loaded: functions handed to Fire, commands of typer and click, and code th
 
 from __future__ import annotations
 
-import libcst as cst
+import ast
 
 from chipmunk.registry import Example
+from chipmunk.rewrite.ast_nodes import arguments, dotted, elements, last_name
 from chipmunk.rewrite.context import Context
-from chipmunk.rewrite.flow import Binding, Step
 from chipmunk.rewrite.minimal import COMMAND, variant
 from chipmunk.rewrite.repository import External, Function
-from chipmunk.rewrite.syntax import dotted, elements, last_name, parameters, walk
-from chipmunk.rewrite.values import ARGS, PARSING, Place, args_label
+from chipmunk.rewrite.statements import Assignment, Statement
+from chipmunk.rewrite.values import ARGS, PARSING, Place, args_label, flat
 
 NAME = "command-line"
 API = 1
@@ -29,22 +29,22 @@ def rule(context: Context) -> None:
     commands = _commands(context)
     used: set[str] = set()
     for place in context.values.places:
-        loads = _loads(context, place) if context.values.makes(place) else []
+        loads = _loads(context, place) if context.values.is_hot(place) else []
         if not loads:
             continue
         source = place.module.source
-        kind = commands.get(id(place.function.node)) if place.function is not None else None
-        arguments = _arguments_name(context, place, loads[0].step)
+        kind = commands.get(id(place.function)) if place.function is not None else None
+        parsed = _arguments_name(context, place, loads[0].step)
         if kind is not None and place.function is not None:
             done = _add_option(context, place.function, kind)
             _enable(context, place, loads, OPTION, done, f"the command line runs {place.name}, which loads the model")
-        elif arguments is not None:
-            used |= arguments[1]
+        elif parsed is not None:
+            used |= parsed[1]
             _enable(
                 context,
                 place,
                 loads,
-                f"{arguments[0]}.{OPTION}",
+                f"{parsed[0]}.{OPTION}",
                 True,
                 f"{place.name} loads the model and has the parsed arguments",
             )
@@ -57,29 +57,28 @@ def rule(context: Context) -> None:
 # Finding
 
 
-def _loads(context: Context, place: Place) -> list[Binding]:
+def _loads(context: Context, place: Place) -> list[Assignment]:
     """Assignments that get the model from a call: of its constructor, or of a function that returns one."""
     return [
         binding
-        for bindings in place.scope.bindings.values()
+        for bindings in place.statements.bindings.values()
         for binding in bindings
-        if isinstance(binding.value, cst.Call)
+        if isinstance(binding.value, ast.Call)
         and binding.name != "_"
-        and context.values.model_of(context.values.bound(binding, place)) is not None
-        and not _same_name(binding)
-        and not _is_given_it(context, binding, place)
+        and context.values.model_of(context.values.assigned(binding, place)) is not None
+        and not _same_name(binding.name, binding.value)
+        and not _is_given_it(context, binding.value, binding.step, place)
     ]
 
 
-def _same_name(binding: Binding) -> bool:
+def _same_name(name: str, call: ast.Call) -> bool:
     """`model = model.to(device)` loads nothing."""
-    return binding.value is not None and any(dotted(node) == binding.name for node in walk(binding.value))
+    return any(dotted(node) == name for node in ast.walk(call))
 
 
-def _is_given_it(context: Context, binding: Binding, place: Place) -> bool:
+def _is_given_it(context: Context, call: ast.Call, step: Statement, place: Place) -> bool:
     """`model = unwrap(self.model)` loads nothing either: what is called is given the model."""
-    given = binding.value.args if isinstance(binding.value, cst.Call) else ()
-    found = (context.values.labels(arg.value, binding.step, place) for arg in given)
+    found = (flat(context.values.value(arg, step, place)) for arg in arguments(call))
     return any(context.values.model_of(labels) is not None for labels in found)
 
 
@@ -89,28 +88,27 @@ def _hands_on(context: Context, place: Place) -> bool:
 
 
 def _commands(context: Context) -> dict[int, str]:
-    """Functions that a command-line library runs: function node (`id`) → `fire`, `typer` or `click`."""
+    """Functions that a command-line library runs: function (`id`) → `fire`, `typer` or `click`."""
     found: dict[int, str] = {}
     repository = context.repository
     for path in repository.files_with("Fire("):
         if b"fire" in repository.files[path]:
             for place in _places(context, path):
-                for call, step in place.scope.calls if "Fire" in place.words else ():
+                for call, step in place.statements.calls if "Fire" in place.words else ():
                     name = last_name(call.func)
                     if "Fire" not in (name, place.module.aliases.get(name)):
                         continue
-                    meaning = repository.resolve(call.func, place.names, step)
-                    if isinstance(meaning, External) and meaning.name in ("fire.Fire", "fire.core.Fire") and call.args:
-                        for function in _components(context, call.args[0].value, step, place):
-                            found[id(function.node)] = "fire"
+                    meaning, given = repository.resolve(dotted(call.func), place.names, step), arguments(call)
+                    if isinstance(meaning, External) and meaning.name in ("fire.Fire", "fire.core.Fire") and given:
+                        for function in _components(context, given[0], step, place):
+                            found[id(function)] = "fire"
     for place in context.values.places:
         if place.function is None or not place.function.outline.decorator_list or "command" not in place.words:
             continue
-        for decorator in place.function.node.decorators:
-            callee = decorator.decorator.func if isinstance(decorator.decorator, cst.Call) else decorator.decorator
-            library = _library(context, callee, place)
+        for decorator in place.function.outline.decorator_list:
+            library = _library(context, decorator.func if isinstance(decorator, ast.Call) else decorator, place)
             if library is not None:
-                found[id(place.function.node)] = library
+                found[id(place.function)] = library
     return found
 
 
@@ -121,18 +119,16 @@ def _places(context: Context, path: str) -> list[Place]:
     return [Place(module, None), *(Place(module, function) for function in module.all_functions())]
 
 
-def _components(context: Context, value: cst.BaseExpression, step: Step, place: Place) -> list[Function]:
+def _components(context: Context, value: ast.expr, step: Statement, place: Place) -> list[Function]:
     """The functions that Fire gets: one, or a dictionary or list of them."""
-    values = [value]
-    if isinstance(value, cst.Dict):
-        values = [e.value for e in value.elements if isinstance(e, cst.DictElement)]
-    elif elements(value) is not None:
-        values = elements(value) or []
-    found = [context.repository.resolve(v, place.names, step) for v in values]
+    values = elements(value) or [value]
+    if isinstance(value, ast.Dict):
+        values = [each for key, each in zip(value.keys, value.values, strict=True) if key is not None]
+    found = [context.repository.resolve(dotted(each), place.names, step) for each in values]
     return [f for f in found if isinstance(f, Function)]
 
 
-def _library(context: Context, callee: cst.CSTNode, place: Place) -> str | None:
+def _library(context: Context, callee: ast.expr, place: Place) -> str | None:
     """`click` for `@click.command`, `typer` for `@app.command` where `app = typer.Typer()`."""
     name = dotted(callee)
     if name is None or name.split(".")[-1] != "command":
@@ -140,9 +136,9 @@ def _library(context: Context, callee: cst.CSTNode, place: Place) -> str | None:
     meaning = context.repository.resolve(name, place.module)
     if isinstance(meaning, External):
         return "click" if meaning.name == "click.command" else None
-    for binding in place.module.scope.bindings.get(name.split(".")[0], ()):
-        if isinstance(binding.value, cst.Call):
-            made = context.repository.resolve(binding.value.func, place.module)
+    for binding in place.module.bindings(name.split(".")[0]):
+        if isinstance(binding.value, ast.Call):
+            made = context.repository.resolve(dotted(binding.value.func), place.module)
             if isinstance(made, External) and made.name == "typer.Typer":
                 return "typer"
     for function in place.module.functions.values():  # a click group is a function itself
@@ -151,13 +147,13 @@ def _library(context: Context, callee: cst.CSTNode, place: Place) -> str | None:
     return None
 
 
-def _arguments_name(context: Context, place: Place, step: Step) -> tuple[str, frozenset[str]] | None:
+def _arguments_name(context: Context, place: Place, step: Statement) -> tuple[str, frozenset[str]] | None:
     """The name under which parsed arguments are at hand at `step`, and the labels of the parsers they come from."""
-    scope = place.scope
+    own = place.function.parameters if place.function is not None else []
     # Not a global: it would be there only when this very file is the program.
-    for name in dict.fromkeys([*scope.parameters, *scope.bindings]):
+    for name in dict.fromkeys([*own, *place.statements.bindings]):
         if "." not in name:
-            labels = context.values.labels(cst.Name(name), step, place)
+            labels = flat(context.values.value(ast.Name(name), step, place))
             if any(label.startswith(ARGS) for label in labels):
                 return name, labels
     return None
@@ -166,9 +162,11 @@ def _arguments_name(context: Context, place: Place, step: Step) -> tuple[str, fr
 # Changing
 
 
-def _enable(context: Context, place: Place, loads: list[Binding], option: str, option_done: bool, reason: str) -> None:
+def _enable(
+    context: Context, place: Place, loads: list[Assignment], option: str, option_done: bool, reason: str
+) -> None:
     source = place.module.source
-    after: dict[cst.CSTNode, Binding] = {_after_branches(context, place, load): load for load in reversed(loads)}
+    after: dict[ast.stmt, Assignment] = {_after_branches(context, place, load): load for load in reversed(loads)}
     for statement, load in after.items():
         if _is_enabled(context, place, load.name):
             if option_done:
@@ -185,11 +183,11 @@ def _enable(context: Context, place: Place, loads: list[Binding], option: str, o
         context.patched(source, load.step.node, reason + (others if _has_other(context, place, load) else ""))
 
 
-def _has_other(context: Context, place: Place, load: Binding) -> bool:
+def _has_other(context: Context, place: Place, load: Assignment) -> bool:
     """Whether another branch gives the name something that is no model."""
     return any(
-        other is node and branch != other_branch and context.values.model_of(context.values.bound(b, place)) is None
-        for b in place.scope.bindings.get(load.name, ())
+        other is node and branch != other_branch and context.values.model_of(context.values.assigned(b, place)) is None
+        for b in place.statements.bindings.get(load.name, ())
         for other, other_branch in b.step.chain
         for node, branch in load.step.chain
     )
@@ -208,45 +206,45 @@ def _end_of(text: bytes, end: int) -> int:
 
 def _is_enabled(context: Context, place: Place, name: str) -> bool:
     return any(
-        context.runtime_call(call, place.names, step) == "enable" and call.args and dotted(call.args[0].value) == name
-        for call, step in place.scope.calls
+        context.runtime_call(call, place.names, step) == "enable" and call.args and dotted(call.args[0]) == name
+        for call, step in place.statements.calls
     )
 
 
-def _after_branches(context: Context, place: Place, binding: Binding) -> cst.CSTNode:
+def _after_branches(context: Context, place: Place, binding: Assignment) -> ast.stmt:
     """The statement after which the model is there: the assignment, or an `if` whose every branch assigns the name.
 
     Where a branch assigns something that is no model (a TensorRT engine, say), `enable` says so if the option is given.
     """
-    statement: cst.CSTNode = binding.step.statement
+    statement = binding.step.line
     for node, _ in reversed(binding.step.chain):
-        if not isinstance(node, cst.If):
+        if not isinstance(node, ast.If):
             break
         if _assigned_in_all(place, node, binding.name):
             statement = node
     return statement
 
 
-def _assigned_in_all(place: Place, node: cst.If, name: str) -> bool:
-    inside = [b for b in place.scope.bindings.get(name, ()) if any(other is node for other, _ in b.step.chain)]
+def _assigned_in_all(place: Place, node: ast.If, name: str) -> bool:
+    inside = [b for b in place.statements.bindings.get(name, ()) if any(other is node for other, _ in b.step.chain)]
     branches = {branch for b in inside for other, branch in b.step.chain if other is node}
     if branches < {"body", "orelse"}:
         return False
-    return not isinstance(node.orelse, cst.If) or _assigned_in_all(place, node.orelse, name)
+    inner = node.orelse[0]
+    return len(node.orelse) > 1 or not isinstance(inner, ast.If) or _assigned_in_all(place, inner, name)
 
 
 def _add_option(context: Context, function: Function, kind: str) -> bool:
     """Add the parameter `chipmunk_config`; True if it was there."""
-    if OPTION in {p.name.value for p in parameters(function.node)}:
+    if OPTION in function.parameters:
         return True
     source = function.source
     annotation = _annotation(function)
     context.append_parameter(source, function.node, f"{OPTION}{annotation}{' = ' if annotation else '='}None")
     if kind == "click":
-        last = function.node.decorators[-1]
-        indentation = source.indentation(last)
+        indentation = source.indentation(function.outline)
         text = f'@click.option("--chipmunk-config", default=None, help="{HELP}.")'
-        at = source.line_at(source.span(last)[1] - 1)[1]
+        at = source.line_at(source.span(function.outline.decorator_list[-1])[1] - 1)[1]
         context.edit(source, at, at, f"\n{indentation}{text}")
     _document(context, function)
     return False
@@ -254,7 +252,7 @@ def _add_option(context: Context, function: Function, kind: str) -> bool:
 
 def _annotation(function: Function) -> str:
     """`: str | None`, in the file's own way of saying so; nothing where the signature has no annotations."""
-    if parameters(function.node) and not any(p.annotation for p in parameters(function.node)):
+    if function.signature and not any(parameter.annotation for parameter in function.signature):
         return ""
     if function.module.imports.get("Optional") == ("typing", "Optional") and b"| None" not in function.source.text:
         return ": Optional[str]"
@@ -263,12 +261,10 @@ def _annotation(function: Function) -> str:
 
 def _document(context: Context, function: Function) -> None:
     """A line in the docstring's `Args:` section, after its last entry."""
-    source, body = function.source, function.node.body
-    first = body.body[0] if isinstance(body, cst.IndentedBlock) and body.body else None
-    expression = first.body[0] if isinstance(first, cst.SimpleStatementLine) else None
-    if not isinstance(expression, cst.Expr) or not isinstance(expression.value, cst.SimpleString):
+    source, first = function.source, function.outline.body[0]
+    if ast.get_docstring(function.outline) is None:
         return
-    start, end = source.span(expression.value)
+    start, end = source.span(first)
     lines = source.text[start:end].decode("utf-8").splitlines(keepends=True)
     heads = [i for i, line in enumerate(lines) if line.strip() in ("Args:", "Arguments:")]
     if not heads or len(lines) <= heads[0] + 1:
@@ -287,8 +283,8 @@ def _document(context: Context, function: Function) -> None:
 def _add_arguments(context: Context, used: set[str]) -> None:
     """Add the option to the parsers whose results reach a place that loads the model."""
     for place in context.values.places_with(PARSING) if used else ():
-        for call, step in place.scope.calls if context.values.parses(place, used) else ():
-            if not isinstance(call.func, cst.Attribute) or call.func.attr.value not in PARSING:
+        for call, step in place.statements.calls:
+            if not isinstance(call.func, ast.Attribute) or call.func.attr not in PARSING:
                 continue
             name = dotted(call.func.value)
             if name is None or args_label(call, step, place) not in used:
@@ -297,9 +293,9 @@ def _add_arguments(context: Context, used: set[str]) -> None:
             if b"--chipmunk-config" in source.text:
                 context.already(source, call, "the parser has the option")
                 continue
-            indentation = source.indentation(step.statement)
+            indentation = source.indentation(step.line)
             text = f'{name}.add_argument("--chipmunk-config", default=None, help="{HELP}")'
-            context.insert_before(source, step.statement, f"{text}\n{indentation}")
+            context.insert_before(source, step.line, f"{text}\n{indentation}")
             context.patched(source, call, "the parser of the command line that loads the model")
 
 

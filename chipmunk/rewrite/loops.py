@@ -135,7 +135,7 @@ class _Finder:
 
     def _may_call(self, place: Place) -> bool:
         """Whether the place may call a model at all; told without its tree."""
-        if self._context.values.calls(place):
+        if self._context.values.is_hot(place):
             return True
         return place.loops and any(wanted <= place.words for wanted, _ in self._keywords.values())
 

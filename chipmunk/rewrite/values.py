@@ -8,14 +8,14 @@ All of it is told by `ast`; what rules ask of LibCST's trees is answered by the 
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
 import libcst as cst
 
 from chipmunk.rewrite.ast_nodes import arguments, dotted, elements, last_name, quoted
-from chipmunk.rewrite.flow import Binding, Step
+from chipmunk.rewrite.flow import Step
 from chipmunk.rewrite.modules import Place
 from chipmunk.rewrite.repository import Class, External, Function, Module, Repository
 from chipmunk.rewrite.roles import Model
@@ -44,10 +44,9 @@ def label_of(index: int) -> str:
     return f"model:{index}"
 
 
-def args_label(call: cst.Call | ast.Call, step: Step | Statement, place: Place) -> str:
+def args_label(call: ast.Call, step: Statement, place: Place) -> str:
     """The label of what this call of `parse_args` returns."""
-    func = expression(call.func) if isinstance(call, cst.Call) else call.func
-    return f"{ARGS}{id(place.names)}:{step.index}:{dotted(func)}"
+    return f"{ARGS}{id(place.names)}:{step.index}:{dotted(call.func)}"
 
 
 @dataclass(eq=False)
@@ -75,8 +74,6 @@ class Values:
     called: set[int] = field(default_factory=set)
     """Functions (`id`) with an argument that has a label."""
     _cold: dict[Place, int] = field(default_factory=dict)
-    _making: dict[Place, bool] = field(default_factory=dict)
-    _calling: dict[Place, bool] = field(default_factory=dict)
 
     _returning: Function | None = None
     """The function of which the returned value is asked: its parameters are labelled by their names."""
@@ -84,26 +81,18 @@ class Values:
     # Asking
 
     def labels(self, node: cst.CSTNode | None, step: Step, place: Place) -> frozenset[str]:
-        """The labels of an expression that is no tuple."""
+        """The labels of an expression of LibCST's that is no tuple."""
         if node is None:
             return NOTHING
         return flat(self.value(expression(node), place.statements.steps[step.index], place))
-
-    def bound(self, binding: Binding, place: Place) -> frozenset[str]:
-        """The labels of what a name is bound to."""
-        if binding.value is None:
-            return NOTHING
-        step = place.statements.steps[binding.step.index]
-        return self.assigned(Assignment(binding.name, expression(binding.value), binding.path, step), place)
 
     def model_of(self, labels: frozenset[str]) -> int | None:
         """The model's place in `models`; the first if there are several."""
         return min((int(label.split(":")[1]) for label in labels if label.startswith("model:")), default=None)
 
-    def callee(self, call: cst.Call | ast.Call, step: Step | Statement, place: Place) -> Function | None:
+    def callee(self, call: ast.Call, step: Statement, place: Place) -> Function | None:
         """The repository's function, method or constructor that the call runs."""
-        func = expression(call.func) if isinstance(call, cst.Call) else call.func
-        meaning = self.repository.resolve(dotted(func), place.names, step)
+        meaning = self.repository.resolve(dotted(call.func), place.names, step)
         if isinstance(meaning, Class):
             return self.repository.method(meaning, "__init__")
         return meaning if isinstance(meaning, Function) else None
@@ -121,33 +110,6 @@ class Values:
             asked = -1
         self._cold[place] = asked if asked < 0 else len(self.hot)
         return asked < 0
-
-    def makes(self, place: Place) -> bool:
-        """Whether a name of the place gets a model from a call; told without its tree."""
-        if place not in self._making:
-            self._making[place] = self.is_hot(place) and any(
-                type(binding.value) is ast.Call and self.model_of(self.assigned(binding, place)) is not None
-                for bindings in place.statements.bindings.values()
-                for binding in bindings
-            )
-        return self._making[place]
-
-    def calls(self, place: Place) -> bool:
-        """Whether the place calls a model; told without its tree."""
-        if place not in self._calling:
-            self._calling[place] = self.is_hot(place) and any(
-                self.model_of(flat(self.value(callee, step, place))) is not None
-                for call, step in place.statements.calls
-                for callee in _callees(call.func)
-            )
-        return self._calling[place]
-
-    def parses(self, place: Place, labels: Collection[str]) -> bool:
-        """Whether the place parses arguments that have one of the labels; told without its tree."""
-        return any(
-            last_name(call.func) in PARSING and args_label(call, step, place) in labels
-            for call, step in place.statements.calls
-        )
 
     # Values of expressions
 
@@ -346,15 +308,6 @@ def merge(first: Value, second: Value) -> Value:
     if isinstance(first, frozenset) and isinstance(second, frozenset):
         return first | second
     return first if isinstance(first, tuple) else second
-
-
-def _callees(node: ast.expr) -> Iterable[ast.expr]:
-    """`model` for `model`, `model.forward` and `slot(model, "name")`."""
-    if isinstance(node, ast.Call) and len(node.args) == 2:
-        yield from _callees(node.args[0])
-    elif isinstance(node, ast.Attribute) and node.attr == "forward":
-        yield node.value
-    yield node
 
 
 __all__ = ["ARGS", "PARSING", "Place", "Value", "Values", "args_label", "label_of"]
