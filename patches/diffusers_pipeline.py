@@ -13,8 +13,6 @@ another pipeline, and pipelines that are returned without having a name, which a
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from dataclasses import replace
 
 import libcst as cst
@@ -22,16 +20,13 @@ import libcst as cst
 from chipmunk.registry import Example
 from chipmunk.rewrite.context import Context
 from chipmunk.rewrite.minimal import variant
-from chipmunk.rewrite.pipelines import Made, last_of_setup, made_pipelines
+from chipmunk.rewrite.pipelines import Made, last_of_setup, made_pipelines, running_blocks
 from chipmunk.rewrite.plan import BlockFacts, ModelFacts
-from chipmunk.rewrite.repository import Function
 from chipmunk.rewrite.values import Place
 
 NAME = "diffusers-pipeline"
 API = 1
 VERSION = "1"
-
-_BLOCKS = "single_transformer_blocks"
 
 
 def rule(context: Context) -> None:
@@ -40,7 +35,7 @@ def rule(context: Context) -> None:
     made = made_pipelines(context)
     for pipeline in made:
         _enable(context, pipeline)
-    for function in _running_blocks(context) if made else ():
+    for function in running_blocks(context) if made else ():
         reason = (
             "it runs the blocks of a transformer that it is given itself: Chipmunk works in the transformer's forward"
         )
@@ -52,50 +47,6 @@ def _holds_diffusers(context: Context) -> bool:
     found = {context.repository.find_module("diffusers", path) for path in context.repository.files}
     folders = [path.removesuffix("__init__.py") for path in found if path is not None and path.endswith("__init__.py")]
     return any(path.startswith(f"{folder}pipelines/") for folder in folders for path in context.repository.files)
-
-
-def _running_blocks(context: Context) -> Iterator[Function]:
-    """Functions that do the work of a transformer's forward, told by the loop over its last blocks.
-
-    Those whose first parameter is `self` are put in the place of the forward, where Chipmunk finds them.
-    """
-    for path in sorted(context.repository.files_with(_BLOCKS)):
-        module = context.repository.module(path)
-        for function in module.all_functions() if module is not None else ():
-            given = function.owner is None and function.parameters[:1] not in ([], ["self"])
-            if given and _BLOCKS in function.words and any(map(_runs_them, _own_statements(function.outline.body))):
-                yield function
-
-
-def _own_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """All statements, but those of functions that are defined among them."""
-    for statement in body:
-        yield statement
-        if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            for name in ("body", "orelse", "finalbody"):
-                yield from _own_statements(getattr(statement, name, []))
-
-
-def _runs_them(node: ast.stmt) -> bool:
-    """Whether it is `for block in model.single_transformer_blocks` with `x = block(x)` or `x = run(block, x)` in it.
-
-    Or with `given = {"self": block, "x": x}`, to be given to a function.
-    """
-    if not isinstance(node, ast.For) or not any(
-        isinstance(part, ast.Attribute) and part.attr == _BLOCKS for part in ast.walk(node.iter)
-    ):
-        return False
-    elements = {part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)}
-    for inner in _own_statements(node.body):
-        if isinstance(inner, ast.Assign) and not isinstance(inner.targets[0], ast.Attribute):
-            value, called = inner.value, list[ast.expr]()
-            if isinstance(value, ast.Call):
-                called = [value.func, *value.args[:1], *(k.value for k in value.keywords[:1])]
-            elif isinstance(value, ast.Dict) and len(value.values) > 1:
-                called = value.values[:1]
-            if any(isinstance(part, ast.Name) and part.id in elements for part in called):
-                return True
-    return False
 
 
 def _enable(context: Context, made: Made) -> None:

@@ -24,6 +24,7 @@ _SAME_OBJECT = {"to", "cuda", "cpu"}
 _ANY_MODEL = re.compile(r"DiffusionPipeline|ModularPipeline|AutoPipelineFor\w+")
 _FLUX = re.compile(r"Flux(?!Prior)\w*Pipeline")
 _TRANSFORMER = re.compile(r"(Flux[23]?)Transformer2DModel")
+_BLOCKS = "single_transformer_blocks"
 _ID = ("pretrained_model_name_or_path", "pretrained_model_or_path", "pretrained_model_link_or_path_or_dict")
 
 
@@ -324,3 +325,50 @@ def _prepares(small: cst.CSTNode, name: str) -> bool:
     reads = [part for part in used if part.startswith(name + ".")]  # mesh_of(pipe.device.type)
     drawn = any((dotted(call.func) or "").startswith(name) for call in calls) or name in used
     return not mentioned or (bool(reads) and not drawn)
+
+
+# Transformers
+
+
+def running_blocks(context: Context) -> Iterator[Function]:
+    """Functions that do the work of a transformer's forward, told by the loop over its last blocks.
+
+    Those whose first parameter is `self` are put in the place of the forward, where Chipmunk finds them.
+    """
+    for path in sorted(context.repository.files_with(_BLOCKS)):
+        module = context.repository.module(path)
+        for function in module.all_functions() if module is not None else ():
+            given = function.owner is None and function.parameters[:1] not in ([], ["self"])
+            if given and _BLOCKS in function.words and any(map(_runs_them, _own_statements(function.outline.body))):
+                yield function
+
+
+def _own_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """All statements, but those of functions that are defined among them."""
+    for statement in body:
+        yield statement
+        if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            for name in ("body", "orelse", "finalbody"):
+                yield from _own_statements(getattr(statement, name, []))
+
+
+def _runs_them(node: ast.stmt) -> bool:
+    """Whether it is `for block in model.single_transformer_blocks` with `x = block(x)` or `x = run(block, x)` in it.
+
+    Or with `given = {"self": block, "x": x}`, to be given to a function.
+    """
+    if not isinstance(node, ast.For) or not any(
+        isinstance(part, ast.Attribute) and part.attr == _BLOCKS for part in ast.walk(node.iter)
+    ):
+        return False
+    elements = {part.id for part in ast.walk(node.target) if isinstance(part, ast.Name)}
+    for inner in _own_statements(node.body):
+        if isinstance(inner, ast.Assign) and not isinstance(inner.targets[0], ast.Attribute):
+            value, called = inner.value, list[ast.expr]()
+            if isinstance(value, ast.Call):
+                called = [value.func, *value.args[:1], *(k.value for k in value.keywords[:1])]
+            elif isinstance(value, ast.Dict) and len(value.values) > 1:
+                called = value.values[:1]
+            if any(isinstance(part, ast.Name) and part.id in elements for part in called):
+                return True
+    return False
