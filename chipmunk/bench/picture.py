@@ -139,7 +139,7 @@ def _over_resolution(axes: Axes, rows: Sequence[Comparison], configs: list[str])
         _line(axes, points, _COLOURS[number % len(_COLOURS)], label)
     axes.set_xticks(range(len(sizes)), [size.replace("x", " × ") for size in sizes])
     axes.set_xlim(-0.5, len(sizes) - 0.5)
-    if len(sizes) > 4:
+    if len(sizes) > 3:  # more names than fit side by side
         axes.tick_params(axis="x", rotation=30)
     _speedup_axis(axes, rows)
     axes.set_title("Speed-up over resolution")
