@@ -109,15 +109,14 @@ def _targets(node: cst.CSTNode) -> list[cst.BaseExpression]:
 
 
 def _may_load(context: Context, place: Place) -> bool:
-    """Whether the place may call such a method of a class of diffusers; told without its tree."""
-    own = {*place.statements.bindings, *(place.function.parameters if place.function is not None else ())}
-    for callee in [call.func for call, _ in place.statements.calls]:
-        if isinstance(callee, ast.Attribute) and callee.attr in (*_LOADERS, "from_pipe"):
-            name = ast_nodes.dotted(callee.value)
-            if name is not None and name.split(".")[0] in own:
-                return True
-            if _class_of_diffusers(context, context.repository.resolve(name, place.module)) is not None:
-                return True
+    """Whether the place may load a pipeline of FLUX, or makes one from another; told without its tree."""
+    for call, step in place.statements.calls:
+        if not isinstance(call.func, ast.Attribute) or call.func.attr not in (*_LOADERS, "from_pipe"):
+            continue
+        meaning = context.repository.resolve(ast_nodes.dotted(call.func.value), place.names, step)
+        name = _class_of_diffusers(context, meaning)
+        if name is not None and (call.func.attr == "from_pipe" or _FLUX.fullmatch(name) or _ANY_MODEL.fullmatch(name)):
+            return True
     return False
 
 
