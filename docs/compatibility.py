@@ -163,13 +163,14 @@ def chipmunk(command: str, root: Path, *options: str) -> tuple[int, dict[str, An
 
 
 def formatted(root: Path) -> set[str]:
-    """Files in which ruff, with the repository's own settings, has nothing to change."""
-    command = [sys.executable, "-m", "ruff", "format", "--diff", "--no-cache", "--force-exclude", str(root)]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    """Files in which ruff, with the repository's own settings, or its defaults, has nothing to change."""
+    command = [sys.executable, "-m", "ruff", "format", "--diff", "--no-cache", "--force-exclude", "."]
+    # from there: where a repository has no settings, ruff takes those of the current folder
+    said = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root).stdout
     # What `--check` prints differs from release to release; a diff names each file that would change.
     others = {line.removeprefix("--- ").strip() for line in said.splitlines() if line.startswith("--- ")}
     paths = {path.relative_to(root).as_posix() for path in root.rglob("*.py")}
-    return paths - {os.path.relpath(os.path.join(os.getcwd(), other), root) for other in others}
+    return paths - {os.path.normpath(other) for other in others}
 
 
 def tree_hash(root: Path) -> str:
