@@ -252,12 +252,7 @@ class Adopted:
 
 def _forget_copied(model: nn.Module) -> None:
     """Take away what a copy or a pickle of an adopted model carries: forwards that are another one's."""
-    for where in ("forward", "_old_forward"):
-        function = getattr(model.__dict__.get(where), "__func__", None)
-        if getattr(function, _OURS, False) or function is type(model).forward:
-            model.__dict__[where] = MethodType(type(model).forward, model)
-            if where == "forward":
-                del model.__dict__[where]
+    diffusers_mlp.forget_forward(model, lambda function: getattr(function, _OURS, False))
     for module in model.modules():
         diffusers_mlp.forget_copied(module)
 

@@ -135,12 +135,19 @@ def forget_copied(module: nn.Module) -> None:
     if module.__dict__.get(_PART, False) is not None:
         return
     del module.__dict__[_PART]
+    forget_forward(module, lambda function: function in _FORWARDS)
+
+
+def forget_forward(module: nn.Module, is_ours: Callable[[Any], bool]) -> None:
+    """Take away a forward that is of the module which this one is a copy of, under accelerate's hook too."""
     for where in ("forward", "_old_forward"):
-        forward = module.__dict__.get(where)
-        if getattr(forward, "__func__", None) in (*_FORWARDS, type(module).forward):
+        function = getattr(module.__dict__.get(where), "__func__", None)
+        if function is None or not (is_ours(function) or function is type(module).forward):
+            continue
+        if where == "forward":
+            del module.__dict__[where]
+        else:
             module.__dict__[where] = MethodType(type(module).forward, module)
-            if where == "forward":
-                del module.__dict__[where]
 
 
 # How a module is taken over.
